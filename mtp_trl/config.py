@@ -1,0 +1,89 @@
+"""The configuration of `MTPDistillTrainer`: what is trained, on which regions, and what is written with the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DistillationConfig
+
+from .mask_token import MASK_TOKEN
+from .objective import OBJECTIVES
+
+
+@dataclass
+class MTPDistillConfig(DistillationConfig):
+    r"""Configuration of [`MTPDistillTrainer`]; every field of [`~trl.DistillationConfig`] is there too.
+
+    Parameters:
+        k_min, k_max (`int`, *optional*, defaults to `2` and `16`):
+            Block sizes are drawn uniformly from `[k_min, k_max]` (the paper's range). Fixed sizes train markedly worse.
+        slots_per_row (`int`, *optional*, defaults to `128`):
+            Mask slots behind every text; regions are drawn until they are full. More slots give more supervised places for
+            each clean token that is read.
+        objective (`str`, *optional*, defaults to `"hard"`):
+            `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
+        reward_floor (`float`, *optional*, defaults to `-20.0`):
+            Smallest teacher log-probability (nats) that `objective="reward"` uses.
+        ntp_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of KL(teacher, student) on the completion's own tokens, which keeps single-token quality.
+        mask_token (`str`, *optional*, defaults to `"<|mtp|>"`):
+            String of the mask token where one has to be added.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longest prompt + completion, in tokens. Completions are cut to it; rows whose prompt fills it are left out.
+        column_map (`dict[str, str]`, *optional*):
+            Renames dataset columns, e.g. `{"question": "prompt", "answer": "completion"}`.
+        confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and `False`):
+            Decoding defaults written into the model's `generation_config.json`.
+        thresholds (`list[float]`, *optional*, defaults to `[0.9]`):
+            ConfAdapt thresholds whose acceleration is logged.
+        num_eval_prompts (`int`, *optional*, defaults to `8`):
+            Held-out prompts decoded at each evaluation; 0 decodes none.
+        logits_chunk_size (`int`, *optional*, defaults to `1024`):
+            Places whose logits exist at one time; memory for logits is about this times the vocabulary.
+        muon (`bool`, *optional*, defaults to `False`):
+            Muon on the weight matrices, AdamW elsewhere. Learns several times faster on small models.
+
+    Differs from [`~trl.DistillationConfig`] in one default: `learning_rate` is `1e-5`, the paper's.
+    """
+
+    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["column_map"]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    k_min: int = field(default=2, metadata={"help": "Smallest block size drawn."})
+    k_max: int = field(default=16, metadata={"help": "Largest block size drawn."})
+    slots_per_row: int = field(default=128, metadata={"help": "Mask slots behind every text."})
+    objective: str = field(default="hard", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
+    ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
+    mask_token: str = field(default=MASK_TOKEN, metadata={"help": "String of the mask token to add."})
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
+    column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
+    confadapt: float = field(default=0.9, metadata={"help": "Default decoding threshold written with the model."})
+    verify: bool = field(default=False, metadata={"help": "Whether the model's default decoding is verified."})
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.9], metadata={"help": "ConfAdapt thresholds whose acceleration is logged."}
+    )
+    num_eval_prompts: int = field(default=8, metadata={"help": "Held-out prompts decoded at each evaluation."})
+    logits_chunk_size: int = field(default=1024, metadata={"help": "Places whose logits exist at one time."})
+    muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k_min < 2 or self.k_max < self.k_min:
+            raise ValueError(
+                f"Block sizes need 2 <= k_min <= k_max, got k_min={self.k_min} and k_max={self.k_max}; "
+                "for plain distillation use trl.DistillationTrainer."
+            )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        for name in ("slots_per_row", "logits_chunk_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if self.ntp_coef < 0 or self.num_eval_prompts < 0:
+            raise ValueError(
+                f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}."
+            )
+        for threshold in (self.confadapt, *self.thresholds):
+            if not 0.0 <= threshold <= 1.0:
+                raise ValueError(f"A ConfAdapt threshold is a probability in [0, 1], got {threshold}.")

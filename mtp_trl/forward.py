@@ -1,0 +1,128 @@
+"""Run a causal LM on a region layout: the attention masks of every layer type, hidden states, the model's own logits."""
+
+# X layout rows, T tokens of a row, H hidden size, P places, V vocabulary
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .regions import Layout, chunk_by_position, window_by_position
+
+# attention whose mask can be restated for a packed row; every other layer type takes the suffix layout
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether several regions may share one row of this model.
+
+    They may where attention is all that mixes tokens. A recurrent or convolutional layer cannot skip tokens, and a model
+    that takes no `position_ids` cannot be told where a slot stands.
+    """
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return not model._is_stateful and takes_positions and set(layer_types) <= _PACKABLE_LAYERS
+
+
+def check_attention_backend(model: PreTrainedModel) -> None:
+    """Raises ValueError for a backend that cannot express a packed mask."""
+    backend = model.config._attn_implementation
+    if "flash" in str(backend):
+        raise ValueError(
+            f"attn_implementation={backend!r} takes 2D masks only and cannot express packed regions; "
+            "load the model with attn_implementation='sdpa' (or 'eager' for models that refuse sdpa)."
+        )
+
+
+def attention_masks(config: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The mask argument that this architecture's forward expects, in its attention backend's own form.
+
+    A config with `layer_types` wants a dict by layer type, any other one mask (one tensor for mixed layers would be
+    silently wrong). Windows and chunks are measured in positions.
+    """
+    if layout.allowed_XTT is None:
+        return layout.valid_XT.long()
+    config = config.get_text_config()
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    full, positions = layout.allowed_XTT, layout.positions_XT
+
+    def mask_of(layer_type: str) -> Tensor:
+        allowed = full
+        if layer_type == "sliding_attention":
+            allowed = window_by_position(full, positions, window=window)
+        elif layer_type == "chunked_attention":
+            allowed = chunk_by_position(full, positions, chunk=chunk)
+        return _backend_mask(config, allowed, dtype)
+
+    if hasattr(config, "layer_types"):
+        return {layer_type: mask_of(layer_type) for layer_type in set(config.layer_types)}
+    if window is not None:
+        return mask_of("sliding_attention")
+    return mask_of("chunked_attention" if chunk is not None else "full_attention")
+
+
+def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    build = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+    rows, length, _ = allowed.shape
+    mask: Tensor = build(
+        batch_size=rows,
+        q_length=length,
+        kv_length=length,
+        mask_function=lambda row, head, query, key: allowed[row, query, key],
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=allowed.device,
+        config=config,
+    )
+    return mask
+
+
+def hidden_states(model: PreTrainedModel, ids_XT: Tensor, layout: Layout, masks: Tensor | dict[str, Tensor]) -> Tensor:
+    """Last hidden state [X * T, H] of the backbone, flat, as `Layout.read_BRK` indexes it. The head is not applied."""
+    inputs: dict[str, Any] = {"input_ids": ids_XT, "attention_mask": masks, "use_cache": False}
+    if layout.allowed_XTT is not None:
+        inputs["position_ids"] = layout.positions_XT
+    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    return hidden.flatten(0, 1)
+
+
+def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
+    """The model's own logits [P, V] from hidden states: output head, multiplier, softcap.
+
+    The names are those that transformers' configs use: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier`
+    (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), `final_logit_softcapping` (Gemma).
+    `check_output_logits` compares with `model(...).logits`, so an architecture with another rule is refused, not mistrained.
+    """
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden_PH)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            logits = logits * getattr(config, name)
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_output_logits(model: PreTrainedModel) -> None:
+    """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    actual = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    model.train(was_training)
+    gap = (expected - actual).abs().max().item()
+    if gap > 1e-2 * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "
+            f"{gap:.3g}); please report the architecture, since training on other logits would go silently wrong."
+        )

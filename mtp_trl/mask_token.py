@@ -1,0 +1,112 @@
+"""Find or add the mask token `<|mtp|>`, initialise its row, and record it in `config.mtp`."""
+
+# V vocabulary rows, H hidden size
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+MASK_TOKEN = "<|mtp|>"
+_ROW_MULTIPLE = 64  # matrix heights that tensor cores like
+_RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>|<unused(\d+)>")
+
+
+def add_mask_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token: str = MASK_TOKEN,
+    k_max: int = 16,
+    seed: int = 0,
+) -> int:
+    """Give `model` and `tokenizer` the mask token and write `config.mtp`. A second call changes only `k_max`.
+
+    The token takes an unused embedding row where there is one: a row beyond the tokenizer's last token (Qwen3), or a
+    reserved special token (Llama 3, Gemma), which keeps its own string. Otherwise the matrix grows to the next multiple
+    of 64. The row is drawn from a normal with the per-dimension mean and standard deviation of the rows in use, in the
+    input and, if untied, in the output embedding; the same `seed` gives the same row. Works under DeepSpeed ZeRO-3.
+
+    Args:
+        model: a causal LM (of a PEFT model, its `get_base_model()`).
+        tokenizer: extended in place.
+        mask_token: the string of a token that has to be added.
+        k_max: largest block size trained, recorded as the default for decoding.
+        seed: of the row's noise.
+
+    Returns:
+        The id of the mask token.
+    """
+    if recorded := getattr(model.config, "mtp", None):
+        _register(tokenizer, recorded["mask_token"])
+        recorded["k_max"] = k_max
+        return int(recorded["mask_token_id"])
+
+    rows, tokens = _embedding_height(model), len(tokenizer)
+    if tokens >= rows and mask_token not in tokenizer.get_vocab():
+        mask_token = _reserved_token(tokenizer) or mask_token
+    mask_id = _register(tokenizer, mask_token)
+    if mask_id >= rows:
+        model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=_ROW_MULTIPLE, mean_resizing=False)
+    _initialise_row(model, mask_id, rows_in_use=min(tokens, rows), seed=seed)
+    model.config.mtp = {
+        "mask_token": mask_token,
+        "mask_token_id": mask_id,
+        "k_max": k_max,
+        "barred_token_ids": sorted({mask_id, *range(rows, _embedding_height(model))}),
+    }
+    return mask_id
+
+
+def _reserved_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The last token that the tokenizer keeps for later use, such as `<|reserved_special_token_247|>` or `<unused98>`."""
+    reserved = {token: int(m[1] or m[2]) for token in tokenizer.get_vocab() if (m := _RESERVED.fullmatch(token))}
+    return max(reserved, key=reserved.__getitem__, default=None)
+
+
+def _register(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> int:
+    tokenizer.add_special_tokens({"extra_special_tokens": [mask_token]}, replace_extra_special_tokens=False)
+    return int(tokenizer.convert_tokens_to_ids(mask_token))
+
+
+def _embedding_height(model: PreTrainedModel) -> int:
+    with _gathered([model.get_input_embeddings().weight]):
+        return int(model.get_input_embeddings().weight.shape[0])
+
+
+@torch.no_grad()
+def _initialise_row(model: PreTrainedModel, row: int, *, rows_in_use: int, seed: int) -> None:
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [source.weight]
+    if head is not None and head.weight is not source.weight:
+        weights.append(head.weight)
+    with _gathered(weights):
+        for weight in weights:
+            weight[row] = _row_like_the_others(weight[:rows_in_use], seed).to(weight.dtype)
+        if isinstance(getattr(head, "bias", None), nn.Parameter):
+            head.bias[row] = head.bias[:rows_in_use].mean()
+
+
+def _row_like_the_others(rows_VH: Tensor, seed: int) -> Tensor:
+    """Normal with the rows' per-dimension mean and standard deviation, float32 [H]; drawn on the CPU, equal on all ranks."""
+    rows_VH = rows_VH.float()
+    noise_H = torch.randn(rows_VH.shape[1], generator=torch.Generator().manual_seed(seed))
+    return rows_VH.mean(0) + noise_H.to(rows_VH.device) * rows_VH.std(0)
+
+
+@contextmanager
+def _gathered(weights: list[nn.Parameter]) -> Iterator[None]:
+    """The whole parameters where ZeRO-3 has sharded them; every rank writes the same values."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
+        yield
