@@ -1,0 +1,41 @@
+"""The public names of mtp_trl, loaded on first use so that `import mtp_trl` stays quick."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import MTPDistillConfig
+    from .custom_generate.generate import ConfAdaptLogitsProcessor, MTPGenerateOutput, attach_decoder
+    from .mask_token import add_mask_token
+    from .trainer import MTPDistillTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfAdaptLogitsProcessor",
+    "MTPDistillConfig",
+    "MTPDistillTrainer",
+    "MTPGenerateOutput",
+    "__version__",
+    "add_mask_token",
+    "attach_decoder",
+]
+
+_HOME = {
+    "ConfAdaptLogitsProcessor": "custom_generate.generate",
+    "MTPDistillConfig": "config",
+    "MTPDistillTrainer": "trainer",
+    "MTPGenerateOutput": "custom_generate.generate",
+    "add_mask_token": "mask_token",
+    "attach_decoder": "custom_generate.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtp_trl' has no attribute {name!r}; it offers {', '.join(__all__)}.")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

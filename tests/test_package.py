@@ -1,0 +1,72 @@
+"""What `pip install mtp-trl` gives: a quick import, a console script, and the data files inside the wheel."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import mtp_trl
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DATA = [
+    "mtp_trl/py.typed",
+    "mtp_trl/custom_generate/generate.py",
+    "mtp_trl/word_problems/base/config.json",
+    "mtp_trl/word_problems/base/model.safetensors",
+    "mtp_trl/word_problems/base/tokenizer.json",
+]
+
+
+def test_import_alone_loads_no_torch():
+    code = "import sys, mtp_trl; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", mtp_trl.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(mtp_trl, name) is not None
+
+
+def test_an_unknown_name_is_refused_by_name():
+    with pytest.raises(AttributeError, match="MTPTrainer"):
+        _ = mtp_trl.MTPTrainer
+
+
+def test_one_version():
+    assert PROJECT["version"] == mtp_trl.__version__
+
+
+def test_console_script_is_the_command_line_tool():
+    target = PROJECT["scripts"]["mtp-trl"]
+    module, function = target.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert [entry.value for entry in entry_points(group="console_scripts", name="mtp-trl")] == [target]
+
+
+def test_constraints_pin_every_direct_dependency():
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins.splitlines() if "==" in line}
+    for requirement in PROJECT["dependencies"]:
+        assert requirement.split(">=")[0].lower().replace("_", "-") in pinned
+    assert "torch==2.13.0\n" in pins
+    assert "://" not in pins
+
+
+def test_wheel_carries_the_data_files(tmp_path):
+    """Built from a copy, so that the checkout stays clean; no index is asked."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "mtp_trl", source / "mtp_trl", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("mtp_trl-*.whl")
+    assert set(DATA) <= set(zipfile.ZipFile(wheel).namelist())
