@@ -1,0 +1,262 @@
+"""Decode the same prompts in several ways and compare them: accuracy, acceleration, speed, agreement. No files."""
+
+# B batch, L tokens of a row (prompt and answer)
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .metrics import Estimate, mean_with_error, paired_difference, ratio_of_sums, share_identical
+
+Kind = Literal["base", "plain", "static", "confadapt", "verified"]
+# Whether the answer (text without special tokens) to problem i is right.
+Scorer = Callable[[int, str], bool]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to decode. `base` is the model before adaptation, plain greedy; the others are the student's."""
+
+    kind: Kind
+    k: int | None = None
+    threshold: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return {
+            "base": "base, k=1",
+            "plain": "student, k=1",
+            "static": f"static k={self.k}",
+            "confadapt": f"ConfAdapt {self.threshold:g}" if self.threshold is not None else "",
+            "verified": f"verified {self.threshold:g}" if self.threshold is not None else "",
+        }[self.kind]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `generate` that select it, each named, so that no default of the folder remains."""
+        if self.kind == "base":
+            return {}
+        if self.kind == "plain":
+            return {"mtp_k": 1, "verify": False}
+        if self.kind == "static":
+            return {"mtp_k": self.k, "confadapt": 0.0, "verify": False}
+        return {"confadapt": self.threshold, "verify": self.kind == "verified"}
+
+
+def decoding_settings(
+    *, ks: Iterable[int] = (), confadapt: Iterable[float] = (), verified: Iterable[float] = (), base: bool = True
+) -> list[Setting]:
+    """The usual table: base and student at k=1, then static blocks, ConfAdapt and verified thresholds."""
+    settings = [Setting("base")] if base else []
+    settings.append(Setting("plain"))
+    settings += [Setting("static", k=k) for k in ks]
+    settings += [Setting("confadapt", threshold=threshold) for threshold in confadapt]
+    settings += [Setting("verified", threshold=threshold) for threshold in verified]
+    return settings
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer. `blocks` are the accepted lengths per pass; `seconds` its equal share of its batch's wall-clock."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+    passes: int
+    seconds: float
+    correct: bool | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting's line in the table. Accuracies are shares in [0, 1] and None without a scorer.
+
+    `versus_base` and `versus_plain` are paired differences of accuracy; `same_as_base` and `same_as_plain` shares of
+    answers that are token for token those of the base and of the student's k=1.
+    """
+
+    setting: Setting
+    problems: int
+    accuracy: Estimate | None
+    versus_base: Estimate | None
+    versus_plain: Estimate | None
+    same_as_base: float | None
+    same_as_plain: float
+    tokens_per_pass: float
+    tokens_per_second: float
+    tokens_per_answer: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every setting's records, in the order of the prompts, and the table made of them."""
+
+    records: dict[Setting, list[Record]]
+    rows: list[Row]
+    batch_size: int
+    max_new_tokens: int
+
+
+def evaluate_decoding(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    settings: Sequence[Setting],
+    batch_size: int,
+    max_new_tokens: int,
+    scorer: Scorer | None = None,
+    base: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Decode all prompts greedily in every setting and aggregate.
+
+    Args:
+        model: the student, with the multi-token `generate` bound to it.
+        tokenizer: encodes prompts as they stand and knows a pad token.
+        prompts: texts to complete.
+        settings: must contain the student's k=1 (`Setting("plain")`), which the others are compared with.
+        batch_size: rows decoded together.
+        max_new_tokens: longest answer, in tokens.
+        scorer: whether the answer to problem i is right; without one the table has no accuracies.
+        base: the model before adaptation; needed when a setting is of kind `base`.
+        progress: shows a bar with the time left on stderr.
+
+    Raises:
+        ValueError: no prompts, no k=1 setting, a base setting without a base, or a tokenizer without a pad token.
+    """
+    _check(tokenizer, prompts, settings, base)
+    records: dict[Setting, list[Record]] = {}
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        task = bar.add_task("", total=len(settings) * len(prompts))
+        for setting in settings:
+            bar.update(task, description=setting.label)
+            answers: list[Record] = []
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                answers += _decode_batch(model, base, tokenizer, batch, setting=setting, max_new_tokens=max_new_tokens)
+                bar.advance(task, len(batch))
+            records[setting] = answers if scorer is None else _scored(answers, scorer)
+    return Sweep(records, aggregate(records), batch_size, max_new_tokens)
+
+
+def aggregate(records: dict[Setting, list[Record]]) -> list[Row]:
+    """The table of decoded settings; pure. Needs the student's k=1, compares with the base where it is there."""
+    plain = records[Setting("plain")]
+    base = records.get(Setting("base"))
+    return [_row(setting, answers, plain=plain, base=base) for setting, answers in records.items()]
+
+
+def _row(setting: Setting, answers: list[Record], *, plain: list[Record], base: list[Record] | None) -> Row:
+    tokens = [len(record.token_ids) for record in answers]
+    return Row(
+        setting=setting,
+        problems=len(answers),
+        accuracy=_accuracy(answers),
+        versus_base=None if base is None else _accuracy_difference(answers, base),
+        versus_plain=_accuracy_difference(answers, plain),
+        same_as_base=None if base is None else _same(answers, base),
+        same_as_plain=_same(answers, plain),
+        tokens_per_pass=ratio_of_sums(tokens, [record.passes for record in answers]),
+        tokens_per_second=ratio_of_sums(tokens, [record.seconds for record in answers]),
+        tokens_per_answer=mean_with_error(tokens).value,
+    )
+
+
+def _scores(answers: list[Record]) -> list[float] | None:
+    scores = [float(record.correct) for record in answers if record.correct is not None]
+    return scores or None
+
+
+def _accuracy(answers: list[Record]) -> Estimate | None:
+    scores = _scores(answers)
+    return None if scores is None else mean_with_error(scores)
+
+
+def _accuracy_difference(answers: list[Record], reference: list[Record]) -> Estimate | None:
+    scores, others = _scores(answers), _scores(reference)
+    return None if scores is None or others is None else paired_difference(scores, others)
+
+
+def _same(answers: list[Record], reference: list[Record]) -> float:
+    return share_identical([record.token_ids for record in answers], [record.token_ids for record in reference])
+
+
+def _check(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: Sequence[Setting],
+    base: PreTrainedModel | None,
+) -> None:
+    if not prompts:
+        raise ValueError("There is nothing to decode: prompts is empty; pass at least one.")
+    if Setting("plain") not in settings:
+        raise ValueError("The student's k=1 is missing from settings, and the others are compared with it; add it.")
+    if Setting("base") in settings and base is None:
+        raise ValueError("A setting decodes the base, but base is None; pass the base model or drop the setting.")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no pad token, which a batch needs; set tokenizer.pad_token.")
+
+
+def _scored(answers: list[Record], scorer: Scorer) -> list[Record]:
+    return [replace(record, correct=scorer(i, record.text)) for i, record in enumerate(answers)]
+
+
+def _decode_batch(
+    student: PreTrainedModel,
+    base: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    setting: Setting,
+    max_new_tokens: int,
+) -> list[Record]:
+    """Greedy answers to a batch, not yet scored. The wall-clock is that of `generate`, shared equally by the rows."""
+    model, arguments = student, setting.arguments
+    if setting.kind == "base" and base is not None:
+        # Held to the student's vocabulary: the rows that are never emitted.
+        model, arguments = base, {"suppress_tokens": list(student.config.mtp["barred_token_ids"])}
+    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    prompt_BL = encoded["input_ids"]
+    generate = cast("Callable[..., Any]", model.generate)
+    started = time.perf_counter()
+    output = generate(
+        input_ids=prompt_BL,
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.pad_token_id,
+        **arguments,
+    )
+    answers = output.sequences[:, prompt_BL.shape[1] :].tolist()  # waits for the device
+    seconds = (time.perf_counter() - started) / len(prompts)
+    if setting.kind == "base":  # transformers' own decoding: one token per pass, padded behind the end of text
+        ends = _end_of_text_ids(model)
+        blocks = [[1] * _length(answer, ends) for answer in answers]
+        passes = [len(lengths) for lengths in blocks]
+    else:
+        blocks, passes = output.block_lengths, output.forward_passes.tolist()
+    records = []
+    for answer, lengths, count in zip(answers, blocks, passes, strict=True):
+        token_ids = tuple(answer[: sum(lengths)])
+        text = str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        records.append(Record(text, token_ids, tuple(lengths), count, seconds, correct=None))
+    return records
+
+
+def _end_of_text_ids(model: PreTrainedModel) -> set[int]:
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
+def _length(token_ids: Sequence[int], ends: set[int]) -> int:
+    """Tokens up to the first end of text, inclusive."""
+    return next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))
