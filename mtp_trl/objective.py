@@ -74,7 +74,7 @@ def places_with_loss(rollout_BRK: Tensor, target_BRK: Tensor, drawn_BRK: Tensor,
 def block_sums(
     confidence_BRK: Tensor,
     agree_BRK: Tensor,
-    reward_BRK: Tensor,
+    reward_BRK: Tensor | None,
     valid_BRK: Tensor,
     *,
     thresholds: list[float],
@@ -84,7 +84,7 @@ def block_sums(
     Args:
         confidence_BRK: student probability of its own token.
         agree_BRK: the student's token is the teacher's argmax.
-        reward_BRK: teacher log-likelihood of the student's token (nats).
+        reward_BRK: teacher log-likelihood of the student's token (nats); None where no teacher ran.
         valid_BRK: places that carry loss.
         thresholds: ConfAdapt thresholds whose acceleration is estimated.
     """
@@ -93,8 +93,9 @@ def block_sums(
         "places_K": valid.sum((0, 1)),
         "agree_K": (agree_BRK & valid_BRK).sum((0, 1)).float(),
         "confidence_K": (confidence_BRK * valid).sum((0, 1)),
-        "reward": reward_BRK.masked_fill(~valid_BRK, 0.0).sum(),
     }
+    if reward_BRK is not None:
+        sums["reward"] = reward_BRK.masked_fill(~valid_BRK, 0.0).sum()
     for threshold in thresholds:
         accepted_BRK = (confidence_BRK >= threshold) & valid_BRK
         reached_BRK = accepted_BRK.long().cumprod(-1).bool()
@@ -106,13 +107,15 @@ def block_sums(
 
 
 def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[str, float]:
-    """Mean reward per token, agreement and confidence by place, and the expected tokens per pass at each threshold.
+    """Logs from `block_sums`: reward per token, agreement and confidence by place, expected tokens per pass.
 
     Blocks are drawn with random sizes and end at EOS, so their accepted lengths are censored: the expectation uses the
     product-limit (Kaplan-Meier) estimate of "still accepted at place j"; one token is always accepted.
     """
     places_K = sums["places_K"]
-    metrics: dict[str, float] = {"reward": float(sums["reward"] / places_K.sum().clamp(min=1))}
+    metrics: dict[str, float] = {}
+    if "reward" in sums:
+        metrics["reward"] = float(sums["reward"] / places_K.sum().clamp(min=1))
     for place, count in enumerate(places_K.tolist()):
         if count:
             metrics[f"agreement/place_{place + 1}"] = float(sums["agree_K"][place]) / count
@@ -121,4 +124,7 @@ def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[s
         at_risk_K, accepted_K = sums[f"at_risk_K@{threshold}"], sums[f"accepted_K@{threshold}"]
         survival_K = (accepted_K / at_risk_K.clamp(min=1)).cumprod(-1)
         metrics[f"acceleration/confadapt_{threshold}"] = 1.0 + float(survival_K[1:].sum())
+    if sums.get("drift_places"):
+        metrics["drift/kl"] = float(sums["drift_kl"] / sums["drift_places"])
+        metrics["drift/agreement"] = float(sums["drift_agree"] / sums["drift_places"])
     return metrics

@@ -1,0 +1,176 @@
+"""What makes a folder a publishable model: decoder, decoding defaults, provenance, card; and its way to the Hub."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import textwrap
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .custom_generate import generate as decoder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .config import MTPDistillConfig
+
+PAPER = {
+    "title": "Multi-Token Prediction via Self-Distillation",
+    "id": "2602.06019",
+    "citation": textwrap.dedent("""\
+        @article{kirchenbauer2026multitoken,
+            title  = {{Multi-Token Prediction via Self-Distillation}},
+            author = {Kirchenbauer, John and others},
+            year   = 2026,
+            eprint = {arXiv:2602.06019},
+        }"""),
+}
+PROVENANCE_FILE = "mtp_provenance.json"
+_PACKAGES = ("mtp-trl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "huggingface_hub")
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: bool) -> None:
+    """Defaults for `generate` that travel in generation_config.json."""
+    config = model.generation_config
+    config.confadapt, config.verify = confadapt, verify
+    config._from_model_config = False  # otherwise transformers drops the extras when the file is read back
+
+
+def provenance(*, base_model: str, args: MTPDistillConfig) -> dict[str, Any]:
+    """Who made this model: base, command, settings, versions, hardware, date. No secrets."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    settings = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name in defaults and value != defaults[name] and "token" not in name and _is_plain(value)
+    }
+    return {
+        "base_model": base_model,
+        "objective": args.objective,
+        "k_min": args.k_min,
+        "k_max": args.k_max,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": settings,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": _hardware(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list) and "/" not in str(value)  # no paths of a machine
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def write_decoder(folder: str | Path, generation_config: GenerationConfig, provenance: dict[str, Any]) -> None:
+    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance."""
+    folder = Path(folder)
+    (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
+    _write(folder / "custom_generate" / "generate.py", Path(str(decoder.__file__)).read_text(encoding="utf-8"))
+    generation_config.save_pretrained(folder)
+    _write(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    model_name: str,
+    provenance: dict[str, Any],
+    repo_id: str | None = None,
+    dataset_name: str | None = None,
+    tags: list[str] | tuple[str, ...] = (),
+) -> Path:
+    """Render the model card into `folder`/README.md."""
+    base = provenance["base_model"]
+    is_repo_id = not os.path.isdir(base)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if is_repo_id else None,
+        base_model_relation="finetune" if is_repo_id else None,
+        datasets=[dataset_name] if dataset_name else None,
+        tags=sorted({"mtp", "trl", "custom_generate", f"arxiv:{PAPER['id']}", *tags}),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        model_name=model_name,
+        repo_id=repo_id or model_name,
+        base=base if is_repo_id else Path(base).name,
+        paper=PAPER,
+        provenance=provenance,
+        settings=json.dumps(provenance["settings"], indent=2),
+    )
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, str(card))
+    return path
+
+
+def save_merged(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]
+) -> Path:
+    """Merge the adapters into a copy of the base and save it as a model that loads by itself."""
+    folder = Path(folder)
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_decoder(folder, merged.generation_config, provenance)
+    return folder
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    run_as_future: bool = False,
+) -> Any:
+    """One commit with everything a model repository needs and nothing of the training run."""
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        run_as_future=run_as_future,
+        ignore_patterns=["_*", "checkpoint-*", "**/__pycache__/**", "*.partial", "optimizer.pt", "training_args.bin"],
+    )

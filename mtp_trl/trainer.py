@@ -1,0 +1,433 @@
+"""`MTPDistillTrainer`: online self-distillation of multi-token blocks on TRL's on-policy trainer.
+
+Only the seams of the base class are here; the arithmetic is in `regions`, `objective` and `self_distillation`.
+"""
+
+# B rows of the local generation batch, N tokens of the longest text
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DistillationTrainer
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import create_model_from_path
+
+from . import hub
+from .config import MTPDistillConfig
+from .custom_generate.generate import attach_decoder
+from .data import prepare_dataset
+from .forward import can_pack, check_attention_backend, check_output_logits
+from .mask_token import add_mask_token
+from .objective import block_metrics
+from .optimizer import muon_adamw
+from .regions import Regions, compact_left_padding, row_generator, sample_regions
+from .self_distillation import Batch, PassOutput, Tokens, distillation_pass
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+logger = get_logger(__name__)
+
+
+class MTPDistillTrainer(DistillationTrainer):
+    """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
+
+    Args:
+        model: a Hub id or folder, a causal LM, or a PEFT model. Full fine-tuning keeps a frozen copy as the teacher; with
+            adapters the teacher is the same module with the adapters off, and the mask token's row is trained beside them.
+        args: [`MTPDistillConfig`].
+        train_dataset, eval_dataset: columns `prompt` and `completion` (text or messages), `messages`, `text`, or `prompt`
+            alone: then the model writes the completions itself, on policy.
+        processing_class: the tokenizer; loaded with the model when it is given by name.
+        callbacks, optimizers, quantization_config, peft_config: as in [`~trl.DistillationTrainer`].
+
+    Raises:
+        ValueError: for data that cannot make one optimizer step, unsupported attention backends and the like, before any
+            weights load wherever that can be known.
+    """
+
+    _tag_names = ["trl", "mtp", "custom_generate"]
+    _name = "MTP self-distillation"
+    _paper = hub.PAPER
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: MTPDistillConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or MTPDistillConfig(f"{Path(name or 'model').name}-MTP")
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(
+            name, padding_side="left", trust_remote_code=args.trust_remote_code
+        )
+        train_dataset = _prepared(train_dataset, tokenizer, args, "train")
+        eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
+        _check_one_step(train_dataset, args)
+
+        self.provenance = hub.provenance(base_model=name, args=args)
+        load = _loader(model, args, quantization_config) if isinstance(model, str) else None
+        student = load() if load else model
+        teacher = None
+        causal = _causal_lm(student)
+        check_attention_backend(causal)
+        self._mask_id = add_mask_token(
+            causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed
+        )
+        if peft_config is not None:
+            peft_config = _with_mask_row(peft_config, causal, self._mask_id)
+        elif not is_peft_model(student):
+            teacher = _frozen_teacher(student, load, tokenizer, args)
+        hub.set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
+        super().__init__(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        # completions made on policy are plain samples of the model, one token at a time
+        self.generation_config.mtp_k = 1
+        attach_decoder(self.model)
+        barred = causal.config.mtp["barred_token_ids"]
+        device = self.accelerator.device
+        self._tokens = Tokens(
+            mask_id=self._mask_id,
+            pad_id=tokenizer.pad_token_id,
+            barred=torch.tensor(barred, device=device),
+            eos=torch.tensor(self.eos_token_ids, device=device),
+        )
+        self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._last_pass: PassOutput | None = None
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            check_output_logits(_causal_lm(self.model))
+        if not can_pack(causal):
+            logger.info("This architecture takes one row per region (it has layers that cannot skip tokens).")
+
+    # ---- data ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "prompt_ids", "completion_ids"]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Texts of the dataset, or completions sampled from the model, with the regions drawn on them."""
+        if "completion_ids" in inputs[0]:
+            clean_BN, prompt_lengths_B, lengths_B = self._collate(inputs)
+        else:
+            sampled = super()._generate_and_score_completions(inputs)
+            clean_BN, lengths_B = compact_left_padding(
+                torch.cat([sampled["prompt_ids"], sampled["completion_ids"]], 1),
+                torch.cat([sampled["prompt_mask"], sampled["completion_mask"]], 1),
+                pad_token_id=self._tokens.pad_id,
+            )
+            prompt_lengths_B = sampled["prompt_mask"].sum(1)
+        regions = sample_regions(
+            (prompt_lengths_B - 1).tolist(),
+            (lengths_B - 2).tolist(),
+            k_min=self.args.k_min,
+            k_max=self.args.k_max,
+            slots=self.args.slots_per_row,
+            generators=self._row_generators(clean_BN, lengths_B),
+        )
+        counts = torch.stack([regions.size_BR.sum().to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
+        drawn, clean = self.accelerator.reduce(counts.float(), "sum")
+        return {
+            "clean_ids": clean_BN,
+            "prompt_lengths": prompt_lengths_B,
+            "lengths": lengths_B,
+            "anchors": regions.anchor_BR.to(clean_BN.device),
+            "sizes": regions.size_BR.to(clean_BN.device),
+            "num_items_in_batch": drawn,
+            "num_clean_in_batch": clean,
+        }
+
+    def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        texts = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
+        clean_BN = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._tokens.pad_id)
+        prompt_lengths_B = torch.tensor([len(row["prompt_ids"]) for row in rows])
+        lengths_B = torch.tensor([len(text) for text in texts])
+        device = self.accelerator.device
+        return clean_BN.to(device), prompt_lengths_B.to(device), lengths_B.to(device)
+
+    def _row_generators(self, clean_BN: Tensor, lengths_B: Tensor) -> list[np.random.Generator]:
+        """By (seed, optimizer step, row of the global batch) in training; by (seed, text) in evaluation."""
+        rows = len(clean_BN)
+        if self.model.training:
+            first = self.accelerator.process_index * rows
+            return [row_generator(self.args.seed, self.state.global_step, first + row) for row in range(rows)]
+        texts = [ids[:length].tolist() for ids, length in zip(clean_BN, lengths_B, strict=True)]
+        return [np.random.default_rng([self.args.seed, *ids]) for ids in texts]
+
+    # ---- loss ----
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = Batch(
+            inputs["clean_ids"], inputs["prompt_lengths"], inputs["lengths"], Regions(inputs["anchors"], inputs["sizes"])
+        )
+        student = _causal_lm(unwrapped_student)
+        teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+        with_teacher = self.args.objective != "ground_truth" or not self.model.training
+        run_teacher = self._teacher_runner(unwrapped_student) if with_teacher else None
+        output = distillation_pass(student, run_teacher, teacher, batch, self._tokens, self.args)
+        self._last_pass = output
+        drawn = output.sums["drawn"]
+        if num_items_in_batch is None:  # evaluation: the local mean
+            loss = output.loss / drawn.clamp(min=1)
+            clean = (batch.lengths_B - batch.prompt_lengths_B).sum()
+        else:
+            loss = output.loss / num_items_in_batch
+            clean = inputs["num_clean_in_batch"] / self.accelerator.num_processes
+        if self.args.ntp_coef > 0 and run_teacher is not None:
+            loss = loss + self.args.ntp_coef * output.prefix_kl / clean.clamp(min=1)
+        return loss, output.sums["entropy"], drawn.long()
+
+    def _teacher_runner(self, unwrapped_student: Any) -> Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]:
+        def run(read: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+            with torch.no_grad():
+                if self.teacher_model is None:
+                    with _adapters_off(unwrapped_student):
+                        return read(_causal_lm(unwrapped_student))
+                self.teacher_model.eval()
+                teacher = self.accelerator.unwrap_model(self.teacher_model)
+                # through the wrapper's forward, where DeepSpeed and FSDP gather the sharded weights
+                hidden: Tensor = self._forward_redirection(self.teacher_model, teacher, read, teacher)
+                return hidden
+
+        return run
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self._last_pass is not None
+        sums, self._last_pass = self._last_pass.sums, None
+        flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
+        totals = self._totals["train" if self.model.training else "eval"]
+        for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
+            totals[name] = totals.get(name, 0.0) + part.view(value.shape)
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.args.muon and self.optimizer is None:
+            self.optimizer = muon_adamw(
+                self.model if model is None else model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+        return super().create_optimizer(model)
+
+    # ---- logs and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if totals := self._totals[mode]:
+            prefix = "eval_" if mode == "eval" else ""
+            metrics = block_metrics(totals, thresholds=self.args.thresholds)
+            logs.update({prefix + name: round(value, 5) for name, value in metrics.items()})
+            totals.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Teacher-forced statistics as in training, then a few held-out prompts decoded for real."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.args.num_eval_prompts and isinstance(self.eval_dataset, Dataset):
+            decoded = self._decode_samples(self.eval_dataset.select(range(min(self.args.num_eval_prompts, len(self.eval_dataset)))))
+            self.log(dict(decoded))
+            metrics.update(decoded)
+        return metrics
+
+    @torch.no_grad()
+    def _decode_samples(self, rows: Dataset) -> dict[str, float]:
+        """Every process decodes the same prompts, so sharded weights are gathered in step on all of them."""
+        if "prompt_ids" in rows.column_names:
+            prompts = rows["prompt_ids"]
+        else:
+            prompts, _, _ = self._tokenize_prompts(rows["prompt"])
+        inputs = self._tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(self.accelerator.device)
+        metrics: dict[str, float] = {}
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        ) as model:
+            for threshold in self.args.thresholds:
+                output = model.generate(
+                    **inputs,
+                    confadapt=threshold,
+                    max_new_tokens=self.max_completion_length,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                )
+                metrics[f"eval_decoding/acceleration_{threshold}"] = float(output.acceleration)
+        if self.accelerator.is_main_process:
+            print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
+        return metrics
+
+    def _blocks_of_first_row(self, output: Any, start: int) -> str:
+        ids = output.sequences[0, start:]
+        blocks = ids[: sum(output.block_lengths[0])].cpu().split(output.block_lengths[0])
+        text = "|".join(self._tokenizer.decode(block) for block in blocks)
+        return f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}: {text}"
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            hub.write_decoder(
+                output_dir or self.args.output_dir, _causal_lm(self.model).generation_config, self.provenance
+            )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.is_world_process_zero():
+            hub.write_card(
+                self.args.output_dir,
+                model_name=model_name or Path(self.args.output_dir).name,
+                dataset_name=dataset_name,
+                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                repo_id=self.hub_model_id,
+                provenance=self.provenance,
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As [`~transformers.Trainer.push_to_hub`]; adapters are merged first, so that the repository loads by itself."""
+        if not is_peft_model(self.model):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir) / "merged"
+        hub.save_merged(self.model, self._tokenizer, folder, self.provenance)
+        hub.write_card(
+            folder, model_name=self.hub_model_id.split("/")[-1], repo_id=self.hub_model_id, provenance=self.provenance,
+            tags=self._tag_names, **kwargs,
+        )  # fmt: skip
+        return hub.upload(
+            folder, self.hub_model_id, commit_message=commit_message, token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision, run_as_future=not blocking,
+        )  # fmt: skip
+
+
+def _prepared(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str
+) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: _prepared(part, tokenizer, args, name) for name, part in dataset.items()}
+    return prepare_dataset(
+        dataset,
+        tokenizer,
+        column_map=args.column_map,
+        max_length=args.max_length,
+        mask_token=args.mask_token,
+        desc=split,
+    )
+
+
+def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
+    """TRL's sampler drops what does not fill a global batch; with less than one it would train zero steps in silence."""
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    needed = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(dataset) < needed:
+        raise ValueError(
+            f"The training set has {len(dataset)} usable rows, fewer than the {needed} of one optimizer step "
+            f"({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulation steps x "
+            f"{args.world_size} processes); lower one of these or bring more data."
+        )
+
+
+def _loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
+    options = dict(args.model_init_kwargs or {})
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+
+    def load(**overrides: Any) -> PreTrainedModel:
+        model: PreTrainedModel = create_model_from_path(name, **{**options, **overrides})
+        return model
+
+    return load
+
+
+def _frozen_teacher(
+    student: PreTrainedModel,
+    load: Callable[..., PreTrainedModel] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MTPDistillConfig,
+) -> PreTrainedModel:
+    """The student's checkpoint once more, with the same mask row. Loaded by name where possible (as ZeRO-3 needs)."""
+    if load is None:
+        teacher = copy.deepcopy(student)
+    else:
+        teacher = load(**(args.teacher_model_init_kwargs or {}))
+        args.teacher_model_init_kwargs = None  # used up: the base class refuses them beside a loaded teacher
+        add_mask_token(teacher, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
+    return teacher.requires_grad_(False).eval()
+
+
+def _causal_lm(model: Any) -> PreTrainedModel:
+    """The causal LM itself, with a PEFT wrapper taken off."""
+    causal: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
+    return causal
+
+
+def _with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int) -> PeftConfig:
+    """Train the mask token's embedding row beside the adapters: adapters cannot teach a model what a new input means."""
+    if getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "modules_to_save", None):
+        return peft_config
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    peft_config = copy.copy(peft_config)
+    peft_config.trainable_token_indices = {name.rsplit(".", 1)[-1]: [mask_id]}
+    return peft_config
+
+
+@contextmanager
+def _adapters_off(model: PeftModel) -> Iterator[None]:
+    """The base as the teacher sees it: no adapters, no dropout."""
+    training = model.training
+    model.eval()
+    with model.disable_adapter():
+        yield
+    model.train(training)
