@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import sys
 import textwrap
 from datetime import UTC, datetime
@@ -38,7 +37,17 @@ PAPER = {
         }"""),
 }
 PROVENANCE_FILE = "mtp_provenance.json"
-_PACKAGES = ("mtp-trl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "huggingface_hub")
+_PACKAGES = (
+    "mtp-trl",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "deepspeed",
+    "huggingface_hub",
+)
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -62,8 +71,15 @@ def provenance(*, base_model: str, args: MTPDistillConfig) -> dict[str, Any]:
         "objective": args.objective,
         "k_min": args.k_min,
         "k_max": args.k_max,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings,
+        **run_facts(),
+    }
+
+
+def run_facts() -> dict[str, Any]:
+    """What every published number carries: the command behind it, the date, the hardware, the versions."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -96,16 +112,17 @@ def write_decoder(folder: str | Path, generation_config: GenerationConfig, prove
     """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance."""
     folder = Path(folder)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
-    _write(folder / "custom_generate" / "generate.py", Path(str(decoder.__file__)).read_text(encoding="utf-8"))
+    source = Path(str(decoder.__file__)).read_text(encoding="utf-8")
+    write_atomically(folder / "custom_generate" / "generate.py", source)
     generation_config.save_pretrained(folder)
-    _write(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_card(
@@ -119,7 +136,7 @@ def write_card(
 ) -> Path:
     """Render the model card into `folder`/README.md."""
     base = provenance["base_model"]
-    is_repo_id = not os.path.isdir(base)
+    is_repo_id = not Path(base).is_dir()
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -140,7 +157,7 @@ def write_card(
     )
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, str(card))
+    write_atomically(path, str(card))
     return path
 
 
