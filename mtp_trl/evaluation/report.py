@@ -103,7 +103,7 @@ def markdown(report: Report) -> str:
 
 def terminal_table(report: Report) -> Table:
     """The same table for `rich`, in 80 columns; the verified rows, whose text is the model's own, stand out."""
-    table = Table(title=report.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=report.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for i, name in enumerate(report.header):
         table.add_column(name.replace(" ", "\n"), justify="left" if i == 0 else "right", vertical="bottom")
     for row, cells in zip(report.rows, report.cells, strict=True):
