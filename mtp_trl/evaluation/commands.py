@@ -1,0 +1,104 @@
+"""What `mtp-trl eval` and `mtp-trl show` do: load a model, decode, print and write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ..hub import run_facts, write_atomically
+from .models import load_base, load_student
+from .report import Report, terminal_table, write_report
+from .show import as_html, block_texts, coloured
+from .sweep import decoding_settings, evaluate_decoding
+from .tasks import Task
+
+
+def run_eval(
+    model: str,
+    task: Task,
+    *,
+    base: str | None,
+    ks: Sequence[int],
+    thresholds: Sequence[float],
+    verify: bool,
+    batch_size: int,
+    max_new_tokens: int,
+    output: Path | None,
+) -> None:
+    """Decode a task at k=1, in static blocks and at every threshold, also verified with `verify`; print the table.
+
+    Args:
+        base: a model whose plain decoding the others are compared with; none by default.
+        output: a folder for Markdown, JSON, answers and plot; nothing is written without one.
+
+    Raises:
+        ValueError: a threshold outside [0, 1], a block below 2, a model that was not adapted.
+    """
+    _check(ks, thresholds)
+    student, tokenizer = load_student(model)
+    settings = decoding_settings(
+        ks=ks, confadapt=thresholds, verified=thresholds if verify else (), base=base is not None
+    )
+    sweep = evaluate_decoding(
+        student,
+        tokenizer,
+        task.prompts,
+        settings=settings,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        scorer=task.scorer,
+        base=None if base is None else load_base(base),
+    )
+    facts = run_facts() | {"model": model, "base_model": base}
+    report = Report(task.title, sweep.rows, batch_size, max_new_tokens, facts)
+    console = Console()
+    console.print(terminal_table(report))
+    console.print(Text(report.caption), style="dim")
+    if output is not None:
+        console.print("\n".join(map(str, write_report(output, report, sweep))))
+
+
+def _check(ks: Sequence[int], thresholds: Sequence[float]) -> None:
+    for threshold in thresholds:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"A threshold is a probability in [0, 1], got {threshold}.")
+    for k in ks:
+        if k < 2:
+            raise ValueError(f"A static block has at least 2 tokens, got {k}; k=1 is always in the table.")
+
+
+def run_show(
+    model: str,
+    prompt: str,
+    *,
+    confadapt: float | None,
+    mtp_k: int | None,
+    verify: bool | None,
+    max_new_tokens: int,
+    html: Path | None,
+) -> None:
+    """Answer one prompt greedily and print it with a colour for each forward pass; None means the folder's default."""
+    student, tokenizer = load_student(model)
+    encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
+    with torch.inference_mode():
+        output = student.generate(  # type: ignore[operator]
+            **encoded,
+            do_sample=False,
+            return_dict_in_generate=True,
+            confadapt=confadapt,
+            mtp_k=mtp_k,
+            verify=verify,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    token_ids = output.sequences[0, encoded["input_ids"].shape[1] :].tolist()
+    texts = block_texts(tokenizer, token_ids, output.block_lengths[0])
+    console = Console()
+    console.print(coloured(texts))
+    passes = int(output.forward_passes[0])
+    speed = f"{len(token_ids)} tokens in {passes} forward passes: {output.acceleration:.2f} per pass"
+    console.print(speed, style="dim", highlight=False)
+    if html is not None:
+        write_atomically(html, as_html(texts) + "\n")

@@ -1,0 +1,45 @@
+"""Models for evaluation: loaded in float32 on a CPU, as they were saved elsewhere, with the folder's own `generate`."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+def load_student(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An adapted model with the multi-token `generate` it carries, and its tokenizer.
+
+    Raises:
+        ValueError: the model was never adapted.
+    """
+    model = _load(name, trust_remote_code=True)
+    if not hasattr(model.config, "mtp"):
+        raise ValueError(f"{name} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
+    return model, load_tokenizer(name)
+
+
+def load_base(name: str | Path) -> PreTrainedModel:
+    """A model as transformers decodes it, one token per pass."""
+    return _load(name, trust_remote_code=False)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; its end of text pads where it has no pad token."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(name: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    logging.disable_progress_bar()  # one bar per model is noise between tables
+    cuda = torch.cuda.is_available()
+    # One token alone and the same token with others behind it differ by rounding: only float32 decodes identically,
+    # and bfloat16 is slow on most CPUs.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(name), trust_remote_code=trust_remote_code, dtype="auto" if cuda else torch.float32
+    )
+    torch.nn.Module.to(model, "cuda" if cuda else "cpu")
+    model.eval()
+    return model

@@ -1,0 +1,139 @@
+"""`eval` and `show` on an adapted folder: what they decode is what a naive loop over the model decodes."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mtp_trl import hub
+from mtp_trl.evaluation.commands import run_eval, run_show
+from mtp_trl.evaluation.models import load_base, load_student
+from mtp_trl.evaluation.report import from_json, markdown
+from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.mask_token import add_mask_token
+from mtp_trl.word_problems import tokenizer as bundled
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random tiny base and the same weights with a mask token and the decoder."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = bundled.train_tokenizer(
+        ["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    add_mask_token(model, tokenizer, k_max=4)
+    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
+    model.save_pretrained(root / "student")
+    tokenizer.save_pretrained(root / "student")
+    hub.write_decoder(root / "student", model.generation_config, {"base_model": "base"})
+    return root
+
+
+def evaluate(folders, output, **changes):
+    arguments = {
+        "base": str(folders / "base"),
+        "ks": [2],
+        "thresholds": [0.0],
+        "verify": True,
+        "batch_size": 2,
+        "max_new_tokens": NEW_TOKENS,
+        "output": output,
+    }
+    run_eval(str(folders / "student"), load_task("word_problems", limit=3), **arguments | changes)
+
+
+def naive_greedy(folder, prompt, *, barred):
+    """One token per pass, the whole text every time."""
+    model, tokenizer = load_base(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    while ids.shape[1] < start + NEW_TOKENS:
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        logits[barred] = -torch.inf
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return ids[0, start:].tolist()
+
+
+def test_every_exact_decoding_equals_a_naive_greedy_loop(folders, tmp_path):
+    evaluate(folders, tmp_path / "out")
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    exact = [answer for answer in answers if answer["decoding"] in ("base, k=1", "student, k=1", "verified 0")]
+    assert len(exact) == 9
+    barred = load_student(folders / "student")[0].config.mtp["barred_token_ids"]
+    prompts = load_task("word_problems", limit=3).prompts
+    for answer in exact:
+        reference = naive_greedy(folders / "base", prompts[answer["problem"]], barred=barred)
+        assert answer["token_ids"] == reference, answer["decoding"]
+
+
+def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
+    evaluate(folders, tmp_path)
+    report = from_json((tmp_path / "results.json").read_text())
+    assert (tmp_path / "results.md").read_text() == markdown(report)
+    assert [row.setting.label for row in report.rows] == [
+        "base, k=1",
+        "student, k=1",
+        "static k=2",
+        "ConfAdapt 0",
+        "verified 0",
+    ]
+    by_label = {row.setting.label: row for row in report.rows}
+    assert by_label["verified 0"].same_as_plain == by_label["student, k=1"].same_as_base == 1.0
+    assert by_label["static k=2"].tokens_per_pass == 2.0
+    printed = capsys.readouterr().out
+    assert all(row.setting.label in printed for row in report.rows)
+
+
+def test_without_a_base_nothing_is_compared_with_it(folders, tmp_path):
+    evaluate(folders, tmp_path, base=None, verify=False)
+    rows = from_json((tmp_path / "results.json").read_text()).rows
+    assert [row.setting.kind for row in rows] == ["plain", "static", "confadapt"]
+    assert {row.versus_base for row in rows} == {None}
+
+
+@pytest.mark.parametrize(("name", "value"), [("thresholds", [1.5]), ("ks", [1])])
+def test_bad_values_are_refused_before_a_model_loads(tmp_path, name, value):
+    with pytest.raises(ValueError, match=str(value[0])):
+        evaluate(tmp_path / "nowhere", None, **{name: value})
+
+
+def test_a_model_that_was_not_adapted_is_refused(folders):
+    with pytest.raises(ValueError, match="no mask token"):
+        load_student(folders / "base")
+
+
+def test_show_prints_the_verified_text_and_writes_it_as_html(folders, tmp_path, capsys):
+    prompt = load_task("word_problems", limit=1).prompts[0]
+    run_show(
+        str(folders / "student"),
+        prompt,
+        confadapt=0.0,
+        mtp_k=None,
+        verify=True,
+        max_new_tokens=NEW_TOKENS,
+        html=tmp_path / "answer.html",
+    )
+    printed = capsys.readouterr().out
+    assert f"{NEW_TOKENS} tokens in " in printed
+    assert (tmp_path / "answer.html").read_text().startswith("<div")
