@@ -1,0 +1,94 @@
+"""Packed and suffix layouts: the same logits as separate forward passes, on every supported architecture."""
+
+import pytest
+import torch
+
+from mtp_trl.forward import attention_masks, can_pack, check_attention_backend, check_output_logits, hidden_states, output_logits
+from mtp_trl.regions import Layout, pack_regions, row_generator, sample_regions, suffix_regions
+
+K, SLOTS, MASK, PAD = 6, 18, 60, 2
+PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite"]
+RECURRENT = ["falcon_h1", "qwen3_next", "granitemoehybrid"]
+
+
+def texts_and_regions():
+    lengths_B = torch.tensor([20, 13, 17])
+    clean_BN = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(1))
+    clean_BN = clean_BN.masked_fill(torch.arange(20) >= lengths_B[:, None], PAD)
+    regions = sample_regions(
+        [4, 3, 9], [18, 11, 15], k_min=2, k_max=K, slots=SLOTS, generators=[row_generator(0, 0, row) for row in range(3)]
+    )
+    return clean_BN, lengths_B, regions
+
+
+def layout_for(model) -> Layout:
+    clean_BN, lengths_B, regions = texts_and_regions()
+    if can_pack(model):
+        return pack_regions(clean_BN, lengths_B, regions, k_max=K, slots=SLOTS, mask_token_id=MASK)
+    return suffix_regions(clean_BN, lengths_B, regions, k_max=K, mask_token_id=MASK, pad_token_id=PAD)
+
+
+@torch.no_grad()
+def largest_gap(model, layout: Layout, masks) -> float:
+    """Between the layout's logits and one forward pass per region."""
+    clean_BN, _, regions = texts_and_regions()
+    hidden = hidden_states(model, layout.ids_XT, layout, masks)
+    logits = output_logits(model, hidden[layout.read_BRK.flatten()]).view(*layout.read_BRK.shape, -1)
+    gap = 0.0
+    for row, region in (regions.size_BR > 0).nonzero().tolist():
+        anchor, size = int(regions.anchor_BR[row, region]), int(regions.size_BR[row, region])
+        ids = torch.cat([clean_BN[row, : anchor + 1], torch.full((size - 1,), MASK)])
+        alone = model(input_ids=ids[None]).logits[0, anchor:]
+        gap = max(gap, (alone - logits[row, region, :size]).abs().max().item())
+    return gap
+
+
+@pytest.mark.parametrize("architecture", PACKED + RECURRENT)
+def test_layout_equals_separate_forward_passes(tiny_model, architecture):
+    model = tiny_model(architecture)
+    assert can_pack(model) is (architecture in PACKED)
+    layout = layout_for(model)
+    assert largest_gap(model, layout, attention_masks(model.config, layout, torch.float32)) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_the_comparison_notices_a_wrong_mask(tiny_model, architecture):
+    """Plain causal attention over the packed row lets regions see each other, and the invariant above must break."""
+    model = tiny_model(architecture)
+    layout = layout_for(model)
+    causal = torch.ones_like(layout.allowed_XTT).tril()
+    wrong = Layout(**{**vars(layout), "allowed_XTT": causal})
+    assert largest_gap(model, wrong, attention_masks(model.config, wrong, torch.float32)) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", PACKED + RECURRENT)
+def test_output_logits_are_the_models_own(tiny_model, architecture):
+    model = tiny_model(architecture)
+    check_output_logits(model)
+    assert not model.training
+
+
+def test_unknown_logit_rules_are_refused(tiny_model):
+    model = tiny_model("llama")
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * (1 + inputs[0].ndim))
+    with pytest.raises(ValueError, match="post-processes its logits"):
+        check_output_logits(model)
+
+
+def test_flash_attention_is_refused_with_the_remedy(tiny_model):
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="sdpa"):
+        check_attention_backend(model)
+
+
+def test_eager_and_sdpa_read_the_same_layout_alike(tiny_model):
+    model = tiny_model("llama")
+    layout = layout_for(model)
+    outputs = []
+    for backend in ("sdpa", "eager"):
+        model.set_attn_implementation(backend)
+        with torch.no_grad():
+            masks = attention_masks(model.config, layout, torch.float32)
+            outputs.append(hidden_states(model, layout.ids_XT, layout, masks)[layout.read_BRK[layout.drawn_BRK]])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)

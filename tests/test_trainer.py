@@ -1,0 +1,221 @@
+"""The trainer: what a run promises, on a model of a few thousand parameters."""
+
+import inspect
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import DistillationTrainer
+
+import mtp_trl.word_problems
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.word_problems import load_dataset
+
+TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def model(*, seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": 768, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+
+
+def arguments(folder, **changes) -> MTPDistillConfig:
+    options = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "k_max": 6,
+        "slots_per_row": 20, "max_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 3e-3,
+        "max_completion_length": 12, "num_eval_prompts": 0, "lr_scheduler_type": "constant", "disable_tqdm": True,
+    }  # fmt: skip
+    return MTPDistillConfig(**{**options, **changes})
+
+
+def rows(count: int = 32):
+    return load_dataset("train", count, 0)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_upstream_seams_are_where_they_were():
+    """TRL's hooks are private; a minor release may move them, and this is where it shows first."""
+    signatures = {
+        "_set_signature_columns_if_needed": ["self"],
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+        "_save": ["self", "output_dir", "state_dict"],
+    }
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters
+
+
+def test_loss_falls_and_agreement_rises(tmp_path, tokenizer):
+    trainer = MTPDistillTrainer(
+        model(), arguments(tmp_path, max_steps=40, muon=True), rows(64), processing_class=tokenizer
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses(trainer)[-5:]) < 0.8 * sum(losses(trainer)[:5])
+    assert history[-1]["agreement/place_2"] > history[0]["agreement/place_2"]
+    assert history[-1]["reward"] > history[0]["reward"]
+    assert history[0]["drift/kl"] == pytest.approx(0, abs=1e-4)
+    assert history[-1]["drift/kl"] > history[0]["drift/kl"]
+    assert {"confidence/place_6", "acceleration/confadapt_0.9", "drift/agreement"} <= set(history[-1])
+
+
+@pytest.mark.parametrize("objective", ["hard", "ground_truth"])
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objective):
+    outcomes = []
+    for size, steps in ((8, 1), (2, 4)):
+        trainer = MTPDistillTrainer(
+            model(),
+            arguments(
+                tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, objective=objective,
+                ntp_coef=0.5, max_steps=3, optim="sgd", learning_rate=0.01,  # Adam turns rounding of tiny gradients into steps
+            ),
+            rows(),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        outcomes.append((losses(trainer), weights))
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-4)
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1], atol=2e-5, rtol=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path, tokenizer):
+    outcomes = []
+    for checkpointing in (False, True):
+        args = arguments(tmp_path, gradient_checkpointing=checkpointing, max_steps=3)
+        trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+        trainer.train()
+        outcomes.append(losses(trainer))
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-5)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, tokenizer):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = MTPDistillTrainer(model(), arguments(tmp_path / "whole", **options), rows(64), processing_class=tokenizer)
+    whole.train()
+    resumed = MTPDistillTrainer(model(), arguments(tmp_path / "again", **options), rows(64), processing_class=tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_adapters_train_the_mask_row_and_leave_the_teacher_alone(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    base = model()
+    trainer = MTPDistillTrainer(
+        base, arguments(tmp_path, max_steps=5), rows(), processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    mask_id = trainer.model.config.mtp["mask_token_id"]
+    ids = torch.tensor([[5, 6, 7]])
+
+    def base_logits(token_ids):
+        with torch.no_grad(), trainer.model.disable_adapter():
+            return trainer.model(input_ids=token_ids).logits[..., :mask_id].clone()
+
+    row = trainer.model.get_input_embeddings()
+    before, row_before = base_logits(ids), row(torch.tensor([mask_id])).detach().clone()
+    trainer.train()
+    torch.testing.assert_close(base_logits(ids), before)
+    assert not torch.equal(row(torch.tensor([mask_id])), row_before)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert trainer.teacher_model is None
+
+
+def test_prompts_alone_are_completed_on_policy(tmp_path, tokenizer):
+    trainer = MTPDistillTrainer(
+        model(), arguments(tmp_path), rows().select_columns(["prompt"]), processing_class=tokenizer
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 1 <= entry["completions/mean_length"] <= 12
+
+
+def test_evaluation_is_repeatable_and_decodes(tmp_path, tokenizer, capsys):
+    trainer = MTPDistillTrainer(
+        model(), arguments(tmp_path, num_eval_prompts=2, thresholds=[0.0]), rows(), load_dataset("test", 6, 0),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]
+    assert first["eval_decoding/acceleration_0.0"] == pytest.approx(6.0)  # static k = k_max, 12 tokens
+    assert "|" in capsys.readouterr().out
+    assert {"eval_reward", "eval_agreement/place_2", "eval_drift/kl"} <= set(first)
+
+
+def test_attached_decoder_works_before_anything_is_saved(tmp_path, tokenizer):
+    trainer = MTPDistillTrainer(model(), arguments(tmp_path), rows(), processing_class=tokenizer)
+    ids = tokenizer("Tom has 3", return_tensors="pt")
+    output = trainer.model.generate(**ids, confadapt=0.0, max_new_tokens=12, return_dict_in_generate=True)
+    assert output.block_lengths == [[6, 6]]
+
+
+def test_a_saved_model_decodes_alike_from_its_folder(tmp_path, tokenizer):
+    args = arguments(tmp_path, confadapt=0.001, hub_token="hf_secret")
+    trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    ids = tokenizer("Tom has 3", return_tensors="pt")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float32)
+    expected = trainer.model.generate(**ids, confadapt=0.001, max_new_tokens=16)
+    assert torch.equal(loaded.generate(**ids, max_new_tokens=16), expected)  # the default travelled
+    assert loaded.config.mtp["k_max"] == 6
+    provenance = json.loads((tmp_path / "mtp_provenance.json").read_text())
+    assert provenance["objective"] == "hard"
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert "hf_secret" not in json.dumps(provenance)
+    assert args.hub_token == "hf_secret"
+
+
+def test_a_card_is_written_with_every_checkpoint(tmp_path, tokenizer):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer).train()
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "custom_generate" in card
+    assert 'confadapt=0.9' in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", trust_remote_code=True)
+    assert loaded.generate(torch.tensor([[0, 5, 6]]), confadapt=0.9, max_new_tokens=4).shape[1] <= 7
+
+
+def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="4 usable rows, fewer than the 8"):
+        MTPDistillTrainer(str(tmp_path / "no_such_model"), arguments(tmp_path), rows(4), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k_min": 1}, "k_min"), ({"k_max": 1}, "k_max"), ({"objective": "sotf"}, "objective"),
+        ({"slots_per_row": 0}, "slots_per_row"), ({"confadapt": 1.5}, "probability"), ({"thresholds": [-0.1]}, "probability"),
+        ({"ntp_coef": -1.0}, "ntp_coef"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **wrong)
+
+
+def test_configuration_pickles(tmp_path):
+    args = arguments(tmp_path)
+    assert pickle.loads(pickle.dumps(args)).k_max == args.k_max
