@@ -54,7 +54,8 @@ def add_mask_token(
     mask_id = _register(tokenizer, mask_token)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=_ROW_MULTIPLE, mean_resizing=False)
-    _initialise_row(model, mask_id, rows_in_use=min(tokens, rows), seed=seed)
+    in_use = [row for row in range(min(tokens, rows)) if row != mask_id]  # the same whether or not the token was there
+    _initialise_row(model, mask_id, torch.tensor(in_use), seed=seed)
     model.config.mtp = {
         "mask_token": mask_token,
         "mask_token_id": mask_id,
@@ -81,16 +82,14 @@ def _embedding_height(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _initialise_row(model: PreTrainedModel, row: int, *, rows_in_use: int, seed: int) -> None:
+def _initialise_row(model: PreTrainedModel, row: int, in_use: Tensor, *, seed: int) -> None:
     source, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [source.weight]
     if head is not None and head.weight is not source.weight:
         weights.append(head.weight)
     with _gathered(weights):
         for weight in weights:
-            weight[row] = _row_like_the_others(weight[:rows_in_use], seed).to(weight.dtype)
-        if isinstance(getattr(head, "bias", None), nn.Parameter):
-            head.bias[row] = head.bias[:rows_in_use].mean()
+            weight[row] = _row_like_the_others(weight[in_use.to(weight.device)], seed).to(weight.dtype)
 
 
 def _row_like_the_others(rows_VH: Tensor, seed: int) -> Tensor:

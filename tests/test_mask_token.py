@@ -101,6 +101,15 @@ def test_equal_seeds_give_equal_rows():
     assert not torch.equal(rows[0], rows[2])
 
 
+def test_a_second_model_with_the_same_tokenizer_gets_the_same_row():
+    """The student's and the teacher's copies of a checkpoint are extended one after the other."""
+    first, tokenizer = build(100, 128)
+    second, _ = build(100, 128)
+    mask_id = add_mask_token(first, tokenizer)
+    assert add_mask_token(second, tokenizer) == mask_id
+    assert torch.equal(first.get_input_embeddings().weight, second.get_input_embeddings().weight)
+
+
 def test_config_survives_saving(tmp_path):
     model, tokenizer = build(100, 128)
     add_mask_token(model, tokenizer)

@@ -84,7 +84,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objectiv
             model(),
             arguments(
                 tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, objective=objective,
-                ntp_coef=0.5, max_steps=3, optim="sgd", learning_rate=0.01,  # Adam turns rounding of tiny gradients into steps
+                ntp_coef=0.5, max_steps=3, optim="sgd", learning_rate=0.1,  # Adam turns rounding of tiny gradients into steps
             ),
             rows(),
             processing_class=tokenizer,
