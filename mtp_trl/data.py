@@ -9,17 +9,18 @@ end their own turns, loss on completions. No model.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -222,7 +223,8 @@ class _Encoder:
         return ", ".join(f"{count} rows {what}" for what, count in self.counts.items() if what != "kept")
 
     def report(self) -> None:
-        if summary := self.summary():
+        summary = self.summary()
+        if summary and int(os.environ.get("RANK", "0")) == 0:
             logger.warning(f"{self.desc} set: {summary}; {self.counts['kept']} rows remain.")
 
     def _encode(self, row: Row) -> tuple[Text, list[int], list[int]] | None:

@@ -1,0 +1,87 @@
+"""Makes the bundled base out of a run of recipes/tiny_base.yaml: bf16 weights, measured accuracy, provenance.
+
+    python benchmarks/publish_base.py runs/tiny_base
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.word_problems import Problem, final_answer, test_problems
+
+RECIPE = Path("recipes/tiny_base.yaml")
+BASE = Path("mtp_trl/word_problems/base")
+BATCH_SIZE = 100
+MAX_NEW_TOKENS = 160
+
+
+@torch.inference_mode()
+def greedy_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
+    """Share of problems whose greedy answer ends in the right number."""
+    right = 0
+    problems = sorted(problems, key=lambda problem: len(problem.prompt))
+    for start in range(0, len(problems), BATCH_SIZE):
+        batch = problems[start : start + BATCH_SIZE]
+        inputs = tokenizer([problem.prompt for problem in batch], return_tensors="pt", padding=True)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(final_answer(text) == problem.result for text, problem in zip(texts, batch, strict=True))
+    return right / len(problems)
+
+
+def provenance(run: Path, accuracy: float, problems: int) -> dict[str, Any]:
+    """Everything needed to make this checkpoint again and to measure it again."""
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe.pop("launch")
+    facts = run_facts()
+    return {
+        "command": f"accelerate launch {RECIPE}",
+        "recipe": recipe,
+        "seed": recipe["seed"],
+        "steps": state["global_step"],
+        "tokens": next(int(log["num_tokens"]) for log in reversed(state["log_history"]) if "num_tokens" in log),
+        "date": facts["date"],
+        "hardware": facts["hardware"],
+        "versions": facts["versions"],
+        "evaluation": {
+            "command": facts["command"],
+            "problems": problems,
+            "decoding": "greedy",
+            "accuracy": round(accuracy, 4),
+            "standard_error": round(math.sqrt(accuracy * (1 - accuracy) / problems), 4),
+        },
+    }
+
+
+def main() -> None:
+    """Save the run's weights as bf16, load them back, measure, write the provenance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a checkpoint folder of the base recipe")
+    parser.add_argument("--output", type=Path, default=BASE)
+    parser.add_argument("--problems", type=int, default=1000)
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    trained = AutoModelForCausalLM.from_pretrained(options.run, dtype=torch.bfloat16)
+    trained.config.use_cache = True
+    trained.generation_config.eos_token_id = tokenizer.eos_token_id
+    trained.generation_config.pad_token_id = tokenizer.pad_token_id
+    trained.generation_config.use_cache = True
+    trained.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    model = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32)
+    accuracy = greedy_accuracy(model, tokenizer, test_problems(options.problems))
+    facts = provenance(options.run, accuracy, options.problems)
+    write_atomically(options.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts["evaluation"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The console script `mtp-trl`. A subcommand is one function that declares its options and returns what to call."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# Imports of torch, transformers and the like stay inside the commands, so that --help is instant.
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mtp-trl", description="Multi-token prediction by online self-distillation.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, declare in COMMANDS.items():
+        description = (declare.__doc__ or "").strip()
+        subparser = subparsers.add_parser(
+            name, help=description.splitlines()[0], description=description, allow_abbrev=False
+        )
+        subparser.set_defaults(command=declare(subparser))
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and "overrides" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides = unknown
+    command: Command = options.command
+    try:
+        return command(options)
+    except (ValueError, OSError) as error:  # what the user can mend; the rest is ours and keeps its traceback
+        print(f"mtp-trl: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(parser: argparse.ArgumentParser) -> Command:
+    """Train as a recipe says, on the devices of one process (`accelerate launch` for more)."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
+    parser.epilog = "Any other option is a recipe key with another value: --max_steps 10."
+    parser.set_defaults(overrides=[])
+
+    def command(options: argparse.Namespace) -> int:
+        from .launch import main as launch
+
+        return launch(options.config, options.overrides)
+
+    return command
+
+
+def _env(parser: argparse.ArgumentParser) -> Command:
+    """Print versions and hardware, for bug reports."""
+
+    def command(options: argparse.Namespace) -> int:
+        from .hub import run_facts
+
+        facts = run_facts()
+        for name, value in {**facts["versions"], "hardware": facts["hardware"], "platform": sys.platform}.items():
+            print(f"{name}: {value}")
+        return 0
+
+    return command
+
+
+def _demo(parser: argparse.ArgumentParser) -> Command:
+    """Adapt the bundled model live, evaluate it, show one answer: about 8 minutes on 2 CPU cores."""
+
+    def command(options: argparse.Namespace) -> int:
+        from .evaluation.demo import run_demo
+
+        run_demo()
+        return 0
+
+    return command
+
+
+def _eval(parser: argparse.ArgumentParser) -> Command:
+    """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
+    parser.add_argument(
+        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
+    parser.add_argument(
+        "--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)"
+    )
+    parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
+    parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+
+    def command(options: argparse.Namespace) -> int:
+        from .evaluation.commands import run_eval
+        from .evaluation.tasks import load_task
+
+        task = load_task(
+            options.data,
+            limit=options.limit,
+            prompt=options.prompt_column,
+            completion=options.completion_column,
+        )
+        run_eval(
+            options.model,
+            task,
+            base=options.base,
+            ks=options.static,
+            thresholds=options.thresholds,
+            verify=options.verify,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            output=options.output,
+        )
+        return 0
+
+    return command
+
+
+def _show(parser: argparse.ArgumentParser) -> Command:
+    """Answer a prompt in the terminal, with a colour for each forward pass."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("prompt", help="text to complete, as it stands")
+    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="return exactly the model's own text (default: the model's)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured answer there too")
+
+    def command(options: argparse.Namespace) -> int:
+        from .evaluation.commands import run_show
+
+        run_show(
+            options.model,
+            options.prompt,
+            confadapt=options.confadapt,
+            mtp_k=options.k,
+            verify=options.verify,
+            max_new_tokens=options.max_new_tokens,
+            html=options.html,
+        )
+        return 0
+
+    return command
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "show": _show,
+    "env": _env,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Reads recipes: YAML keys to typed arguments, with every mistake found before data or weights are touched."""
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from .config import MTPDistillConfig
+
+BUNDLED = "word_problems"
+DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Keys whose value may be a path; they are looked up from the current directory, then from the recipe's repository.
+_MODEL_OR_DATA = ("model_name_or_path", "dataset_name")
+_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run as written; the message says what to change."""
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """What a recipe says beyond the training and model arguments. Values come from the recipe or the command line."""
+
+    trainer: str = field(
+        default="mtp", metadata={"help": "MTPDistillTrainer or plain trl.SFTTrainer.", "choices": ["mtp", "sft"]}
+    )
+    dataset_size: int | None = field(
+        default=None, metadata={"help": "Train on the first n rows; of word_problems any number can be drawn."}
+    )
+    dataset_seed: int = field(default=0, metadata={"help": "Which training stream of word_problems."})
+    eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first n rows of the test split."})
+    prompt_format: str | None = field(
+        default=None, metadata={"help": "Text around every prompt; {} stands for the prompt."}
+    )
+    completion_format: str | None = field(
+        default=None, metadata={"help": "Text around every completion; {} stands for the completion."}
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Turn text prompts and completions into messages for the chat template."}
+    )
+    model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Start from random weights of this config; the tokenizer is the named model's."}
+    )
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one optimizer step over all processes; sets the accumulation steps."}
+    )
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a single CPU process; all cores by default."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_config, str):  # from the command line
+            self.model_config = json.loads(self.model_config)
+        for name in ("dataset_size", "eval_size", "global_batch_size", "cpu_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+
+
+@dataclass
+class SFTRecipeConfig(SFTConfig):
+    """[`trl.SFTConfig`] with the two fields of [`MTPDistillConfig`] that make sense there."""
+
+    column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
+    muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "column_map"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with its overrides applied: what to train (`arguments`, `model`) and how (`training`)."""
+
+    arguments: RecipeArguments
+    training: MTPDistillConfig | SFTRecipeConfig
+    model: ModelConfig
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Parse a recipe and the options that override it, e.g. `["--max_steps", "10"]`.
+
+    Raises:
+        RecipeError: no such file, no YAML mapping, unknown keys or options, values of a wrong type, missing local files.
+    """
+    values = _load(path)
+    kind = _trainer_kind(values, overrides)
+    classes = (RecipeArguments, MTPDistillConfig if kind == "mtp" else SFTRecipeConfig, ModelConfig)
+    names = {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
+    _check_known(values, names, where=f"{path.name} (trainer: {kind})")
+    for key in (*_MODEL_OR_DATA, *_FILES):
+        if isinstance(values.get(key), str):
+            values[key] = locate(values[key], recipe=path)
+    parser = _Parser(classes)
+    parser.set_defaults_with_config(**values)
+    _set_accumulation(parser, overrides)
+    try:
+        with warnings.catch_warnings():
+            # TRL sets this field by default, under the name that transformers has deprecated.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            arguments, training, model, unknown = parser.parse_args_into_dataclasses(
+                args=list(overrides), return_remaining_strings=True, look_for_args_file=False
+            )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+    _check_known((text[2:].split("=")[0].replace("-", "_") for text in unknown), names, where="the command line")
+    _check_sources(path, arguments, training, model)
+    return Recipe(arguments, training, model)
+
+
+def _set_accumulation(parser: "_Parser", overrides: Sequence[str]) -> None:
+    """Derive gradient_accumulation_steps; before the arguments are built, since DeepSpeed's batch sizes follow from it."""
+    values, _ = parser.parse_known_args(list(overrides))
+    if values.global_batch_size is None:
+        return
+    if values.gradient_accumulation_steps != 1:
+        raise RecipeError("Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps, rest = divmod(values.global_batch_size, values.per_device_train_batch_size * processes)
+    if rest or not steps:
+        raise RecipeError(
+            f"global_batch_size={values.global_batch_size} is no multiple of per_device_train_batch_size="
+            f"{values.per_device_train_batch_size} x {processes} processes; change one of these."
+        )
+    parser.set_defaults(gradient_accumulation_steps=steps)
+
+
+def locate(name: str, *, recipe: Path) -> str:
+    """A path from the current directory or, failing that, from the root of the recipe's repository; else unchanged."""
+    if Path(name).exists() or Path(name).is_absolute():
+        return name
+    in_repository = _repository(recipe) / name
+    return str(in_repository) if in_repository.exists() else name
+
+
+def _repository(recipe: Path) -> Path:
+    """The nearest folder above the recipe with a pyproject.toml or .git, else the recipe's own folder."""
+    folder = recipe.resolve().parent
+    for parent in (folder, *folder.parents):
+        if (parent / "pyproject.toml").exists() or (parent / ".git").exists():
+            return parent
+    return folder
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
+    values.pop("launch", None)
+    return values
+
+
+def _trainer_kind(values: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    kind = str(values.get("trainer", "mtp"))
+    for option, value in zip(overrides, (*overrides[1:], ""), strict=False):
+        if option == "--trainer":
+            kind = value
+    if kind not in ("mtp", "sft"):
+        raise RecipeError(f"trainer must be mtp or sft, got {kind!r}.")
+    return kind
+
+
+def _check_known(keys: Iterable[str], names: set[str], *, where: str) -> None:
+    problems = []
+    for key in keys:
+        if key not in names:
+            close = get_close_matches(str(key), sorted(names), n=1)
+            problems.append(f"{key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    if problems:
+        raise RecipeError(f"Unknown in {where}: {', '.join(problems)}.")
+
+
+def _check_sources(
+    path: Path, arguments: RecipeArguments, training: MTPDistillConfig | SFTRecipeConfig, model: ModelConfig
+) -> None:
+    """Local models, data and checkpoints exist; anything else may be a Hub id, which the Hub will judge."""
+    if not model.model_name_or_path:
+        raise RecipeError("model_name_or_path is missing: a Hub id or a folder.")
+    if not arguments.dataset_name:
+        raise RecipeError(f"dataset_name is missing: a Hub id, a file (json, jsonl, parquet), a folder or {BUNDLED}.")
+    model.model_name_or_path = locate(model.model_name_or_path, recipe=path)
+    arguments.dataset_name = locate(arguments.dataset_name, recipe=path)
+    _check_present("model_name_or_path", model.model_name_or_path)
+    if arguments.dataset_name != BUNDLED:
+        _check_present("dataset_name", arguments.dataset_name)
+    if isinstance(training.deepspeed, str) and not Path(training.deepspeed).is_file():
+        raise RecipeError(f"deepspeed names {training.deepspeed!r}, which is not there.")
+    if arguments.model_config and arguments.trainer != "sft":
+        raise RecipeError("model_config (random weights) needs `trainer: sft`: there is nothing to distil from yet.")
+
+
+def _check_present(key: str, name: str) -> None:
+    looks_local = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in DATA_FILES
+    if looks_local and not Path(name).exists():
+        raise RecipeError(f"{key} names {name!r}: no such file or folder, and no Hub id (owner/name).")
+
+
+class _Parser(TrlParser):
+    """Reports a wrong value in one line instead of printing hundreds of options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message)
