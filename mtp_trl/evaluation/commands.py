@@ -83,7 +83,7 @@ def run_show(
     student, tokenizer = load_student(model)
     encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
     with torch.inference_mode():
-        output = student.generate(  # type: ignore[operator]
+        output = student.generate(
             **encoded,
             do_sample=False,
             return_dict_in_generate=True,

@@ -40,6 +40,4 @@ def _load(name: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(name), trust_remote_code=trust_remote_code, dtype="auto" if cuda else torch.float32
     )
-    torch.nn.Module.to(model, "cuda" if cuda else "cpu")
-    model.eval()
-    return model
+    return model.to("cuda" if cuda else "cpu").eval()

@@ -5,7 +5,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -225,9 +225,8 @@ def _decode_batch(
         model, arguments = base, {"suppress_tokens": list(student.config.mtp["barred_token_ids"])}
     encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     prompt_BL = encoded["input_ids"]
-    generate = cast("Callable[..., Any]", model.generate)
     started = time.perf_counter()
-    output = generate(
+    output = model.generate(
         input_ids=prompt_BL,
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_new_tokens,
