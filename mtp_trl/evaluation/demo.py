@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -16,7 +17,7 @@ from ..hub import run_facts, write_atomically
 from .models import load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import as_html, block_texts, coloured
-from .sweep import Record, Setting, Sweep, decoding_settings, evaluate_decoding
+from .sweep import Record, Setting, decoding_settings, evaluate_decoding
 from .tasks import BUNDLED, load_task
 
 RECIPE = Path("recipes") / "tiny.yaml"
@@ -26,7 +27,7 @@ SINGLE_PROBLEMS = 20  # decoded once more one by one, for the speed that a singl
 BATCH_SIZE = 50
 MAX_NEW_TOKENS = 192
 SHOWN = Setting("verified", threshold=0.5)
-SETTINGS = decoding_settings(ks=[2, 4], confadapt=[0.99, 0.95, 0.9, 0.7], verified=[0.9, 0.7, 0.5])
+SETTINGS = decoding_settings(ks=[2, 3, 4], confadapt=[0.99, 0.95, 0.9, 0.8, 0.7], verified=[0.9, 0.7, 0.5])
 # On a CPU the training process runs 2 to 4 times as fast when freed memory stays with it and idle threads sleep.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -48,36 +49,28 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
     console = Console()
     base_name = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
     folder = output / "model"
-    console.rule("1  adapt the base: every step it writes blocks of its own, and its frozen copy corrects them")
+    console.rule("1  adapt the base: it writes blocks, and its frozen copy corrects them", align="left")
     _train(recipe, folder, console)
 
-    console.rule(f"2  decode {PROBLEMS} held-out problems in {len(SETTINGS)} ways")
+    console.rule(f"2  decode {PROBLEMS} held-out problems in {len(SETTINGS)} ways", align="left")
     task = load_task(BUNDLED, limit=PROBLEMS)
     student, tokenizer = load_student(folder)
     base = load_base(base_name)
-
-    def decode(number: int, *, batch_size: int) -> Sweep:
-        return evaluate_decoding(
-            student,
-            tokenizer,
-            task.prompts[:number],
-            settings=SETTINGS,
-            batch_size=batch_size,
-            max_new_tokens=MAX_NEW_TOKENS,
-            scorer=task.scorer,
-            base=base,
-        )
-
-    sweep = decode(PROBLEMS, batch_size=BATCH_SIZE)
-    single = decode(SINGLE_PROBLEMS, batch_size=1)
-    report = Report(
-        task.title, sweep.rows, BATCH_SIZE, MAX_NEW_TOKENS, run_facts() | {"base_model": base_name}, single.rows
-    )
+    options: dict[str, Any] = {
+        "settings": SETTINGS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "scorer": task.scorer,
+        "base": base,
+    }
+    sweep = evaluate_decoding(student, tokenizer, task.prompts, batch_size=BATCH_SIZE, **options)
+    single = evaluate_decoding(student, tokenizer, task.prompts[:SINGLE_PROBLEMS], batch_size=1, **options)
+    facts = run_facts() | {"base_model": base_name, "recipe": str(recipe)}
+    report = Report(task.title, sweep.rows, BATCH_SIZE, MAX_NEW_TOKENS, facts, single.rows)
     console.print(terminal_table(report))
-    console.print(report.caption, style="dim", highlight=False)
+    console.print(Text(report.caption), style="dim")
     written = write_report(output, report, sweep)
 
-    console.rule("3  one answer, a colour for each forward pass")
+    console.rule("3  one answer, a colour for each forward pass", align="left")
     index, answer = _answer_to_show(sweep.records[SHOWN])
     texts = block_texts(tokenizer, answer.token_ids, answer.blocks)
     console.print(Padding(Text(task.prompts[index]), (0, 2)))
@@ -107,7 +100,7 @@ def _answer_to_show(answers: list[Record]) -> tuple[int, Record]:
 
 
 def _print_next(console: Console, folder: Path, written: list[Path], *, base_name: str) -> None:
-    console.rule("what is there now")
+    console.rule("what is there now", align="left")
     for path in written:
         console.print(f"  {path}")
     console.print(f"  {folder}  (the adapted model; it carries its decoder)\n")
