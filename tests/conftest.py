@@ -74,13 +74,20 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2, "attn_implementation": "eager"},
+    "mamba2": {
+        "num_heads": 4,
+        "head_dim": 16,
+        "state_size": 8,
+        "n_groups": 1,
+        "expand": 2,
+        "attn_implementation": "eager",
+    },
 }
 _ARCHITECTURES["gemma3"] = _ARCHITECTURES["gemma3_text"]
 
 
 def _build(architecture: str, *, seed: int = 0, logit_scale: float = 3.0, context: float = 1.0) -> PreTrainedModel:
-    """A random causal LM with two layers, 64 tokens and a `config.mtp`; its logits have standard deviation `logit_scale`.
+    """A random causal LM: two layers, 64 tokens, a `config.mtp`, logits with standard deviation `logit_scale`.
 
     `context` below 1 makes all tokens' embeddings alike, so that the next token depends little on the text: then a mask
     predicts about what the token itself would have, as in a trained model, and drafts are often right.

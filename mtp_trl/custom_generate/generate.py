@@ -1,0 +1,891 @@
+"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers alone.
+
+A step feeds every row, right-aligned, the tokens whose keys and values are not cached yet and a block of masks,
+
+    [ pad | pending tokens | k - 1 masks ]
+
+and reads a block of k predictions: the first at the last pending token, the others at the masks. It accepts a prefix
+of the block, which is pending in the next step; the masks' keys and values are overwritten there. The prefill is the
+first step: the whole prompt is pending.
+
+    static k      accept all k
+    ConfAdapt     accept the longest prefix in which every token's probability reaches a threshold
+    verified      accepted tokens are drafts: the next step feeds them anyway, so the model's own predictions behind
+                  each of them are there for the reading, and drafts are returned only as far as they agree
+
+Verified text is exactly the model's own, one token per pass: greedy, or sampled with noise that depends on (seed,
+prompt, position) and on nothing else.
+
+This file is uploaded with every model as `custom_generate/generate.py`. `from_pretrained(..., trust_remote_code=True)`
+binds `generate` to the model; `attach_decoder` does so for a model in memory.
+"""
+
+# B rows of the call, A rows still alive, W columns fed, P places read, K block, V vocabulary, L columns of text,
+# H heads, T cache slots, D head size
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    GenerationMixin,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+__all__ = ["ConfAdaptLogitsProcessor", "MTPGenerateOutput", "accept_confident_prefix", "attach_decoder", "generate"]
+
+PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
+PAPER_MASK_TOKENS = "<|mtp_special_token_"  # their mask tokens; the first is the one that is fed
+SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is public
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MTPGenerateOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Attributes:
+        sequences: prompt and generated tokens, padded with pad_token_id behind each row's end, int64 [B, L].
+        block_lengths: of each row, the tokens each forward pass gave: together its generated tokens, EOS counted.
+        forward_passes: of each row, the passes while it was alive, the prefill counted, int64 [B].
+        acceleration: generated tokens per forward pass, the ratio of the sums over rows.
+    """
+
+    sequences: Tensor | None = None
+    block_lengths: list[list[int]] | None = None
+    forward_passes: Tensor | None = None
+    acceleration: float | None = None
+
+
+def accept_confident_prefix(probs_BK: Tensor, *, threshold: float) -> Tensor:
+    """Places to accept, int64 [B]: the longest prefix whose probabilities all reach `threshold`, and at least one."""
+    return (probs_BK >= threshold).long().cumprod(-1).sum(-1).clamp(min=1)
+
+
+class ConfAdaptLogitsProcessor(LogitsProcessor):
+    """Bar the ids that are never emitted, and record the distribution from which acceptance reads the confidence.
+
+    Applied before every other processor, at each place of a block. Scores are [B, V] (one place) or [B, P, V].
+
+    Attributes:
+        probs: the distribution of the last call, float32, before any other processor and without temperature.
+    """
+
+    probs: Tensor
+
+    def __init__(self, barred_token_ids: Sequence[int]) -> None:
+        self.barred = torch.tensor(list(barred_token_ids), dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Scores in float32 with the barred ids at -inf."""
+        self.barred = self.barred.to(scores.device)
+        scores = scores.float().index_fill(-1, self.barred, -torch.inf)
+        self.probs = scores.softmax(-1)
+        return scores
+
+    def confidence(self, tokens: Tensor) -> Tensor:
+        """Probability of the tokens actually emitted; `tokens` has the scores' shape without V."""
+        return self.probs.gather(-1, tokens[..., None])[..., 0]
+
+
+def generate(
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    synced_gpus: bool | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    streamer: BaseStreamer | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    *,
+    model: PreTrainedModel,
+    confadapt: float | None = None,
+    mtp_k: int | None = None,
+    verify: bool | None = None,
+    mtp_token_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> Tensor | MTPGenerateOutput:
+    """`GenerationMixin.generate`, several tokens per forward pass. Arguments not listed here mean what they mean there.
+
+    Args:
+        inputs: prompts, int64 [B, L], padded on the left; `attention_mask` tells tokens from padding.
+        generation_config: may carry `confadapt`, `mtp_k` and `verify`, as the model's own may.
+        model: bound by `from_pretrained` and `attach_decoder`.
+        confadapt: probability in [0, 1] that every token of an accepted block must reach; 0 accepts whole blocks
+            (static k). None: the repository's default, else static k.
+        mtp_k: largest block; 1 is plain decoding. None: the block size trained.
+        verify: return exactly the model's own text. None: the repository's default, else False.
+        mtp_token_id: the mask token, for checkpoints that carry no `config.mtp`; with `tokenizer` it is found by name.
+        tokenizer: needed for `stop_strings`.
+
+    Returns:
+        Tokens int64 [B, L], or `MTPGenerateOutput` with `return_dict_in_generate=True`.
+
+    Raises:
+        ValueError: for values out of range and for what multi-token decoding cannot do.
+    """
+    _refuse_arguments(
+        model,
+        synced_gpus=synced_gpus,
+        assistant_model=assistant_model,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+        **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "past_key_values", "position_ids")},
+    )
+    stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
+    request = _Request(confadapt, mtp_k, verify, mtp_token_id, tokenizer, streamer)
+    with _eval_mode(model):
+        output: Tensor | MTPGenerateOutput = GenerationMixin.generate(
+            model,
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            streamer=streamer,
+            custom_generate=functools.partial(_decode, request=request),
+            **kwargs,
+        )
+    return output
+
+
+def attach_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Make `model.generate` this module's. Of a PEFT model its base is bound, which `PeftModel.generate` calls."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.generate = functools.partial(generate, model=base)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prefill, decode, verify
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    request: _Request,
+    **model_kwargs: Any,
+) -> Tensor | MTPGenerateOutput:
+    """The loop that `GenerationMixin.generate` calls, with everything of its own already merged and prepared."""
+    _refuse_generation_config(generation_config)
+    _refuse_model_inputs(model_kwargs)
+    settings = _settings(model, request, generation_config)
+    seed = int(torch.randint(2**62, ()).item()) if generation_config.do_sample else None
+    stops = _Stops(stopping_criteria)
+    rows = _rows(input_ids, model_kwargs.get("attention_mask"), max_length=stops.max_length, seed=seed)
+    if request.streamer is not None and len(rows) > 1:
+        raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
+
+    text = _Text(input_ids, rows, pad_token_id=_pad_token_id(generation_config))
+    forward = _forward_pass(model, settings, rows)
+    choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
+    alive = list(rows)
+    while alive:
+        logits_APV = forward(alive)
+        for row, (own, accepted) in zip(alive, choose(logits_APV, alive), strict=True):
+            row.advance(own, accepted, verify=settings.verify, eos=stops.eos)
+        stops(alive, text)
+        for row in alive:
+            fresh = row.close_step()
+            if request.streamer is not None:
+                request.streamer.put(torch.tensor(fresh))
+        alive = forward.drop_finished(alive)
+
+    if request.streamer is not None:
+        request.streamer.end()
+    return _output(rows, text) if generation_config.return_dict_in_generate else text.tensor()
+
+
+@dataclass
+class _Row:
+    """One sequence on its way: what is certain, what is drafted, what lies in the cache."""
+
+    index: int  # in the caller's batch
+    tokens: list[int]  # prompt and generated tokens: certain, never retracted
+    limit: int  # of len(tokens)
+    noise_key: int  # what its random numbers depend on, beside the position
+    prompt_length: int = 0
+    committed: int = 0  # leading tokens whose keys and values are cached
+    drafts: list[int] = field(default_factory=list)  # verified decoding: accepted, to be verified in the next step
+    block_lengths: list[int] = field(default_factory=list)
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt_length = self.closed = len(self.tokens)
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens to feed: not cached yet."""
+        return self.tokens[self.committed :] + self.drafts
+
+    @property
+    def end(self) -> int:
+        """Position that the block's first prediction is for."""
+        return len(self.tokens) + len(self.drafts)
+
+    def advance(self, own: list[int], accepted: int, *, verify: bool, eos: frozenset[int]) -> None:
+        """Verify the drafts, then take the block: `own[i]` is the model's choice after i drafts, then the block."""
+        confirmed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.drafts, own, strict=False)))
+        block = own[confirmed : confirmed + accepted] if confirmed == len(self.drafts) else [own[confirmed]]
+        certain = 1 if verify else len(block)
+        fresh = self.drafts[:confirmed] + block[:certain]
+        self.committed = len(self.tokens) + confirmed
+        self.tokens += _through_first(fresh[: self.limit - len(self.tokens)], eos)
+        self.done = self.tokens[-1] in eos or len(self.tokens) == self.limit
+        # The pass that would verify a last token gives that token anyway: it need not be fed.
+        self.drafts = _before_first(block[certain:][: self.limit - len(self.tokens) - 1], eos)
+
+    def stop_at(self, length: int) -> None:
+        """End with `length` tokens: a stopping criterion held there."""
+        del self.tokens[length:]
+        self.done = True
+
+    def close_step(self) -> list[int]:
+        """Book what the step gave, and return it."""
+        fresh = self.tokens[self.closed :]
+        self.closed = len(self.tokens)
+        self.block_lengths.append(len(fresh))
+        if self.done:
+            self.drafts = []
+        return fresh
+
+
+def _through_first(tokens: list[int], stops: frozenset[int]) -> list[int]:
+    before = _before_first(tokens, stops)
+    return tokens[: len(before) + 1]
+
+
+def _before_first(tokens: list[int], stops: frozenset[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in stops, tokens))
+
+
+def _rows(input_ids: Tensor, attention_mask: Tensor | None, *, max_length: int, seed: int | None) -> list[_Row]:
+    """Rows without their padding. A row's noise depends on its own prompt, so not on what else is in the batch."""
+    width = input_ids.shape[1]
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows, copies = [], Counter[tuple[int, ...]]()
+    for index, (ids, keep) in enumerate(zip(input_ids.tolist(), real.bool().tolist(), strict=True)):
+        prompt = [token for token, kept in zip(ids, keep, strict=True) if kept]
+        if not prompt:
+            raise ValueError(f"Row {index} of the batch has no tokens; its attention_mask is 0 everywhere.")
+        key = 0
+        if seed is not None:
+            copies[tuple(prompt)] += 1
+            key = _digest(f"{seed} {copies[tuple(prompt)]} {prompt}")
+        rows.append(_Row(index, prompt, limit=len(prompt) + max(1, max_length - width), noise_key=key))
+    return rows
+
+
+def _output(rows: list[_Row], text: _Text) -> MTPGenerateOutput:
+    passes = [len(row.block_lengths) for row in rows]
+    return MTPGenerateOutput(
+        sequences=text.tensor(),
+        block_lengths=[row.block_lengths for row in rows],
+        forward_passes=torch.tensor(passes),
+        acceleration=sum(sum(row.block_lengths) for row in rows) / sum(passes),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass: [pad | pending | masks] through a cache in which every row has its own offset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _forward_pass(model: PreTrainedModel, settings: _Settings, rows: list[_Row]) -> _CachedForward | _UncachedForward:
+    if _is_cacheable(model):
+        return _CachedForward(model, settings, rows)
+    warnings.warn(
+        f"{type(model).__name__} has layers whose state cannot forget the masks again (recurrent layers), or takes no "
+        "position_ids: it is decoded correctly but without a cache, which is slow for long texts.",
+        stacklevel=2,
+    )
+    return _UncachedForward(model, settings)
+
+
+def _is_cacheable(model: PreTrainedModel) -> bool:
+    """Whether attention with keys and values per position is all that mixes tokens."""
+    if not model._supports_default_dynamic_cache() or not _accepts(model, "position_ids"):
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class _Forward:
+    """Logits of a step at the places that are read: behind every draft, and the block."""
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings) -> None:
+        self.model = model
+        self.k = settings.k
+        self.masks = [settings.mask_token_id] * (settings.k - 1)
+        self.constants = {"return_dict": True}
+        if _accepts(model, "output_router_logits"):
+            self.constants["output_router_logits"] = False  # the load-balancing loss fails on ready masks
+        self.trims_logits = _accepts(model, "logits_to_keep")
+
+    def run(self, alive: list[_Row], **inputs: Any) -> Tensor:
+        """Logits [A, P, V]. Rows are right-aligned, so the masks are the last k - 1 columns of every row."""
+        places = self.k + max(len(row.drafts) for row in alive)
+        if self.trims_logits:
+            inputs["logits_to_keep"] = places
+        logits: Tensor = self.model(**inputs, **self.constants).logits
+        return logits[:, -places:]
+
+
+class _CachedForward(_Forward):
+    """Feeds what is not cached yet. In every row slot = position; padding writes to a slot that nobody reads."""
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings, rows: list[_Row]) -> None:
+        super().__init__(model, settings)
+        self.trash = max(row.limit for row in rows)
+        self.placement = _Placement(slots=self.trash + 1)
+        depth = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+        self.layers = [_RowOffsetLayer(self.placement) for _ in range(depth)]
+        self.cache = Cache(layers=self.layers)
+        self.attention = _Attention(model, slots=self.trash + 1)
+
+    def __call__(self, alive: list[_Row]) -> Tensor:
+        width = max(len(row.pending) for row in alive) + self.k - 1
+        columns = [self.columns(row, width) for row in alive]
+        ids, positions, slots = torch.tensor(columns, device=self.model.device).unbind(1)
+        last = max(min(row.end + self.k - 1, row.limit) for row in alive)
+        top = min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
+        self.placement.place(slots, top=top)
+        return self.run(
+            alive,
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self.attention.masks(positions, top=top),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+    def columns(self, row: _Row, width: int) -> tuple[list[int], list[int], list[int]]:
+        """Ids, positions and slots of one row: [pad | pending | masks]. Masks beyond its limit are padding too."""
+        fed = row.pending + self.masks
+        places = list(range(row.committed, min(row.committed + len(fed), row.limit)))
+        before, behind = width - len(fed), len(fed) - len(places)
+        ids = [0] * before + fed
+        positions = [0] * before + places + [0] * behind
+        slots = [self.trash] * before + places + [self.trash] * behind
+        return ids, positions, slots
+
+    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
+        """The last row takes the place of a finished one: nothing else moves, and the batch shrinks."""
+        for place in reversed(range(len(alive))):
+            if alive[place].done:
+                alive[place] = alive[-1]
+                alive.pop()
+                for layer in self.layers:
+                    layer.replace_row(place)
+        return alive
+
+
+class _UncachedForward(_Forward):
+    """Feeds every row whole in every step, padded on the left."""
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings) -> None:
+        super().__init__(model, settings)
+        self.takes_positions = _accepts(model, "position_ids")
+
+    def __call__(self, alive: list[_Row]) -> Tensor:
+        fed = [row.tokens + row.drafts + self.masks for row in alive]
+        width = max(map(len, fed))
+        device = self.model.device
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
+        inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
+        return self.run(alive, input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+
+    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
+        return [row for row in alive if not row.done]
+
+
+class _Placement:
+    """Where the keys and values of a step go: set once per step, read by every layer."""
+
+    def __init__(self, *, slots: int) -> None:
+        self.slots = slots
+
+    def place(self, slots_AW: Tensor, *, top: int) -> None:
+        self.slots_AW, self.top = slots_AW, top
+        self.flat: dict[tuple[int, torch.device], Tensor] = {}
+
+    def index(self, heads: int, device: torch.device) -> Tensor:
+        """Rows of a cache [A, H, T, D] seen as [A * H * T, D] that the step's [A, H, W] vectors go to."""
+        if (heads, device) not in self.flat:
+            slots_AW = self.slots_AW.to(device)
+            rows = torch.arange(len(slots_AW) * heads, device=device) * self.slots
+            self.flat[heads, device] = (rows.view(-1, heads, 1) + slots_AW[:, None]).flatten()
+        return self.flat[heads, device]
+
+
+class _RowOffsetLayer(StaticLayer):
+    """Keys and values [A, H, T, D], allocated once. Sliding layers keep all positions: the window is in the mask."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, placement: _Placement) -> None:
+        super().__init__(max_cache_len=placement.slots)
+        self.placement = placement
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write [A, H, W, D] to the step's slots; returns the slots in use, [A, H, top, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        index, top = self.placement.index(key_states.shape[1], key_states.device), self.placement.top
+        for cache, states in ((self.keys, key_states), (self.values, value_states)):
+            size = states.shape[-1]
+            cache.view(-1, size).index_copy_(0, index, states.reshape(-1, size))
+        return self.keys.narrow(2, 0, top), self.values.narrow(2, 0, top)
+
+    def replace_row(self, target: int) -> None:
+        """The last row takes the place of row `target`."""
+        if target < len(self.keys) - 1:
+            self.keys[target], self.values[target] = self.keys[-1], self.values[-1]
+        self.keys, self.values = self.keys[:-1], self.values[:-1]
+
+
+class _Attention:
+    """Masks of a step: causal in positions, with each layer type's window, in the form the attention backend takes."""
+
+    def __init__(self, model: PreTrainedModel, *, slots: int) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} cannot express a mask per row; call "
+                "model.set_attn_implementation('sdpa') (or 'eager' for models that refuse sdpa) before generate."
+            )
+        # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1.
+        self.dtype = model.dtype if config._attn_implementation == "eager" else None
+        self.slots_T = torch.arange(slots, device=model.device)
+        self.window: Any = getattr(config, "sliding_window", None)
+        self.chunk: Any = getattr(config, "attention_chunk_size", None)
+        # As in transformers' create_masks_for_generate: several masks where a config names its layers, else one.
+        self.layer_types = sorted(set(config.layer_types)) if hasattr(config, "layer_types") else None
+        uniform = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
+        self.uniform_type = uniform
+
+    def masks(self, positions_AW: Tensor, *, top: int) -> Tensor | dict[str, Tensor]:
+        """[A, 1, W, top], or a dict of them by layer type."""
+        queries, slots = positions_AW[:, None, :, None], self.slots_T[:top]
+        causal = slots <= queries
+        if self.layer_types is None:
+            return self._mask(self.uniform_type, causal, queries, slots)
+        return {kind: self._mask(kind, causal, queries, slots) for kind in self.layer_types}
+
+    def _mask(self, kind: str, allowed: Tensor, queries: Tensor, slots: Tensor) -> Tensor:
+        if kind == "sliding_attention":
+            allowed = allowed & (slots > queries - self.window)
+        elif kind == "chunked_attention":
+            allowed = allowed & (slots // self.chunk == queries // self.chunk)
+        if self.dtype is None:
+            return allowed
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+
+
+def _accepts(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From logits to tokens: processors, acceptance, sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Processors that look at the scores of one place and at nothing else: one call serves all places of all rows.
+_POINTWISE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+class _Choice:
+    """The token chosen at every place that is read, and how many places of the block are accepted."""
+
+    def __init__(self, settings: _Settings, processors: LogitsProcessorList, text: _Text, *, sampling: bool) -> None:
+        self.k = settings.k
+        self.threshold = settings.threshold
+        # Verified: every place is drawn. Otherwise only a block of length one is, and longer blocks are the argmax.
+        self.draw_all = sampling and settings.verify
+        self.draw_single = sampling and not settings.verify
+        self.confadapt = ConfAdaptLogitsProcessor(settings.barred_token_ids)
+        self.processors = list(processors)
+        self.at_once = all(type(processor) in _POINTWISE for processor in self.processors)
+        self.text = text
+
+    def __call__(self, logits_APV: Tensor, alive: list[_Row]) -> Iterator[tuple[list[int], int]]:
+        """Of each row, the choices behind its drafts and in the block, and the length accepted."""
+        if self.at_once:
+            chosen_AP, probs_AK, first_AV = self._all_places(logits_APV, alive)
+        else:
+            chosen_AP, probs_AK, first_AV = self._place_by_place(logits_APV, alive)
+        accepted_A = accept_confident_prefix(probs_AK, threshold=self.threshold)
+        single_A = _draw(first_AV, alive, first=0) if self.draw_single else chosen_AP[:, -self.k]
+        # The one place where a step waits for the device.
+        host = torch.cat([chosen_AP, accepted_A[:, None], single_A[:, None]], 1).tolist()
+        for row, (*chosen, accepted, single) in zip(alive, host, strict=True):
+            own = chosen[-self.k - len(row.drafts) :]
+            accepted = min(accepted, row.limit - len(row.tokens))
+            yield ([single, *own[1:]] if self.draw_single and accepted == 1 else own), accepted
+
+    def _all_places(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+        scores_APV = self.confadapt(None, logits_APV)
+        for processor in self.processors:
+            scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
+        if self.draw_all:
+            chosen_AP = _draw(scores_APV, alive, first=self.k - scores_APV.shape[1])
+        else:
+            chosen_AP = scores_APV.argmax(-1)
+        return chosen_AP, self.confadapt.confidence(chosen_AP)[:, -self.k :], scores_APV[:, -self.k]
+
+    def _place_by_place(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left to right, each place with the tokens before it: what processors that read `input_ids` need."""
+        chosen_AP = logits_APV.new_zeros(logits_APV.shape[:2], dtype=torch.long)
+        probs_AP = torch.zeros_like(chosen_AP, dtype=torch.float32)
+        first_AV = torch.zeros_like(logits_APV[:, 0], dtype=torch.float32)
+        history_BL = self.text.tensor(room=self.k)
+        for place in range(logits_APV.shape[1]):
+            offset = place - (logits_APV.shape[1] - self.k)  # in the block; before 0, behind a draft
+            for length, members in self.text.by_length(alive, offset).items():
+                scores_MV, probs_MV = self._processed(history_BL[:, :length], logits_APV[:, place], alive, members)
+                rows = [alive[member] for member in members]
+                picked_M = _draw(scores_MV, rows, first=offset) if self.draw_all else scores_MV.argmax(-1)
+                chosen_AP[members, place] = picked_M
+                probs_AP[members, place] = probs_MV.gather(-1, picked_M[:, None])[:, 0]
+                if offset >= 0:
+                    history_BL[[row.index for row in rows], length] = picked_M.to(history_BL.device)
+                if offset == 0:
+                    first_AV[members] = scores_MV
+        return chosen_AP, probs_AP[:, -self.k :], first_AV
+
+    def _processed(
+        self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row], members: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and own probabilities of some rows. Processors see the whole batch, in which they may count rows."""
+        scores_BV = logits_AV.new_zeros((len(history_BL), logits_AV.shape[1]))
+        scores_BV[[row.index for row in alive]] = logits_AV
+        scores_BV = self.confadapt(history_BL, scores_BV)
+        for processor in self.processors:
+            scores_BV = processor(history_BL, scores_BV)
+        rows = [alive[member].index for member in members]
+        return scores_BV[rows], self.confadapt.probs[rows]
+
+
+def _draw(scores: Tensor, rows: list[_Row], *, first: int) -> Tensor:
+    """Tokens drawn from softmax(scores) [A, V] or [A, P, V] by the Gumbel trick; `first` is their first place's offset.
+
+    A mask's distribution and the model's own at the same position meet the same noise, so that drafts agree with what
+    verification draws as often as the two distributions do.
+    """
+    keys = torch.tensor([row.noise_key for row in rows], device=scores.device)
+    ends = torch.tensor([row.end + first for row in rows], device=scores.device)
+    if scores.ndim == 3:
+        keys, ends = keys[:, None], ends[:, None] + torch.arange(scores.shape[1], device=scores.device)
+    return (scores + _gumbel(keys, ends, scores.shape[-1])).argmax(-1)
+
+
+def _gumbel(keys: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise [..., size], float32: a function of key and position alone, on any device (SplitMix64)."""
+    streams = _mix(keys + _mix(positions))[..., None]
+    bits = _mix(streams + _signed(0x9E3779B97F4A7C15) * torch.arange(1, size + 1, device=keys.device))
+    uniform = (bits & (2**63 - 1) | 1).float() * 2.0**-63
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap around."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class _Text:
+    """The caller's batch with what has been generated, as processors, criteria and the caller see it: [B, L]."""
+
+    def __init__(self, input_ids: Tensor, rows: list[_Row], *, pad_token_id: int) -> None:
+        self.input_ids, self.rows, self.pad = input_ids, rows, pad_token_id
+
+    def tensor(self, *, room: int = 0) -> Tensor:
+        """Prompts as they came, generated tokens and drafts, padding; `room` columns more than the longest row."""
+        generated = [row.tokens[row.prompt_length :] + row.drafts for row in self.rows]
+        width = max(map(len, generated)) + room
+        padded = [tokens + [self.pad] * (width - len(tokens)) for tokens in generated]
+        return torch.cat([self.input_ids, torch.tensor(padded, device=self.input_ids.device).view(-1, width)], 1)
+
+    def width(self, row: _Row, tokens: int) -> int:
+        """Columns up to and with the first `tokens` tokens of a row."""
+        return self.input_ids.shape[1] - row.prompt_length + tokens
+
+    def by_length(self, alive: list[_Row], offset: int) -> dict[int, list[int]]:
+        """Rows that have a place at `offset` (0 begins the block, before it are drafts), by the columns before it."""
+        groups: dict[int, list[int]] = {}
+        for member, row in enumerate(alive):
+            if offset >= -len(row.drafts):
+                groups.setdefault(self.width(row, row.end + offset), []).append(member)
+        return groups
+
+
+class _Stops:
+    """EOS ids and the longest length, read from transformers' criteria; the other criteria are asked at every token."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        eos = [criterion.eos_token_id.tolist() for criterion in criteria if type(criterion) is EosTokenCriteria]
+        self.eos = frozenset(token for ids in eos for token in ids)
+        self.max_length: int = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self.others = StoppingCriteriaList(c for c in criteria if type(c) not in known)
+
+    def __call__(self, alive: list[_Row], text: _Text) -> None:
+        """Ask once per new token and length, on the columns that one token per pass would have shown, and truncate."""
+        if not self.others:
+            return
+        history_BL = text.tensor()
+        reached: dict[int, list[tuple[_Row, int]]] = {}
+        for row in alive:
+            for length in range(row.closed + 1, len(row.tokens) + 1):
+                reached.setdefault(text.width(row, length), []).append((row, length))
+        for width in sorted(reached):
+            going = [(row, length) for row, length in reached[width] if length <= len(row.tokens)]
+            if going:
+                verdicts = self.others(history_BL[:, :width], None).tolist()
+                for row, length in going:
+                    if verdicts[row.index]:
+                        row.stop_at(length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call: defaults, checks, refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Arguments of the call that transformers does not know or does not pass on."""
+
+    confadapt: float | None
+    mtp_k: int | None
+    verify: bool | None
+    mtp_token_id: int | None
+    tokenizer: PreTrainedTokenizerBase | None
+    streamer: BaseStreamer | None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a call comes to: block size, threshold (0 is static k), verification, and the ids that matter."""
+
+    k: int
+    threshold: float
+    verify: bool
+    mask_token_id: int
+    barred_token_ids: tuple[int, ...]
+
+
+def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfig) -> _Settings:
+    """The call's own values, else those of generation_config, else the defaults."""
+
+    def value(name: str, default: Any) -> Any:
+        given = getattr(request, name)
+        return given if given is not None else found if (found := getattr(config, name, None)) is not None else default
+
+    mtp = _mask_tokens(model, request)
+    k = _checked_k(value("mtp_k", mtp["k_max"]))
+    if k > mtp["k_max"]:
+        warnings.warn(f"mtp_k={k} is more than the block size trained, {mtp['k_max']}; use at most that.", stacklevel=2)
+    if k > 1 and mtp["mask_token_id"] is None:
+        raise ValueError(
+            f"{type(model).__name__} has no mask token: its config carries no `mtp`. Pass mtp_token_id=, or tokenizer= "
+            f"if it has {PAPER_MASK_TOKENS}0|> or <|mtp|>; or decode one token per pass with mtp_k=1."
+        )
+    verify = value("verify", False)
+    if not isinstance(verify, bool):
+        raise ValueError(f"verify must be True or False, got {verify!r}.")
+    threshold = _checked_threshold(value("confadapt", 0.0))
+    return _Settings(k, threshold, verify, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
+
+
+def _checked_k(k: Any) -> int:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"mtp_k must be a whole number >= 1, got {k!r}; 1 decodes one token per pass.")
+    return k
+
+
+def _checked_threshold(threshold: Any) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise ValueError(
+            f"confadapt must be a probability in [0, 1], got {threshold!r}; 0.9 is usual, 0 accepts whole blocks."
+        )
+    return float(threshold)
+
+
+def _mask_tokens(model: PreTrainedModel, request: _Request) -> dict[str, Any]:
+    """`config.mtp`, or the same made from `mtp_token_id` or from the tokenizer's token names."""
+    if (recorded := getattr(model.config, "mtp", None)) is not None:
+        if request.mtp_token_id not in (None, recorded["mask_token_id"]):
+            raise ValueError(
+                f"mtp_token_id={request.mtp_token_id} contradicts config.mtp, whose mask token is "
+                f"{recorded['mask_token_id']}; leave mtp_token_id out."
+            )
+        return dict(recorded)
+    barred = _mask_ids_by_name(request.tokenizer)
+    mask = request.mtp_token_id
+    if mask is None:
+        mask = barred[0] if barred else None
+    elif isinstance(mask, bool) or not 0 <= mask < model.config.get_text_config().vocab_size:
+        rows = model.config.get_text_config().vocab_size
+        raise ValueError(f"mtp_token_id must be a row of the vocabulary, 0 to {rows - 1}, got {mask!r}.")
+    return {
+        "mask_token_id": mask,
+        "barred_token_ids": sorted({*barred, *([] if mask is None else [mask])}),
+        "k_max": PAPER_K_MAX,
+    }
+
+
+def _mask_ids_by_name(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Ids of a tokenizer's mask tokens; the first is the one that is fed."""
+    vocabulary: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    ours = [vocabulary["<|mtp|>"]] if "<|mtp|>" in vocabulary else []
+    return ours + [vocabulary[name] for name in sorted(vocabulary) if name.startswith(PAPER_MASK_TOKENS)]
+
+
+def _pad_token_id(config: GenerationConfig) -> int:
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    return next((int(token) for token in (config.pad_token_id, eos) if token is not None), 0)
+
+
+def _with_stop_strings(
+    criteria: StoppingCriteriaList | None,
+    kwargs: dict[str, Any],
+    generation_config: GenerationConfig | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> StoppingCriteriaList:
+    """The criterion for `stop_strings`, built here: transformers gives a custom loop no tokenizer and raises."""
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+    found = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs)]
+    stop_strings = next((strings for strings in found if strings is not None), None)
+    kwargs["stop_strings"] = None
+    criteria = StoppingCriteriaList(criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer= to generate.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return criteria
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and caches on, as in evaluation; every module is left in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+_PLAIN = "leave it out, or decode one token per pass with transformers' own GenerationMixin.generate(model, ...)"
+_UNSUPPORTED: dict[str, Any] = {  # of GenerationConfig, with the value that asks for nothing
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "token_healing": False,
+    "prefill_chunk_size": None,
+    "use_cache": True,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def _refuse_arguments(model: PreTrainedModel, **arguments: Any) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; multi-token decoding takes a causal LM.")
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}= does not go with multi-token decoding: {_PLAIN}.")
+
+
+def _refuse_generation_config(config: GenerationConfig) -> None:
+    for name, nothing in _UNSUPPORTED.items():
+        if (value := getattr(config, name, None)) is not None and value != nothing:
+            raise ValueError(f"{name}={value!r} does not go with multi-token decoding: {_PLAIN}.")
+
+
+def _refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
+    """Whatever is left beside the text would be ignored: images, token types, ..."""
+    known = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+    for name, value in model_kwargs.items():
+        if name not in known and value is not None:
+            raise ValueError(f"{name}= would be ignored, input_ids and attention_mask are all that is read: {_PLAIN}.")
