@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,10 @@ class MTPDistillConfig(DistillationConfig):
     muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL's own default, under a name that transformers has deprecated
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            super().__post_init__()
         if self.k_min < 2 or self.k_max < self.k_min:
             raise ValueError(
                 f"Block sizes need 2 <= k_min <= k_max, got k_min={self.k_min} and k_max={self.k_max}; "

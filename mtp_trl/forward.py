@@ -40,11 +40,18 @@ def check_attention_backend(model: PreTrainedModel) -> None:
         )
 
 
-def attention_masks(config: PretrainedConfig, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def attention_masks(
+    config: PretrainedConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    queries: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor | dict[str, Tensor]:
     """The mask argument that this architecture's forward expects, in its attention backend's own form.
 
     A config with `layer_types` wants a dict by layer type, any other one mask (one tensor for mixed layers would be
-    silently wrong). Windows and chunks are measured in positions.
+    silently wrong). Windows and chunks are measured in positions. `queries` and `keys` choose columns of a packed layout.
     """
     if layout.allowed_XTT is None:
         return layout.valid_XT.long()
@@ -58,7 +65,7 @@ def attention_masks(config: PretrainedConfig, layout: Layout, dtype: torch.dtype
             allowed = window_by_position(full, positions, window=window)
         elif layer_type == "chunked_attention":
             allowed = chunk_by_position(full, positions, chunk=chunk)
-        return _backend_mask(config, allowed, dtype)
+        return _backend_mask(config, allowed[:, queries, keys], dtype)
 
     if hasattr(config, "layer_types"):
         return {layer_type: mask_of(layer_type) for layer_type in set(config.layer_types)}
@@ -69,11 +76,11 @@ def attention_masks(config: PretrainedConfig, layout: Layout, dtype: torch.dtype
 
 def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype) -> Tensor:
     build = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
-    rows, length, _ = allowed.shape
+    rows, query_count, key_count = allowed.shape
     mask: Tensor = build(
         batch_size=rows,
-        q_length=length,
-        kv_length=length,
+        q_length=query_count,
+        kv_length=key_count,
         mask_function=lambda row, head, query, key: allowed[row, query, key],
         allow_is_causal_skip=False,
         dtype=dtype,

@@ -58,7 +58,7 @@ def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: b
     config._from_model_config = False  # otherwise transformers drops the extras when the file is read back
 
 
-def provenance(*, base_model: str, args: MTPDistillConfig) -> dict[str, Any]:
+def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str) -> dict[str, Any]:
     """Who made this model: base, command, settings, versions, hardware, date. No secrets."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     settings = {
@@ -68,6 +68,7 @@ def provenance(*, base_model: str, args: MTPDistillConfig) -> dict[str, Any]:
     }
     return {
         "base_model": base_model,
+        "mask_token": mask_token,
         "objective": args.objective,
         "k_min": args.k_min,
         "k_max": args.k_max,

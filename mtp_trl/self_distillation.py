@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +63,46 @@ class PassOutput:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-TeacherRunner = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
+class Reader(Protocol):
+    """Student and teacher reading a layout. `student` and `teacher` are causal LMs whose output heads are applied to it."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    base_reads_text: bool  # exact mode: place 1 is the base's own prediction and is not trained
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """Hidden states [X * T, H] with masks in the slots, with gradient."""
+
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """Hidden states [X * T, H] with `ids_XT` in the slots, without gradient; None where no teacher runs."""
+
+
+@dataclass
+class WholeRows:
+    """Student and teacher that read whole rows: full fine-tuning, or adapters that act everywhere.
+
+    Attributes:
+        run_teacher: calls a function of the teacher in the teacher's state (frozen copy, or adapters off) without
+            gradient; None where the objective needs no teacher.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    run_teacher: Callable[[Callable[[PreTrainedModel], Tensor]], Tensor] | None
+    base_reads_text: bool = False
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """See `Reader`."""
+        return hidden_states(self.student, layout.ids_XT, layout, self._masks(layout))
+
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """See `Reader`."""
+        if self.run_teacher is None:
+            return None
+        return self.run_teacher(lambda model: hidden_states(model, ids_XT, layout, self._masks(layout)))
+
+    def _masks(self, layout: Layout) -> Tensor | dict[str, Tensor]:
+        return attention_masks(self.student.config, layout, self.student.dtype)
 
 
 def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTPDistillConfig) -> Layout:
@@ -86,35 +126,18 @@ def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTP
     )
 
 
-def distillation_pass(
-    student: PreTrainedModel,
-    run_teacher: TeacherRunner | None,
-    teacher: PreTrainedModel,
-    batch: Batch,
-    tokens: Tokens,
-    args: MTPDistillConfig,
-) -> PassOutput:
-    """Loss and statistics of one micro-batch.
-
-    Args:
-        student: the causal LM being trained (PEFT wrappers taken off; its layers carry the adapters).
-        run_teacher: calls a function of the teacher in the teacher's state (frozen copy, or adapters off), without
-            gradient; None where the objective needs no teacher.
-        teacher: whose output head reads the teacher's hidden states.
-    """
+def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDistillConfig) -> PassOutput:
+    """Loss and statistics of one micro-batch."""
+    student, teacher = reader.student, reader.teacher
     layout = build_layout(student, batch, tokens, args)
-    masks = attention_masks(student.config, layout, student.dtype)
-    hidden = hidden_states(student, layout.ids_XT, layout, masks)
+    hidden = reader.read_student(layout)
     read_P = layout.read_BRK[layout.drawn_BRK]
     student_PH = hidden[read_P]
     rollout_P, confidence_P, entropy = _rollout(student, student_PH, tokens, args.logits_chunk_size)
     rollout_BRK = _scatter(rollout_P, layout.drawn_BRK)
+    teacher_hidden = reader.read_teacher(layout, student_forced_ids(layout, rollout_BRK))
 
     truth_BRK, in_text_BRK = _ground_truth(batch, layout)
-    teacher_hidden: Tensor | None = None
-    if run_teacher is not None:
-        forced = student_forced_ids(layout, rollout_BRK)
-        teacher_hidden = run_teacher(lambda model: hidden_states(model, forced, layout, masks))
     losses_P, target_P, reward_P = _losses(
         student, teacher, student_PH, None if teacher_hidden is None else teacher_hidden[read_P],
         rollout_P, truth_BRK[layout.drawn_BRK], tokens, args,
@@ -123,7 +146,9 @@ def distillation_pass(
     target_BRK = _scatter(target_P, layout.drawn_BRK)
     counted_BRK = layout.drawn_BRK & in_text_BRK if args.objective == "ground_truth" else layout.drawn_BRK
     valid_BRK = places_with_loss(rollout_BRK, target_BRK, counted_BRK, eos_ids=tokens.eos)
-    loss = torch.where(valid_BRK[layout.drawn_BRK], losses_P, 0.0).sum()
+    trained_BRK = valid_BRK.clone()
+    trained_BRK[..., 0] &= not reader.base_reads_text
+    loss = torch.where(trained_BRK[layout.drawn_BRK], losses_P, 0.0).sum()
     output = PassOutput(loss=loss, prefix_kl=loss.new_zeros(()))
     output.sums = block_sums(
         _scatter(confidence_P, layout.drawn_BRK),
@@ -134,8 +159,10 @@ def distillation_pass(
     )
     output.sums["entropy"] = entropy
     output.sums["drawn"] = layout.drawn_BRK.sum().float()
-    if teacher_hidden is not None:
-        output.prefix_kl, agree, compared = _prefix_drift(student, teacher, hidden, teacher_hidden, batch, layout, tokens, args)
+    if teacher_hidden is not None and not reader.base_reads_text:
+        output.prefix_kl, agree, compared = _prefix_drift(
+            student, teacher, hidden, teacher_hidden, batch, layout, tokens, args
+        )
         output.sums |= {"drift_kl": output.prefix_kl.detach(), "drift_agree": agree, "drift_places": compared}
     return output
 

@@ -33,7 +33,7 @@ from .mask_token import add_mask_token
 from .objective import block_metrics
 from .optimizer import muon_adamw
 from .regions import Regions, compact_left_padding, row_generator, sample_regions
-from .self_distillation import Batch, PassOutput, Tokens, distillation_pass
+from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -83,7 +83,6 @@ class MTPDistillTrainer(DistillationTrainer):
         eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
         _check_one_step(train_dataset, args)
 
-        self.provenance = hub.provenance(base_model=name, args=args)
         load = _loader(model, args, quantization_config) if isinstance(model, str) else None
         student = load() if load else model
         teacher = None
@@ -92,6 +91,7 @@ class MTPDistillTrainer(DistillationTrainer):
         self._mask_id = add_mask_token(
             causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed
         )
+        self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if peft_config is not None:
             peft_config = _with_mask_row(peft_config, causal, self._mask_id)
         elif not is_peft_model(student):
@@ -189,11 +189,7 @@ class MTPDistillTrainer(DistillationTrainer):
         batch = Batch(
             inputs["clean_ids"], inputs["prompt_lengths"], inputs["lengths"], Regions(inputs["anchors"], inputs["sizes"])
         )
-        student = _causal_lm(unwrapped_student)
-        teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-        with_teacher = self.args.objective != "ground_truth" or not self.model.training
-        run_teacher = self._teacher_runner(unwrapped_student) if with_teacher else None
-        output = distillation_pass(student, run_teacher, teacher, batch, self._tokens, self.args)
+        output = distillation_pass(self._reader(unwrapped_student), batch, self._tokens, self.args)
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
@@ -202,9 +198,16 @@ class MTPDistillTrainer(DistillationTrainer):
         else:
             loss = output.loss / num_items_in_batch
             clean = inputs["num_clean_in_batch"] / self.accelerator.num_processes
-        if self.args.ntp_coef > 0 and run_teacher is not None:
+        if self.args.ntp_coef > 0:
             loss = loss + self.args.ntp_coef * output.prefix_kl / clean.clamp(min=1)
         return loss, output.sums["entropy"], drawn.long()
+
+    def _reader(self, unwrapped_student: Any) -> Reader:
+        """How student and teacher read a layout under this configuration."""
+        student = _causal_lm(unwrapped_student)
+        teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+        with_teacher = self.args.objective != "ground_truth" or not self.model.training
+        return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)
 
     def _teacher_runner(self, unwrapped_student: Any) -> Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]:
         def run(read: Callable[[PreTrainedModel], Tensor]) -> Tensor:

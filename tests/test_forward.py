@@ -7,7 +7,7 @@ from mtp_trl.forward import attention_masks, can_pack, check_attention_backend, 
 from mtp_trl.regions import Layout, pack_regions, row_generator, sample_regions, suffix_regions
 
 K, SLOTS, MASK, PAD = 6, 18, 60, 2
-PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite"]
+PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite"]
 RECURRENT = ["falcon_h1", "qwen3_next", "granitemoehybrid"]
 
 
@@ -51,7 +51,7 @@ def test_layout_equals_separate_forward_passes(tiny_model, architecture):
     assert largest_gap(model, layout, attention_masks(model.config, layout, torch.float32)) <= 1e-5
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt_oss"])
 def test_the_comparison_notices_a_wrong_mask(tiny_model, architecture):
     """Plain causal attention over the packed row lets regions see each other, and the invariant above must break."""
     model = tiny_model(architecture)

@@ -10,7 +10,7 @@ from mtp_trl.config import MTPDistillConfig
 from mtp_trl.forward import output_logits
 from mtp_trl.objective import OBJECTIVES, bar_tokens, kl_divergence, place_losses
 from mtp_trl.regions import row_generator, sample_regions
-from mtp_trl.self_distillation import Batch, Tokens, distillation_pass
+from mtp_trl.self_distillation import Batch, Tokens, WholeRows, distillation_pass
 
 K, SLOTS, MASK, PAD, EOS = 5, 14, 60, 2, 1
 TOKENS = Tokens(MASK, PAD, torch.tensor([MASK, 61, 62, 63]), torch.tensor([EOS]))
@@ -78,7 +78,7 @@ def run(student, teacher, args):
         with torch.no_grad():
             return function(teacher)
 
-    return distillation_pass(student, read, teacher, batch(), TOKENS, args)
+    return distillation_pass(WholeRows(student, teacher, read), batch(), TOKENS, args)
 
 
 def gradient(model) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_pass_equals_separate_forward_passes(tiny_model, tmp_path, objective):
     torch.testing.assert_close(actual, gradient(student), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma3", "mixtral", "gpt_oss", "falcon_h1"])
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma3_text", "mixtral", "gpt_oss", "falcon_h1"])
 def test_architectures_equal_separate_forward_passes(tiny_model, tmp_path, architecture):
     student, teacher = pair(tiny_model, architecture)
     args = arguments(tmp_path)
@@ -163,6 +163,8 @@ def test_without_ntp_coef_the_drift_is_read_at_the_anchors_without_gradient(tiny
 
 def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
     student, teacher = pair(tiny_model)
-    output = distillation_pass(student, None, student, batch(), TOKENS, arguments(tmp_path, objective="ground_truth"))
+    output = distillation_pass(
+        WholeRows(student, student, None), batch(), TOKENS, arguments(tmp_path, objective="ground_truth")
+    )
     assert "reward" not in output.sums
     assert output.loss.requires_grad

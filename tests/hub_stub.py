@@ -1,0 +1,210 @@
+"""A stand-in for the Hub's HTTP API on loopback: what `push_to_hub` and `from_pretrained` use, with regular and LFS files.
+
+Run as a program it prints its address and serves until its standard input closes.
+"""
+
+# ruff: noqa: N802  (do_GET and its like are http.server's names)
+
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_test"
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
+
+
+class Repository:
+    """Files by commit; a file is its bytes, or (sha256, size) of an LFS object."""
+
+    def __init__(self, name: str) -> None:
+        self.head = hashlib.sha1(name.encode()).hexdigest()
+        self.commits: dict[str, dict[str, Any]] = {self.head: {".gitattributes": b""}}
+
+    def at(self, revision: str) -> tuple[str, dict[str, Any] | None]:
+        commit = self.head if revision == "main" else revision
+        return commit, self.commits.get(commit)
+
+
+class Hub(ThreadingHTTPServer):
+    """The server; `repositories` and `objects` may be read by tests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.storage_url = f"http://localhost:{self.server_port}"  # another host, as the real Hub's: the client drops its token
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Requests by pattern, one at a time."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+    def reply(self, code: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def fail(self, code: int, kind: str) -> None:
+        self.reply(code, {"error": kind}, {"X-Error-Code": kind, "X-Error-Message": kind})
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def route(self) -> None:
+        data, path = self.body(), urlsplit(self.path).path
+        with self.server.lock:
+            for methods, pattern, handle in ROUTES:
+                if self.command in methods.split() and (match := re.fullmatch(pattern, path)):
+                    return handle(self, data, **match.groupdict())
+        return self.fail(404, "NotFound")
+
+    do_GET = do_HEAD = do_POST = do_PUT = route
+
+
+def create(h: Handler, data: bytes) -> None:
+    if h.headers.get("authorization") != f"Bearer {TOKEN}":
+        return h.fail(401, "Unauthorized")
+    asked = json.loads(data)
+    name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    url = f"{h.server.url}/{name}"
+    if name in h.server.repositories:
+        return h.reply(409, {"error": "You already created this model repo", "url": url})
+    h.server.repositories[name] = Repository(name)
+    return h.reply(200, {"url": url, "id": name})
+
+
+def preupload(h: Handler, data: bytes, name: str, revision: str) -> None:
+    answers = []
+    for file in json.loads(data)["files"]:
+        mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
+        answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None})
+    h.reply(200, {"files": answers})
+
+
+def lfs_batch(h: Handler, data: bytes, name: str) -> None:
+    objects = json.loads(data)["objects"]
+    for item in objects:
+        if item["oid"] not in h.server.objects:
+            item["actions"] = {"upload": {"href": f"{h.server.storage_url}/_lfs/{item['oid']}"}}
+    h.reply(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+
+
+def lfs_put(h: Handler, data: bytes, oid: str) -> None:
+    if hashlib.sha256(data).hexdigest() != oid:
+        return h.fail(400, "BadRequest")
+    h.server.objects[oid] = data
+    return h.reply(200)
+
+
+def lfs_get(h: Handler, _: bytes, oid: str) -> None:
+    h.reply(200, h.server.objects[oid])
+
+
+def commit(h: Handler, data: bytes, name: str, revision: str) -> None:
+    repository = h.server.repositories[name]
+    parent, files = repository.at(unquote(revision))
+    files = dict(files or {})
+    for line in data.splitlines():
+        entry = json.loads(line)
+        value = entry["value"]
+        if entry["key"] == "header" and value.get("parentCommit") not in (None, parent):
+            return h.fail(412, "PreconditionFailed")
+        if entry["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif entry["key"] == "lfsFile":
+            if value["oid"] not in h.server.objects:
+                return h.fail(400, "LfsMissing")
+            files[value["path"]] = (value["oid"], value["size"])
+        elif entry["key"] == "deletedFile":
+            files.pop(value["path"], None)
+    repository.head = hashlib.sha1(data + parent.encode()).hexdigest()
+    repository.commits[repository.head] = files
+    return h.reply(200, {"success": True, "commitOid": repository.head, "commitUrl": f"{h.server.url}/{name}/commit/x"})
+
+
+def resolve(h: Handler, _: bytes, name: str, revision: str, path: str) -> None:
+    if name not in h.server.repositories:
+        return h.fail(401, "RepoNotFound")
+    sha, files = h.server.repositories[name].at(unquote(revision))
+    if files is None:
+        return h.fail(404, "RevisionNotFound")
+    headers = {"X-Repo-Commit": sha}
+    if (file := files.get(unquote(path))) is None:
+        missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
+        return h.reply(404, b"", headers | missing)
+    if isinstance(file, bytes):
+        return h.reply(200, file, headers | {"ETag": f'"{hashlib.sha1(file).hexdigest()}"'})
+    linked = {"X-Linked-Etag": f'"{file[0]}"', "X-Linked-Size": str(file[1]), "Location": f"{h.server.storage_url}/_lfs/{file[0]}"}
+    return h.reply(302, b"", headers | linked)
+
+
+def info(h: Handler, _: bytes, name: str, revision: str = "main") -> None:
+    if name not in h.server.repositories:
+        return h.fail(401, "RepoNotFound")
+    sha, files = h.server.repositories[name].at(unquote(revision or "main"))
+    siblings = [{"rfilename": path} for path in sorted(files or {})]
+    return h.reply(200, {"_id": "0" * 24, "id": name, "modelId": name, "sha": sha, "private": False, "tags": [],
+                         "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
+
+
+def tree(h: Handler, _: bytes, name: str, revision: str, folder: str | None = None) -> None:
+    if name not in h.server.repositories:
+        return h.fail(401, "RepoNotFound")
+    _sha, files = h.server.repositories[name].at(unquote(revision))
+    prefix = unquote(folder or "").strip("/")
+    entries = [
+        {"type": "file", "path": path, "size": len(file) if isinstance(file, bytes) else file[1], "oid": "0" * 40}
+        for path, file in sorted((files or {}).items())
+        if not prefix or path.startswith(prefix + "/")
+    ]
+    return h.reply(200, entries)
+
+
+_NAME, _REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+ROUTES: list[tuple[str, str, Any]] = [
+    ("POST", "/api/repos/create", create),
+    ("POST", "/api/validate-yaml", lambda h, _: h.reply(200, {"errors": [], "warnings": []})),
+    ("GET", "/api/whoami-v2", lambda h, _: h.reply(200, {"name": "me", "type": "user", "orgs": [], "auth": {}})),
+    ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", preupload),
+    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", lfs_batch),
+    ("PUT", "/_lfs/(?P<oid>[0-9a-f]{64})", lfs_put),
+    ("GET HEAD", "/_lfs/(?P<oid>[0-9a-f]{64})", lfs_get),
+    ("POST", f"/api/models/{_NAME}/commit/{_REVISION}", commit),
+    ("GET HEAD", f"/{_NAME}/resolve/{_REVISION}/(?P<path>.+)", resolve),
+    ("GET", f"/api/models/{_NAME}/tree/{_REVISION}(?P<folder>/.*)?", tree),
+    ("GET", f"/api/models/{_NAME}(?:/revision/{_REVISION})?", info),
+]
+
+
+if __name__ == "__main__":
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    print(hub.url, flush=True)
+    sys.stdin.read()

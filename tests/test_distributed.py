@@ -1,0 +1,76 @@
+"""DeepSpeed ZeRO-3 on CPU in two real processes: the mask row, the loss and the saved model are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mtp_trl.word_problems
+
+TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
+
+SCRIPT = """
+import json
+import sys
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.word_problems import load_dataset
+
+source, folder, tokenizer, size, zero = sys.argv[1:]
+args = MTPDistillConfig(
+    output_dir=folder, use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=12, max_steps=3, save_strategy="no",
+    per_device_train_batch_size=int(size), logging_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
+    gradient_checkpointing=False, deepspeed=zero or None, disable_tqdm=True,
+)
+trainer = MTPDistillTrainer(
+    source, args, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(tokenizer)
+)
+trainer.train()
+trainer.save_model()
+if trainer.is_world_process_zero():
+    print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+"""
+
+
+def run(script: Path, source: Path, folder: Path, *, processes: int, zero: Path | None) -> tuple[list[float], dict]:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if processes > 1:
+        command += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    command += [str(script), str(source), str(folder), str(TOKENIZER), str(8 // processes), str(zero or "")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
+    return json.loads(line.removeprefix("LOSSES")), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("rows", [768, 766])  # with a spare row for the mask token, and with a matrix that has to grow
+def test_two_sharded_processes_equal_one(tmp_path, rows):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    zero = tmp_path / "zero3.json"
+    zero.write_text(json.dumps({
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
+        "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+    }))  # fmt: skip
+    one = run(script, tmp_path / "source", tmp_path / "one", processes=1, zero=None)
+    two = run(script, tmp_path / "source", tmp_path / "two", processes=2, zero=zero)
+    assert one[0] == pytest.approx(two[0], rel=1e-4)
+    assert one[1].keys() == two[1].keys()
+    for name, value in one[1].items():
+        torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-3)

@@ -1,0 +1,112 @@
+"""A model's folder, its card, and the way to a Hub and back through the real client."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_trl import MTPDistillConfig, hub
+
+HERE = Path(__file__).parent
+
+ROUND_TRIP = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.word_problems import load_dataset
+
+folder, tokenizer_folder, adapters = sys.argv[1:]
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+))
+peft_config = None
+if adapters == "lora":
+    from peft import LoraConfig
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"])
+trainer = MTPDistillTrainer(
+    model,
+    MTPDistillConfig(
+        output_dir=folder, use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=8, max_steps=1,
+        per_device_train_batch_size=2, hub_model_id="me/tiny-mtp", hub_token="hf_test", confadapt=0.001, save_steps=1,
+    ),
+    load_dataset("train", 4, 0),
+    processing_class=AutoTokenizer.from_pretrained(tokenizer_folder),
+    peft_config=peft_config,
+)
+trainer.train()
+trainer.push_to_hub()
+ids = torch.tensor([[0, 5, 6, 7]])
+expected = trainer.model.generate(input_ids=ids, confadapt=0.001, max_new_tokens=12)
+again = AutoModelForCausalLM.from_pretrained("me/tiny-mtp", trust_remote_code=True)
+assert torch.equal(again.generate(ids, max_new_tokens=12), expected)
+assert torch.equal(again.generate(ids, confadapt=0.9, verify=True, max_new_tokens=12),
+                   again.generate(ids, mtp_k=1, max_new_tokens=12))
+assert AutoTokenizer.from_pretrained("me/tiny-mtp").convert_tokens_to_ids("<|mtp|>") == again.config.mtp["mask_token_id"]
+from huggingface_hub import HfApi
+print("FILES", *sorted(HfApi().list_repo_files("me/tiny-mtp")))
+"""
+
+
+@pytest.fixture
+def stub():
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "hub_stub.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield process.stdout.readline().strip()
+    process.communicate()
+
+
+@pytest.mark.parametrize("adapters", ["full", "lora"])
+def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(stub, tmp_path, adapters):
+    environment = {
+        **os.environ, "HF_ENDPOINT": stub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+    }  # fmt: skip
+    tokenizer = Path(hub.__file__).parent / "word_problems" / "base"
+    script = tmp_path / "round_trip.py"
+    script.write_text(ROUND_TRIP)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out"), str(tokenizer), adapters],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = next(line for line in done.stdout.splitlines() if line.startswith("FILES")).split()[1:]
+    assert {"README.md", "config.json", "custom_generate/generate.py", "generation_config.json", "model.safetensors",
+            "mtp_provenance.json", "tokenizer.json"} <= set(files)  # fmt: skip
+    assert not [file for file in files if "__pycache__" in file or "optimizer" in file or "checkpoint" in file]
+
+
+def provenance(base: str, tmp_path: Path) -> dict:
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, ntp_coef=0.5)
+    return hub.provenance(base_model=base, args=args, mask_token="<|mtp|>")
+
+
+def test_a_card_names_its_base_and_its_limits(tmp_path):
+    path = hub.write_card(tmp_path, model_name="me/small", provenance=provenance("org/base", tmp_path), repo_id="me/small")
+    text = path.read_text()
+    assert "base_model: org/base" in text
+    assert "base_model_relation: finetune" in text
+    assert "trust_remote_code=True" in text
+    assert "## Limits" in text
+    assert '"ntp_coef": 0.5' in text
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_base_in_a_folder_is_not_presented_as_a_hub_model(tmp_path):
+    text = hub.write_card(tmp_path, model_name="small", provenance=provenance(str(tmp_path), tmp_path)).read_text()
+    assert "base_model:" not in text
+    assert str(tmp_path) not in text
+
+
+def test_provenance_holds_no_paths_and_no_tokens(tmp_path):
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, hub_token="hf_secret")
+    written = json.dumps(hub.provenance(base_model="org/base", args=args, mask_token="<|mtp|>")["settings"])
+    assert "hf_secret" not in written
+    assert str(tmp_path) not in written
