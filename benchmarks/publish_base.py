@@ -52,7 +52,7 @@ def provenance(run: Path, accuracy: float, problems: int) -> dict[str, Any]:
         "hardware": facts["hardware"],
         "versions": facts["versions"],
         "evaluation": {
-            "command": facts["command"],
+            "command": f"python benchmarks/publish_base.py {run}",
             "problems": problems,
             "decoding": "greedy",
             "accuracy": round(accuracy, 4),
@@ -65,7 +65,6 @@ def main() -> None:
     """Save the run's weights as bf16, load them back, measure, write the provenance."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a checkpoint folder of the base recipe")
-    parser.add_argument("--output", type=Path, default=BASE)
     parser.add_argument("--problems", type=int, default=1000)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -74,12 +73,11 @@ def main() -> None:
     trained.generation_config.eos_token_id = tokenizer.eos_token_id
     trained.generation_config.pad_token_id = tokenizer.pad_token_id
     trained.generation_config.use_cache = True
-    trained.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    model = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32)
+    trained.save_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     accuracy = greedy_accuracy(model, tokenizer, test_problems(options.problems))
     facts = provenance(options.run, accuracy, options.problems)
-    write_atomically(options.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(BASE / "provenance.json", json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts["evaluation"], indent=2))
 
 
