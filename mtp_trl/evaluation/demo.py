@@ -1,5 +1,6 @@
 """The whole way in minutes: adapt the bundled base, decode held-out problems in every mode, print what it bought."""
 
+import ast
 import os
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ PROBLEMS = 300
 SINGLE_PROBLEMS = 20  # decoded once more one by one, for the speed that a single user sees
 BATCH_SIZE = 50
 MAX_NEW_TOKENS = 192
+EXPECTED = "acceleration/confadapt_"
 SHOWN = Setting("verified", threshold=0.5)
 SETTINGS = decoding_settings(ks=[2, 3, 4], confadapt=[0.99, 0.95, 0.9, 0.8, 0.7], verified=[0.9, 0.7, 0.5])
 # On a CPU the training process runs 2 to 4 times as fast when freed memory stays with it and idle threads sleep.
@@ -86,12 +88,31 @@ def _train(recipe: Path, folder: Path, console: Console) -> None:
     accelerate = str(Path(sysconfig.get_path("scripts")) / "accelerate")
     command = [accelerate, "launch", str(recipe), "--output_dir", str(folder)]
     console.print("$ " + shlex.join(["accelerate", *command[1:]]), style="bold", highlight=False)
-    finished = subprocess.run(command, env=CPU_ENVIRONMENT | os.environ, check=False)
-    if finished.returncode != 0:
+    environment = CPU_ENVIRONMENT | os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            _print_log(line, console)
+    if process.returncode != 0:
         raise RuntimeError(
-            f"Training ended with exit status {finished.returncode}; its messages are above. "
+            f"Training ended with exit status {process.returncode}; its messages are above. "
             f"Run it alone to see more: {shlex.join(command)}"
         )
+
+
+def _print_log(line: str, console: Console) -> None:
+    """What a spectator wants of a logged line: agreement with the teacher by place, expected tokens per pass."""
+    try:
+        log = ast.literal_eval(line)
+    except (ValueError, SyntaxError):
+        console.print(Text(line.rstrip()))
+        return
+    places = [f"{float(value):.2f}" for name, value in log.items() if name.startswith("agreement/place_")]
+    expected = [
+        f"{float(value):.2f} at {name.rpartition('_')[2]}" for name, value in log.items() if name.startswith(EXPECTED)
+    ]
+    if places:
+        clear = "\r\x1b[K" if console.is_terminal else ""  # the progress bar's line; it is drawn again below
+        print(f"{clear}agreement by place {' '.join(places)}  tokens per pass {', '.join(expected)}")
 
 
 def _answer_to_show(answers: list[Record]) -> tuple[int, Record]:
