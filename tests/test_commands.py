@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mtp_trl import hub
-from mtp_trl.evaluation.commands import run_eval, run_show
+from mtp_trl.cli import main
+from mtp_trl.evaluation.commands import run_eval
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import from_json, markdown
 from mtp_trl.evaluation.tasks import load_task
@@ -123,17 +124,29 @@ def test_a_model_that_was_not_adapted_is_refused(folders):
         load_student(folders / "base")
 
 
-def test_show_prints_the_verified_text_and_writes_it_as_html(folders, tmp_path, capsys):
+def test_show_prints_the_answer_and_writes_it_as_html(folders, tmp_path, capsys):
     prompt = load_task("word_problems", limit=1).prompts[0]
-    run_show(
-        str(folders / "student"),
-        prompt,
-        confadapt=0.0,
-        mtp_k=None,
-        verify=True,
-        max_new_tokens=NEW_TOKENS,
-        html=tmp_path / "answer.html",
-    )
-    printed = capsys.readouterr().out
-    assert f"{NEW_TOKENS} tokens in " in printed
-    assert (tmp_path / "answer.html").read_text().startswith("<div")
+    page = tmp_path / "answer.html"
+    options = ["--confadapt", "0", "--verify", "--max-new-tokens", str(NEW_TOKENS), "--html", str(page)]
+    assert main(["show", str(folders / "student"), prompt, *options]) == 0
+    assert f"{NEW_TOKENS} tokens in " in capsys.readouterr().out
+    assert page.read_text().startswith("<div")
+
+
+def test_the_command_line_decodes_what_its_options_say(folders, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"q": "3 + 4 =", "a": "7"}\n{"q": "5 + 4 ="}\n')
+    options = ["--data", str(data), "--prompt-column", "q", "--completion-column", "a", "--thresholds", "0.5,0"]
+    limits = ["--static", "2,3", "--max-new-tokens", "4", "--batch-size", "2", "--output", str(tmp_path / "out")]
+    assert main(["eval", str(folders / "student"), *options, *limits]) == 0
+    report = from_json((tmp_path / "out" / "results.json").read_text())
+    labels = [row.setting.label for row in report.rows]
+    assert labels == ["student, k=1", "static k=2", "static k=3", "ConfAdapt 0.5", "ConfAdapt 0"]
+    assert {row.accuracy for row in report.rows} == {None}
+    assert (report.batch_size, report.max_new_tokens, report.rows[0].problems) == (2, 4, 2)
+    assert "data.jsonl" in capsys.readouterr().out
+
+
+def test_the_command_line_reports_what_the_user_can_mend_without_a_traceback(capsys):
+    assert main(["eval", "nowhere", "--data", "no_such_file.jsonl"]) == 2
+    assert "no_such_file.jsonl" in capsys.readouterr().err
