@@ -21,6 +21,7 @@ LAYER = {
     "mask_token": 1,
     "objective": 1,
     "optimizer": 1,
+    "recipe": 1,
     "regions": 1,
     "self_distillation": 1,
     "word_problems": 1,
