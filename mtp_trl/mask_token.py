@@ -30,8 +30,8 @@ def add_mask_token(
 
     The token takes an unused embedding row where there is one: a row beyond the tokenizer's last token (Qwen3), or a
     reserved special token (Llama 3, Gemma), which keeps its own string. Otherwise the matrix grows to the next multiple
-    of 64. The row is drawn from a normal with the per-dimension mean and standard deviation of the rows in use, in the
-    input and, if untied, in the output embedding; the same `seed` gives the same row. Works under DeepSpeed ZeRO-3.
+    of 64. The new rows are drawn from a normal with the per-dimension mean and standard deviation of the rows in use, in the
+    input and, if untied, in the output embedding; the same `seed` gives the same rows. Works under DeepSpeed ZeRO-3.
 
     Args:
         model: a causal LM (of a PEFT model, its `get_base_model()`).
@@ -54,13 +54,14 @@ def add_mask_token(
     mask_id = _register(tokenizer, mask_token)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=_ROW_MULTIPLE, mean_resizing=False)
+    barred = sorted({mask_id, *range(rows, _embedding_height(model))})
     in_use = [row for row in range(min(tokens, rows)) if row != mask_id]  # the same whether or not the token was there
-    _initialise_row(model, mask_id, torch.tensor(in_use), seed=seed)
+    _initialise_rows(model, barred, torch.tensor(in_use), seed=seed)
     model.config.mtp = {
         "mask_token": mask_token,
         "mask_token_id": mask_id,
         "k_max": k_max,
-        "barred_token_ids": sorted({mask_id, *range(rows, _embedding_height(model))}),
+        "barred_token_ids": barred,
     }
     return mask_id
 
@@ -82,14 +83,14 @@ def _embedding_height(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _initialise_row(model: PreTrainedModel, row: int, in_use: Tensor, *, seed: int) -> None:
+def _initialise_rows(model: PreTrainedModel, new: list[int], in_use: Tensor, *, seed: int) -> None:
     source, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [source.weight]
     if head is not None and head.weight is not source.weight:
         weights.append(head.weight)
     with _gathered(weights):
         for weight in weights:
-            weight[row] = _row_like_the_others(weight[in_use.to(weight.device)], seed).to(weight.dtype)
+            weight[new] = _row_like_the_others(weight[in_use.to(weight.device)], seed).to(weight.dtype)
 
 
 def _row_like_the_others(rows_VH: Tensor, seed: int) -> Tensor:

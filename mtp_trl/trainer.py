@@ -20,6 +20,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import create_model_from_path
@@ -387,6 +388,10 @@ def _loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Call
         options["device_map"] = None
 
     def load(**overrides: Any) -> PreTrainedModel:
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            deepspeed.init_distributed()  # weights are sharded while they load; without CUDA nobody has started it yet
         model: PreTrainedModel = create_model_from_path(name, **{**options, **overrides})
         return model
 
