@@ -1,6 +1,6 @@
 """Makes the bundled base out of a run of recipes/tiny_base.yaml: bf16 weights, measured accuracy, provenance.
 
-    python benchmarks/publish_base.py runs/tiny_base
+python benchmarks/publish_base.py runs/tiny_base
 """
 
 import argparse

@@ -41,9 +41,9 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """Rows with `prompt` and, where the data has completions, `prompt_ids` and `completion_ids` (lists of ints).
 
-    A completion's ids continue the prompt's, never merging across the boundary, since that is what generation does. Rows
-    without a completion and rows whose prompt alone fills `max_length` are left out, longer completions are cut; the
-    counts are logged. Prompt-only data comes back with its `prompt` column alone, to be completed on policy.
+    A completion's ids continue the prompt's, never merging across the boundary, since that is what generation does.
+    Rows without a completion and rows whose prompt alone fills `max_length` are left out, longer completions are cut;
+    the counts are logged. Prompt-only data comes back with its `prompt` column alone, to be completed on policy.
 
     Args:
         dataset: any of the forms above.
@@ -54,8 +54,8 @@ def prepare_dataset(
         desc: name of the split in progress bars and messages.
 
     Raises:
-        ValueError: a column is missing or empty, no accepted form fits, a row contains the mask token, the tokenizer has no
-            chat template for conversational data, or nothing is left to train on.
+        ValueError: a column is missing or empty, no accepted form fits, a row contains the mask token, a tokenizer has
+            no chat template for conversational data, or nothing is left to train on.
     """
     dataset = rename_columns(dataset, column_map)
     columns = column_names(dataset)
@@ -76,19 +76,14 @@ def prepare_dataset(
 
 
 def rename_columns(dataset: Any, column_map: Mapping[str, str] | None) -> Any:
-    """Apply a column map, leaving out what has been applied already.
+    """Apply a column map.
 
     Raises:
         ValueError: a column to rename is not there, or its new name is taken.
     """
     for old, new in (column_map or {}).items():
         columns = column_names(dataset)
-        if old not in columns and new in columns:
-            continue
-        if old not in columns:
-            raise ValueError(
-                f"column_map renames {old!r}, but the dataset has the columns {_listed(columns)}{_nearest(old, columns)}."
-            )
+        _check_column(old, columns, "column_map renames")
         if new in columns:
             raise ValueError(
                 f"column_map renames {old!r} to {new!r}, but the dataset has a column {new!r} already; "
@@ -99,39 +94,53 @@ def rename_columns(dataset: Any, column_map: Mapping[str, str] | None) -> Any:
 
 
 def format_columns(
-    dataset: Any, *, prompt_format: str | None = None, completion_format: str | None = None, as_messages: bool = False
+    dataset: Any,
+    *,
+    column_map: Mapping[str, str] | None = None,
+    prompt_format: str | None = None,
+    completion_format: str | None = None,
+    as_messages: bool = False,
 ) -> Any:
     """Put plain-text prompts and completions into a frame, or into messages for the chat template.
 
     Args:
-        dataset: with the columns `prompt` and, if it has completions, `completion`.
+        dataset: its columns keep their names.
+        column_map: which columns will be `prompt` and `completion` once it is applied.
         prompt_format, completion_format: texts in which `{}` stands for the column's own text.
-        as_messages: make the prompt a user's message and the completion an assistant's.
+        as_messages: make the prompt a user's message and the completion, where there is one, an assistant's.
 
     Raises:
         ValueError: a format without exactly one `{}`, or a column it needs is missing.
     """
-    formats = {"prompt": prompt_format, "completion": completion_format}
+    source = {new: old for old, new in (column_map or {}).items()}
     columns = column_names(dataset)
-    for column, text in formats.items():
+    frames: dict[str, tuple[str, str]] = {}
+    for name, role, text in (("prompt", "user", prompt_format), ("completion", "assistant", completion_format)):
         if text is not None and text.count("{}") != 1:
-            raise ValueError(f"{column}_format needs one {{}} where the {column} goes, got {text!r}.")
-        if column not in columns and (text is not None or (as_messages and column == "prompt")):
-            raise ValueError(f"There is no column {column!r} to format; the dataset has {_listed(columns)}.")
-    wanted = [column for column in formats if column in columns and (as_messages or formats[column] is not None)]
-    if not wanted:
+            raise ValueError(f"{name}_format needs one {{}} where the {name} goes, got {text!r}.")
+        column = source.get(name, name)
+        if text is not None or (as_messages and (name == "prompt" or column in columns)):
+            _check_column(column, columns, f"the {name} is to be formatted from")
+            frames[column] = (role, text or "{}")
+    if not frames:
         return dataset
-    roles = {"prompt": "user", "completion": "assistant"}
 
     def frame(row: Row) -> dict[str, Any]:
         framed: dict[str, Any] = {}
-        for column in wanted:
+        for column, (role, text) in frames.items():
             # Not str.format: braces are common in mathematics and code.
-            text = (formats[column] or "{}").replace("{}", row[column])
-            framed[column] = [{"role": roles[column], "content": text}] if as_messages else text
+            content = text.replace("{}", row[column])
+            framed[column] = [{"role": role, "content": content}] if as_messages else content
         return framed
 
     return dataset.map(frame, desc="Formatting") if isinstance(dataset, Dataset) else dataset.map(frame)
+
+
+def _check_column(column: str, columns: Sequence[str], wanted: str) -> None:
+    if column not in columns:
+        close = get_close_matches(column, columns, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"{wanted} {column!r}, but the dataset has the columns {_listed(columns)}{hint}")
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -168,8 +177,8 @@ def _form_of(columns: Sequence[str], desc: str) -> _Form:
         if set(form.columns) <= set(columns):
             return form
     raise ValueError(
-        f"The {desc} set has the columns {_listed(columns)}, but needs `prompt` and `completion`, `messages`, `text`, or "
-        '`prompt` alone; rename them with column_map, e.g. {"question": "prompt", "answer": "completion"}.'
+        f"The {desc} set has the columns {_listed(columns)}, but needs `prompt` and `completion`, `messages`, `text`, "
+        'or `prompt` alone; rename them with column_map, e.g. {"question": "prompt", "answer": "completion"}.'
     )
 
 
@@ -180,8 +189,8 @@ def _check_filled(dataset: Any, form: _Form, desc: str) -> None:
         empty = [row[column] is None for row in head]
         if any(empty):
             raise ValueError(
-                f"Column {column!r} of the {desc} set is null in {sum(empty)} of the first {len(head)} rows. Mixing data sets "
-                "whose columns have different names does that: rename them alike before mixing."
+                f"Column {column!r} of the {desc} set is null in {sum(empty)} of the first {len(head)} rows. Mixing "
+                "data sets whose columns have different names does that: rename them alike before mixing."
             )
 
 
@@ -274,16 +283,19 @@ class _Encoder:
 
     def _encode_chat(self, prompt: Messages, completion: Text, row: Row) -> tuple[list[int], list[int]]:
         if isinstance(completion, str):
-            raise ValueError("the prompt is messages but the completion is a string; both must be messages, or both text")
+            raise ValueError(
+                "the prompt is messages but the completion is a string; both must be messages, or both text"
+            )
         if not self.tokenizer.chat_template:
             raise ValueError(
-                "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer or plain text"
+                "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer "
+                "or plain text"
             )
         options = dict(row.get("chat_template_kwargs") or {})
         if tools := row.get("tools"):
             options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        # Text first: where a template renders the prompt alone differently from the prompt in the dialogue is visible in
-        # the text, and the prompt that generation will see is the one that counts.
+        # Text first: where a template renders the prompt alone differently from the prompt in the dialogue shows in the
+        # text, and the prompt that generation will see is the one that counts.
         before = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
         whole = str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **options))
         if not whole.startswith(before):
@@ -321,7 +333,8 @@ class _Encoder:
             parts = [text] if isinstance(text, str) else [message.get("content") for message in text or []]
             if any(isinstance(part, str) and self.mask_token in part for part in parts):
                 raise ValueError(
-                    f"the text contains the mask token {self.mask_token!r}; remove it from the data or choose another mask_token"
+                    f"the text contains the mask token {self.mask_token!r}; remove it from the data or choose "
+                    "another mask_token"
                 )
 
 
@@ -338,8 +351,3 @@ def _is_blank(completion: Text) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

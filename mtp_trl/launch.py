@@ -1,9 +1,9 @@
 """Runs recipes, so that `accelerate launch recipes/llama.yaml` trains.
 
 A recipe is a YAML file that is also a Python program: its first entry is
-`launch: str = __import__("mtp_trl.launch", fromlist=["run"]).run(__file__)`. YAML reads a string there; Python calls `run`,
-which trains and leaves by SystemExit before the lines below, which only have to compile, execute. Options after the path
-override the recipe: `accelerate launch recipes/tiny.yaml --max_steps 10`.
+`launch: str = __import__("mtp_trl.launch", fromlist=["run"]).run(__file__)`. YAML reads a string there; Python calls
+`run`, which trains and leaves by SystemExit before the lines below, which only have to compile, execute. Options after
+the path override the recipe: `accelerate launch recipes/tiny.yaml --max_steps 10`.
 """
 
 # Only the standard library here: the environment has to be set before torch is loaded.
@@ -132,7 +132,7 @@ def _model_for_sft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     model, config = recipe.model, recipe.arguments.model_config
-    if config is None:
+    if not isinstance(config, dict):
         return AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path,
             revision=model.model_revision,
@@ -166,6 +166,8 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
     arguments = recipe.arguments
     name = str(arguments.dataset_name)
     if name == BUNDLED:
+        if split == "train" and size is None:
+            raise RecipeError(f"{BUNDLED} is a stream without end; say how many problems to draw: dataset_size.")
         dataset = word_problems.load_dataset(split, size or word_problems.TEST_SIZE, arguments.dataset_seed)
     else:
         source: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
@@ -177,13 +179,16 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
         dataset = splits[split]
         if size is not None:
             dataset = dataset.take(size)
-    dataset = rename_columns(dataset, recipe.training.column_map)
-    return format_columns(
+    column_map: Any = recipe.training.column_map  # text from the command line has become a dict
+    dataset = format_columns(
         dataset,
+        column_map=column_map,
         prompt_format=arguments.prompt_format,
         completion_format=arguments.completion_format,
         as_messages=arguments.chat_template,
     )
+    # MTPDistillTrainer renames by itself.
+    return rename_columns(dataset, column_map) if arguments.trainer == "sft" else dataset
 
 
 def _checkpoint(recipe: Recipe) -> str | None:
@@ -214,7 +219,7 @@ def _prepare_cpu() -> None:
 
 
 def _use_all_cores(recipe: Recipe) -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 where nothing is said: one process alone then idles the other cores."""
+    """`accelerate launch` sets OMP_NUM_THREADS=1 where nothing is said; one process then leaves other cores idle."""
     import torch
 
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer
 
 # Quintic Newton-Schulz coefficients of https://kellerjordan.github.io/posts/muon/: steepest at zero, so that five
 # iterations bring every singular value near 1 (within about 0.7 to 1.2).
@@ -64,7 +64,7 @@ class MuonAdamW(Optimizer):
                     f"Muon needs 2-D weights, got a parameter of shape {tuple(parameter.shape)}; pass it in `others`, "
                     "and use AdamW where the weights are sharded (ZeRO-3, FSDP)."
                 )
-        groups: ParamsT = [
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True, "weight_decay": weight_decay},
             {"params": list(others), "muon": False, "weight_decay": 0.0},
         ]
@@ -72,7 +72,7 @@ class MuonAdamW(Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss."""
         loss = None
         if closure is not None:

@@ -89,7 +89,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Parse a recipe and the options that override it, e.g. `["--max_steps", "10"]`.
 
     Raises:
-        RecipeError: no such file, no YAML mapping, unknown keys or options, values of a wrong type, missing local files.
+        RecipeError: no such file, no YAML mapping, unknown keys or options, values of a wrong type, missing files.
     """
     values = _load(path)
     kind = _trainer_kind(values, overrides)
@@ -116,20 +116,35 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(arguments, training, model)
 
 
+def accumulation_steps(global_batch_size: int, *, per_device: int, processes: int) -> int:
+    """Micro-batches of one optimizer step.
+
+    Raises:
+        RecipeError: they do not add up to the global batch.
+    """
+    steps, rest = divmod(global_batch_size, per_device * processes)
+    if rest or not steps:
+        raise RecipeError(
+            f"global_batch_size={global_batch_size} is no multiple of per_device_train_batch_size={per_device} x "
+            f"{processes} processes; change one of these."
+        )
+    return steps
+
+
 def _set_accumulation(parser: "_Parser", overrides: Sequence[str]) -> None:
-    """Derive gradient_accumulation_steps; before the arguments are built, since DeepSpeed's batch sizes follow from it."""
+    """Derive gradient_accumulation_steps, before the arguments are built: DeepSpeed's batch sizes follow from it."""
     values, _ = parser.parse_known_args(list(overrides))
     if values.global_batch_size is None:
         return
     if values.gradient_accumulation_steps != 1:
-        raise RecipeError("Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps, rest = divmod(values.global_batch_size, values.per_device_train_batch_size * processes)
-    if rest or not steps:
         raise RecipeError(
-            f"global_batch_size={values.global_batch_size} is no multiple of per_device_train_batch_size="
-            f"{values.per_device_train_batch_size} x {processes} processes; change one of these."
+            "Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other."
         )
+    steps = accumulation_steps(
+        values.global_batch_size,
+        per_device=values.per_device_train_batch_size,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
     parser.set_defaults(gradient_accumulation_steps=steps)
 
 

@@ -27,6 +27,7 @@ LAYER = {
     "word_problems": 1,
     "evaluation": 2,
     "hub": 2,
+    "recipe": 2,
     "serving": 2,
     "trainer": 2,
     "cli": 3,

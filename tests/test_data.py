@@ -144,12 +144,6 @@ def test_column_map_renames():
     assert mapped.to_list() == plain.to_list()
 
 
-def test_a_column_map_may_be_applied_twice():
-    column_map = {"question": "prompt"}
-    once = rename_columns(rows(question=["a"]), column_map)
-    assert rename_columns(once, column_map).column_names == ["prompt"]
-
-
 @pytest.mark.parametrize(
     ("column_map", "message"),
     [
@@ -174,9 +168,7 @@ def test_null_filled_columns_are_refused():
 
 def test_the_mask_token_in_the_text_is_refused():
     with pytest.raises(ValueError, match=r"Row 1 of the train set: .*mask token '<\|mtp\|>'"):
-        prepare_dataset(
-            rows(prompt=["a", "b"], completion=["c", "d <|mtp|>"]), make_tokenizer(), mask_token="<|mtp|>"
-        )
+        prepare_dataset(rows(prompt=["a", "b"], completion=["c", "d <|mtp|>"]), make_tokenizer(), mask_token="<|mtp|>")
 
 
 def test_left_out_and_cut_rows_are_counted(caplog):
@@ -198,8 +190,14 @@ def test_nothing_left_is_an_error():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"messages": [[{"role": "user", "content": "hi"}]]}, r"end with the assistant's turn, got the roles \['user'\]"),
-        ({"prompt": ["a"], "completion": [[{"role": "assistant", "content": "b"}]]}, "both must be text, or both messages"),
+        (
+            {"messages": [[{"role": "user", "content": "hi"}]]},
+            r"end with the assistant's turn, got the roles \['user'\]",
+        ),
+        (
+            {"prompt": ["a"], "completion": [[{"role": "assistant", "content": "b"}]]},
+            "both must be text, or both messages",
+        ),
         ({"prompt": [[{"role": "user", "content": "a"}]], "completion": ["b"]}, "both must be messages, or both text"),
     ],
 )
@@ -255,6 +253,13 @@ def test_text_becomes_messages_for_the_chat_template():
     }
 
 
+def test_columns_are_formatted_under_their_own_names():
+    (row,) = format_columns(
+        rows(q=["a"], r=["b"]), column_map={"q": "prompt", "r": "completion"}, completion_format=" {}", as_messages=True
+    )
+    assert row == {"q": [{"role": "user", "content": "a"}], "r": [{"role": "assistant", "content": " b"}]}
+
+
 def test_without_formats_a_dataset_stays_as_it_is():
     dataset = rows(text=["a"])
     assert format_columns(dataset) is dataset
@@ -264,7 +269,8 @@ def test_without_formats_a_dataset_stays_as_it_is():
     ("options", "message"),
     [
         ({"prompt_format": "no place"}, r"prompt_format needs one \{\}"),
-        ({"completion_format": " {}"}, "no column 'completion' to format; the dataset has 'prompt'"),
+        ({"completion_format": " {}"}, "formatted from 'completion', but the dataset has the columns 'prompt'"),
+        ({"as_messages": True, "column_map": {"promt": "prompt"}}, "from 'promt'.*; did you mean 'prompt'"),
     ],
 )
 def test_formats_that_do_not_fit_are_refused(options, message):

@@ -1,4 +1,4 @@
-"""The bundled benchmark: right arithmetic, fixed and disjoint test set, a tokenizer for any text, a base that answers."""
+"""The bundled benchmark: right arithmetic, fixed and disjoint test set, a tokenizer for any text, a base that works."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """Grade-school word problems with their reasoning: an unlimited training stream and a fixed, disjoint test set.
 
-Pure functions of a seed; no files, no network. A problem takes 2 to 5 computed steps and ends in `#### n`, as GSM8K does.
+Pure functions of a seed; no files, no network. A problem takes 2 to 5 computed steps, ends in `#### n`, like GSM8K's.
 """
 
 import functools
@@ -9,9 +9,9 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from mtp_trl.word_problems import templates as T
+from . import templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,11 +61,11 @@ class _Story:
         self.lines: list[str] = []
         women = rng.random() < 0.5
         self.words: dict[str, object] = {
-            "name": rng.choice(T.WOMEN if women else T.MEN),
+            "name": rng.choice(templates.WOMEN if women else templates.MEN),
             "he": "she" if women else "he",
             "He": "She" if women else "He",
-            "item": rng.choice(T.ITEMS),
-            "box": rng.choice(T.BOXES),
+            "item": rng.choice(templates.ITEMS),
+            "box": rng.choice(templates.BOXES),
         }
 
     def tell(self, paraphrases: Sequence[str], **words: object) -> int:
@@ -82,9 +82,7 @@ class _Story:
         if line:
             self.lines.append(line)
 
-    def compute(
-        self, paraphrases: Sequence[str], told: int, left: int, sign: str, right: int, **words: object
-    ) -> int:
+    def compute(self, paraphrases: Sequence[str], told: int, left: int, sign: str, right: int, **words: object) -> int:
         """Add a reasoning line with the equation `left sign right = result`; returns the result."""
         result = _OPERATIONS[sign](left, right)
         self.conclude(paraphrases, told, eq=f"{left} {sign} {right} = {result}", **words)
@@ -92,7 +90,7 @@ class _Story:
 
     def finish(self, result: int) -> Problem:
         """Close the answer with the result in GSM8K's form."""
-        self.conclude(T.CLOSINGS, len(self.facts), total=result)
+        self.conclude(templates.CLOSINGS, len(self.facts), total=result)
         return Problem(" ".join(self.facts), " ".join(self.lines) + f"\n#### {result}", result)
 
 
@@ -118,7 +116,7 @@ def _draw_lose_groups(rng: random.Random, value: int) -> _Numbers | None:
 
 
 def _draw_multiply(rng: random.Random, value: int) -> _Numbers | None:
-    return {"m": rng.choice(list(T.MULTIPLES))} if value <= 75 else None
+    return {"m": rng.choice(list(templates.MULTIPLES))} if value <= 75 else None
 
 
 def _draw_share(rng: random.Random, value: int) -> _Numbers | None:
@@ -128,7 +126,7 @@ def _draw_share(rng: random.Random, value: int) -> _Numbers | None:
 
 @dataclass(frozen=True)
 class _Choice:
-    event: T.Event
+    event: templates.Event
     draw: Callable[[random.Random, int], _Numbers | None]
     weight: int
     ends: bool = False
@@ -136,12 +134,12 @@ class _Choice:
 
 # Subtraction, addition and division are what a small model learns last, so they are drawn most.
 _EVENTS = (
-    _Choice(T.GAIN, _draw_gain, weight=4),
-    _Choice(T.LOSE, _draw_lose, weight=5),
-    _Choice(T.GAIN_GROUPS, _draw_gain_groups, weight=3),
-    _Choice(T.LOSE_GROUPS, _draw_lose_groups, weight=3),
-    _Choice(T.MULTIPLY, _draw_multiply, weight=2),
-    _Choice(T.SHARE, _draw_share, weight=6, ends=True),
+    _Choice(templates.GAIN, _draw_gain, weight=4),
+    _Choice(templates.LOSE, _draw_lose, weight=5),
+    _Choice(templates.GAIN_GROUPS, _draw_gain_groups, weight=3),
+    _Choice(templates.LOSE_GROUPS, _draw_lose_groups, weight=3),
+    _Choice(templates.MULTIPLY, _draw_multiply, weight=2),
+    _Choice(templates.SHARE, _draw_share, weight=6, ends=True),
 )
 
 
@@ -159,11 +157,11 @@ def _draw_event(rng: random.Random, value: int, *, steps_left: int, steps_done: 
             return choice, numbers
 
 
-def _happen(story: _Story, event: T.Event, value: int, numbers: _Numbers) -> int:
+def _happen(story: _Story, event: templates.Event, value: int, numbers: _Numbers) -> int:
     """Tell an event, reason about it, return the new value."""
-    words: dict[str, object] = {**numbers, "friend": story.rng.choice(T.FRIENDS)}
-    if event is T.MULTIPLY:
-        words["times"] = T.MULTIPLES[numbers["m"]]
+    words: dict[str, object] = {**numbers, "friend": story.rng.choice(templates.FRIENDS)}
+    if event is templates.MULTIPLY:
+        words["times"] = templates.MULTIPLES[numbers["m"]]
     told = story.tell(event.facts, **words)
     amount = numbers["m"]
     if len(event.signs) == 2:
@@ -175,56 +173,56 @@ def _inventory(rng: random.Random) -> Problem:
     """A count that changes 2 to 4 times and may be shared out at the end."""
     story = _Story(rng)
     value = rng.randint(12, 80)
-    told = story.tell(T.START, value=value)
-    story.conclude(T.START_LINES, told, value=value)
+    told = story.tell(templates.START, value=value)
+    story.conclude(templates.START_LINES, told, value=value)
     steps, done, shared = rng.randint(2, 4), 0, False
     while done < steps:
         choice, numbers = _draw_event(rng, value, steps_left=steps - done, steps_done=done)
         value = _happen(story, choice.event, value, numbers)
         done += len(choice.event.signs)
         shared = choice.ends
-    story.tell(T.HOW_MANY_EACH if shared else T.HOW_MANY)
+    story.tell(templates.HOW_MANY_EACH if shared else templates.HOW_MANY)
     return story.finish(value)
 
 
 def _shopping(rng: random.Random) -> Problem:
     """Two or three purchases, their sum, sometimes the change."""
     story = _Story(rng)
-    items = rng.sample(T.ITEMS, rng.choice((2, 2, 3)))
+    items = rng.sample(templates.ITEMS, rng.choice((2, 2, 3)))
     counts = [rng.randint(2, 9) for _ in items]
     prices = [rng.randint(2, 12) for _ in items]
-    wording = rng.choice(T.PURCHASE)
+    wording = rng.choice(templates.PURCHASE)
     listed = [wording.format(count=c, item=i, price=p) for c, i, p in zip(counts, items, prices, strict=True)]
-    told = story.tell(T.PURCHASES, list=", ".join(listed[:-1]) + " and " + listed[-1])
+    told = story.tell(templates.PURCHASES, list=", ".join(listed[:-1]) + " and " + listed[-1])
     total = 0
     for count, item, price in zip(counts, items, prices, strict=True):
-        cost = story.compute(T.PURCHASE_LINES, told, count, "*", price, count=count, item=item)
-        total = story.compute(T.SUBTOTAL_LINES, told, total, "+", cost) if total else cost
+        cost = story.compute(templates.PURCHASE_LINES, told, count, "*", price, count=count, item=item)
+        total = story.compute(templates.SUBTOTAL_LINES, told, total, "+", cost) if total else cost
     if len(items) == 3 or rng.random() < 0.4:
-        story.tell(T.PRICE_QUESTIONS)
+        story.tell(templates.PRICE_QUESTIONS)
         return story.finish(total)
     paid = total + rng.randint(3, 60)
-    asked = story.tell(T.CHANGE_QUESTIONS, paid=paid)
-    return story.finish(story.compute(T.CHANGE_LINES, asked, paid, "-", total))
+    asked = story.tell(templates.CHANGE_QUESTIONS, paid=paid)
+    return story.finish(story.compute(templates.CHANGE_LINES, asked, paid, "-", total))
 
 
 def _comparison(rng: random.Random) -> Problem:
     """Two or three people whose counts are told relative to each other, then summed."""
     story = _Story(rng)
-    others = [name for name in T.WOMEN + T.MEN if name != story.words["name"]]
+    others = [name for name in templates.WOMEN + templates.MEN if name != story.words["name"]]
     story.words["other"], story.words["third"] = rng.sample(others, 2)
     value, more = rng.randint(20, 80), rng.random() < 0.5
     difference = rng.randint(4, 60) if more else rng.randint(4, value - 6)
     words: dict[str, object] = {"value": value, "m": difference, "more": "more" if more else "fewer"}
-    told = story.tell(T.MORE_OR_FEWER, **words)
-    second = story.compute(T.MORE_OR_FEWER_LINES, told, value, "+" if more else "-", difference, **words)
-    total = story.compute(T.PAIR_LINES, told, value, "+", second)
+    told = story.tell(templates.MORE_OR_FEWER, **words)
+    second = story.compute(templates.MORE_OR_FEWER_LINES, told, value, "+" if more else "-", difference, **words)
+    total = story.compute(templates.PAIR_LINES, told, value, "+", second)
     if second <= 75 and rng.random() < 0.6:
-        times = rng.choice(list(T.MULTIPLES))
-        told = story.tell(T.THIRD_PERSON, times=T.MULTIPLES[times])
-        third = story.compute(T.THIRD_PERSON_LINES, told, second, "*", times)
-        total = story.compute(T.ALL_THREE_LINES, told, total, "+", third)
-    story.tell(T.TOGETHER_QUESTIONS)
+        times = rng.choice(list(templates.MULTIPLES))
+        told = story.tell(templates.THIRD_PERSON, times=templates.MULTIPLES[times])
+        third = story.compute(templates.THIRD_PERSON_LINES, told, second, "*", times)
+        total = story.compute(templates.ALL_THREE_LINES, told, total, "+", third)
+    story.tell(templates.TOGETHER_QUESTIONS)
     return story.finish(total)
 
 
@@ -232,17 +230,17 @@ def _wages(rng: random.Random) -> Problem:
     """Hours times days times wage, sometimes less what is spent."""
     story = _Story(rng)
     hours, days, wage = rng.randint(2, 9), rng.randint(2, 7), rng.randint(3, 9)
-    words: dict[str, object] = {"hours": hours, "days": days, "wage": wage, "job": rng.choice(T.JOBS)}
-    told = story.tell(T.WAGES, **words)
-    worked = story.compute(T.HOURS_LINES, told, hours, "*", days, **words)
-    earned = story.compute(T.PAY_LINES, told, worked, "*", wage, **words)
+    words: dict[str, object] = {"hours": hours, "days": days, "wage": wage, "job": rng.choice(templates.JOBS)}
+    told = story.tell(templates.WAGES, **words)
+    worked = story.compute(templates.HOURS_LINES, told, hours, "*", days, **words)
+    earned = story.compute(templates.PAY_LINES, told, worked, "*", wage, **words)
     if earned < 20 or rng.random() < 0.4:
-        story.tell(T.PAY_QUESTIONS)
+        story.tell(templates.PAY_QUESTIONS)
         return story.finish(earned)
     spent = rng.randint(5, min(earned - 5, 99))
-    told = story.tell(T.SPENDING, spent=spent)
-    left = story.compute(T.SPENDING_LINES, told, earned, "-", spent, spent=spent)
-    story.tell(T.MONEY_LEFT_QUESTIONS)
+    told = story.tell(templates.SPENDING, spent=spent)
+    left = story.compute(templates.SPENDING_LINES, told, earned, "-", spent, spent=spent)
+    story.tell(templates.MONEY_LEFT_QUESTIONS)
     return story.finish(left)
 
 
@@ -253,13 +251,13 @@ def _journey(rng: random.Random) -> Problem:
     walk = rng.randint(3, 20) if rng.random() < 0.5 else 0
     distance = hours * speed + walk + rng.randint(5, 60)
     words: dict[str, object] = {"hours": hours, "speed": speed, "distance": distance, "walk": walk}
-    told = story.tell(T.JOURNEY, **words)
-    gone = story.compute(T.RIDE_LINES, told, hours, "*", speed, **words)
+    told = story.tell(templates.JOURNEY, **words)
+    gone = story.compute(templates.RIDE_LINES, told, hours, "*", speed, **words)
     if walk:
-        told = story.tell(T.WALK, **words)
-        gone = story.compute(T.WALK_LINES, told, gone, "+", walk, **words)
-    asked = story.tell(T.MILES_QUESTIONS)
-    return story.finish(story.compute(T.MILES_LINES, asked, distance, "-", gone))
+        told = story.tell(templates.WALK, **words)
+        gone = story.compute(templates.WALK_LINES, told, gone, "+", walk, **words)
+    asked = story.tell(templates.MILES_QUESTIONS)
+    return story.finish(story.compute(templates.MILES_LINES, asked, distance, "-", gone))
 
 
 _STORIES = (_inventory, _shopping, _comparison, _wages, _journey)
@@ -299,7 +297,7 @@ def train_problems(n: int, *, seed: int) -> list[Problem]:
     return list(itertools.islice((p for p in stream if p.question not in _test_questions()), n))
 
 
-def test_problems(n: int = TEST_SIZE) -> list[Problem]:
+def test_problems(n: int = TEST_SIZE) -> list[Problem]:  # noqa: PT028 (not a test)
     """The first n of the 1,000 test problems: always the same, no question twice, none in any training stream."""
     if not 0 <= n <= TEST_SIZE:
         raise ValueError(f"the test set has {TEST_SIZE} problems, got n={n}; ask for 0 to {TEST_SIZE}.")
@@ -316,8 +314,14 @@ def final_answer(text: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def load_dataset(split: Literal["train", "test"], n: int = TEST_SIZE, seed: int = 0) -> "Dataset":
-    """Problems as a `datasets.Dataset` with columns `prompt` and `completion`; `seed` chooses the training stream."""
+def load_dataset(split: str, n: int = TEST_SIZE, seed: int = 0) -> "Dataset":
+    """Problems as a `datasets.Dataset` with columns `prompt` and `completion`.
+
+    Args:
+        split: `train` or `test`.
+        n: how many, of the test set at most 1,000.
+        seed: which training stream.
+    """
     from datasets import Dataset
 
     if split not in ("train", "test"):

@@ -16,9 +16,7 @@ ITEMS = tuple(
 )
 BOXES = tuple("boxes bags packs baskets jars trays".split())
 FRIENDS = tuple("sister brother cousin neighbor teacher classmate roommate".split())
-JOBS = tuple(
-    ("paints walls", "washes cars", "walks dogs", "mows lawns", "fixes bikes", "bakes bread", "teaches music")
-)
+JOBS = ("paints walls", "washes cars", "walks dogs", "mows lawns", "fixes bikes", "bakes bread", "teaches music")
 MULTIPLES = {2: "twice", 3: "three times", 4: "four times"}
 
 
@@ -192,7 +190,11 @@ SUBTOTAL_LINES = (
     "Together that is {eq} dollars.",
     "Adding up, {he} pays {eq} dollars.",
 )
-PRICE_QUESTIONS = ("How much does {name} pay?", "What is the total cost in dollars?", "How many dollars does {he} spend?")
+PRICE_QUESTIONS = (
+    "How much does {name} pay?",
+    "What is the total cost in dollars?",
+    "How many dollars does {he} spend?",
+)
 CHANGE_QUESTIONS = (
     "{He} pays with ${paid}. How much change does {he} get?",
     "{He} had ${paid} before. How many dollars are left?",

@@ -1,7 +1,8 @@
 """Trains the benchmark's tokenizer: byte-level BPE with one token per digit. Run it as a program to write the files.
 
-Every UTF-8 text can be encoded (all 256 bytes are in the vocabulary), so other data sets run through it too. A space before
-a number is a token of its own and every digit is one, as in Qwen's tokenizers: arithmetic is learned digit by digit.
+Every UTF-8 text can be encoded (all 256 bytes are in the vocabulary), so other data sets run through it too. A space
+before a number is a token of its own and every digit is one, as in Qwen's tokenizers: arithmetic is learned digit by
+digit.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mtp_trl.word_problems.generator import train_problems
+from .generator import train_problems
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 # Two rows of the 768-row embedding matrix stay free: a mask token finds its place without a resize.

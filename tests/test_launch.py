@@ -1,0 +1,273 @@
+"""launch: `accelerate launch recipe.yaml`, workers that re-execute it, data sources, checkpoints, messages."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mtp_trl import launch, word_problems
+from mtp_trl.recipe import read_recipe
+from mtp_trl.word_problems import train_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = 'launch: str = __import__("mtp_trl.launch", fromlist=["run"]).run(__file__)'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    AutoTokenizer.from_pretrained(Path(word_problems.__file__).parent / "base").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=768,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path, model):
+    def write_recipe(**changes):
+        values = {
+            "model_name_or_path": str(model),
+            "dataset_name": "word_problems",
+            "dataset_size": 8,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "slots_per_row": 8,
+            "k_max": 4,
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+        }
+        values = {key: value for key, value in (values | changes).items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        # JSON's true, false and null are YAML's
+        path.write_text(LINE + "\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
+        return path
+
+    return write_recipe
+
+
+def accelerate(*arguments, cwd):
+    """`accelerate launch` from somewhere else than the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_accelerate_launch_trains_and_the_command_line_overrides(write, tmp_path):
+    path = write(max_steps=50, dataloader_num_workers=1)
+    text = path.read_text() + "logging_steps: 1\nwarmup_steps: 0  # a comment\nmodel_revision: null\n"
+    path.write_text(text.replace("model_revision: null\n", ""))
+    done = accelerate(path, "--max_steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Model saved to" in done.stdout
+    state = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert state["mtp"]["k_max"] == 4
+    assert (tmp_path / "out" / "custom_generate" / "generate.py").is_file()
+
+
+def test_a_mistake_is_one_line_on_stderr_and_loads_nothing(write, capsys):
+    path = write(max_stepz=3)
+    assert launch.main(path) == 2
+    err = capsys.readouterr().err
+    assert err == f"{path}: Unknown in recipe.yaml (trainer: mtp): 'max_stepz' (did you mean 'max_steps'?).\n"
+
+
+def test_run_leaves_by_system_exit(write, monkeypatch):
+    path = write(max_stepz=3)
+    monkeypatch.setattr(sys, "argv", ["recipe.yaml"])
+    with pytest.raises(SystemExit) as left:
+        exec(compile(path.read_text(), path, "exec"), {"__name__": "__main__", "__file__": str(path)})
+    assert left.value.code == 2
+
+
+def test_workers_that_reexecute_the_recipe_do_not_train(write):
+    """Spawned workers run the main file again as __mp_main__: the YAML below the first line must then run."""
+    path = write(gradient_checkpointing=None)
+    path.write_text(path.read_text() + "a: true\nb: false\nc: null\nd: [1, 2.0e-3, true]\ne: {'x': null}\n")
+    namespace = {"__name__": "__mp_main__", "__file__": str(path)}
+    exec(compile(path.read_text(), path, "exec"), namespace)
+    assert namespace["launch"] == str(path)
+
+
+def test_a_spawned_process_starts_from_a_recipe(tmp_path):
+    """The real thing: a program whose main file is a recipe starts a spawned worker."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('launch: str = __import__("worker").run(__file__)\nflag: true\n')
+    (tmp_path / "worker.py").write_text(
+        "import multiprocessing, sys\n"
+        "from mtp_trl import launch\n"
+        "def run(path):\n"
+        "    if sys._getframe(1).f_globals['__name__'] == '__mp_main__':\n"
+        "        sys._getframe(1).f_globals.update(true=True)\n"
+        "        return path\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=print, args=('from the worker',))\n"
+        "    worker.start(); worker.join(); raise SystemExit(worker.exitcode)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, str(recipe)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "from the worker"), done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_local_files_are_read(write, tmp_path, suffix):
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"question": p.question, "answer": p.answer} for p in train_problems(6, seed=1)])
+    file = tmp_path / f"data{suffix}"
+    rows.to_parquet(file) if suffix == ".parquet" else rows.to_json(file)
+    recipe = read_recipe(
+        write(
+            dataset_name=str(file),
+            dataset_size=4,
+            column_map={"question": "prompt", "answer": "completion"},
+            prompt_format="Q: {} A:",
+        )
+    )
+    train_set, eval_set = launch._load_data(recipe)
+    assert eval_set is None
+    assert train_set.column_names == ["question", "answer"]  # the trainer renames
+    assert train_set["question"][3] == f"Q: {train_problems(4, seed=1)[3].question} A:"
+    assert len(train_set) == 4
+
+
+def test_a_folder_of_files_has_splits(write, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, size in (("train", 5), ("test", 3)):
+        rows = [{"prompt": p.prompt, "completion": p.completion} for p in train_problems(size, seed=1)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = write(dataset_name=str(folder), dataset_size=None, eval_strategy="steps", eval_steps=1, eval_size=2)
+    train_set, eval_set = launch._load_data(read_recipe(path))
+    assert (len(train_set), len(eval_set)) == (5, 2)
+    assert launch.main(path, ["--dataset_train_split", "validation"]) == 2
+
+
+def test_the_bundled_problems_need_a_number(write, capsys):
+    assert launch.main(write(dataset_size=None)) == 2
+    assert "say how many problems to draw: dataset_size" in capsys.readouterr().err
+
+
+def test_an_unknown_split_is_named(write, tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert launch.main(write(dataset_name=str(file)), ["--dataset_train_split", "validation"]) == 2
+    assert "has the splits train, not 'validation'" in capsys.readouterr().err
+
+
+def refuse_to_load(monkeypatch):
+    """Any attempt to load weights fails the test."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"column_map": {"question": "prompt"}},
+            "renames 'question', but the dataset has the columns 'prompt', 'completion'",
+        ),
+        ({"dataset_size": 3, "gradient_accumulation_steps": 2}, "fewer than the 4 of one optimizer step"),
+        ({"prompt_format": "x"}, "prompt_format needs one"),
+        ({"chat_template": True}, "no chat template"),
+    ],
+)
+def test_unusable_data_is_refused_before_weights_load(write, monkeypatch, changes, message):
+    refuse_to_load(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        launch.main(write(**changes))
+
+
+def losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return {log["step"]: log["loss"] for log in state["log_history"] if "loss" in log}
+
+
+def test_auto_resumes_from_the_last_checkpoint_to_the_same_model(write, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "muon": True}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    path = write(**options, resume_from_checkpoint="auto", max_steps=4, lr_scheduler_type="constant")
+    assert launch.main(path, ["--output_dir", str(straight)]) == 0
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    assert launch.main(path, ["--output_dir", str(resumed)]) == 0
+    assert losses(resumed / "checkpoint-4") == pytest.approx(losses(straight / "checkpoint-4"))
+    first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (straight, resumed))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [(None, None), (False, None), ("auto", "checkpoint-12"), (True, "checkpoint-12"), ("some/folder", "some/folder")],
+)
+def test_which_checkpoint(write, tmp_path, wanted, expected):
+    for step in (4, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    found = launch._checkpoint(read_recipe(write(resume_from_checkpoint=wanted)))
+    assert found == (str(tmp_path / "out" / expected) if expected == "checkpoint-12" else expected)
+
+
+def test_without_a_checkpoint_auto_starts_afresh(write):
+    assert launch._checkpoint(read_recipe(write(resume_from_checkpoint="auto"))) is None
+
+
+def test_sft_starts_from_weights_when_no_config_is_given(write, tmp_path, model):
+    path = write(trainer="sft", k_max=None, slots_per_row=None, max_steps=1, learning_rate=0.0)
+    assert launch.main(path) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (model, tmp_path / "out"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("under_accelerate", "omp", "wanted", "expected"),
+    [(True, "1", None, "all"), (True, "3", None, None), (False, "1", None, None), (True, "1", 2, 2)],
+)
+def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, omp, wanted, expected):
+    """accelerate sets OMP_NUM_THREADS=1 without being asked; a number that somebody chose stays."""
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if under_accelerate:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    chosen = []
+    recipe = read_recipe(write(cpu_threads=wanted))
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    launch._use_all_cores(recipe)
+    everything = len(os.sched_getaffinity(0))
+    assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
+
+
+def test_launch_itself_loads_no_torch():
+    """The environment can only be prepared before torch is there."""
+    code = "import sys, mtp_trl.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_memory_settings_do_not_fail():
+    process = multiprocessing.get_context("spawn").Process(target=launch._prepare_cpu)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
