@@ -110,7 +110,9 @@ def _build(architecture: str, *, seed: int = 0, logit_scale: float = 3.0, contex
     model_type = "gemma3_text" if architecture == "gemma3" else architecture
     config = AutoConfig.for_model(model_type, **options)
     config.mtp = {"mask_token": "<|mtp|>", "mask_token_id": MASK, "k_max": 8, "barred_token_ids": list(BARRED)}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).eval()
     _randomise(model, seed=seed, logit_scale=logit_scale, context=context)
     return model
 

@@ -225,7 +225,7 @@ def _decode(
     choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
     alive = list(rows)
     while alive:
-        logits_APV = forward(alive)
+        logits_APV = forward(alive).to(input_ids.device)  # where processors expect it
         for row, (own, accepted) in zip(alive, choose(logits_APV, alive), strict=True):
             row.advance(own, accepted, verify=settings.verify, eos=stops.eos)
         stops(alive, text)
@@ -336,54 +336,59 @@ def _output(rows: list[_Row], text: _Text) -> MTPGenerateOutput:
 
 
 def _forward_pass(model: PreTrainedModel, settings: _Settings, rows: list[_Row]) -> _CachedForward | _UncachedForward:
-    if _is_cacheable(model):
-        return _CachedForward(model, settings, rows)
+    arguments = frozenset(inspect.signature(model.forward).parameters)
+    if "position_ids" in arguments and _keeps_keys_and_values(model):
+        return _CachedForward(model, settings, arguments, rows)
     warnings.warn(
         f"{type(model).__name__} has layers whose state cannot forget the masks again (recurrent layers), or takes no "
         "position_ids: it is decoded correctly but without a cache, which is slow for long texts.",
         stacklevel=2,
     )
-    return _UncachedForward(model, settings)
+    return _UncachedForward(model, settings, arguments)
 
 
-def _is_cacheable(model: PreTrainedModel) -> bool:
-    """Whether attention with keys and values per position is all that mixes tokens."""
-    if not model._supports_default_dynamic_cache() or not _accepts(model, "position_ids"):
-        return False
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Whether attention, with keys and values per position, is all that mixes tokens."""
+    return model._supports_default_dynamic_cache() and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _cache_layers(model)
+    )
+
+
+def _cache_layers(model: PreTrainedModel) -> list[Any]:
+    return list(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
 
 
 class _Forward:
     """Logits of a step at the places that are read: behind every draft, and the block."""
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str]) -> None:
         self.model = model
         self.k = settings.k
         self.masks = [settings.mask_token_id] * (settings.k - 1)
-        self.constants = {"return_dict": True}
-        if _accepts(model, "output_router_logits"):
-            self.constants["output_router_logits"] = False  # the load-balancing loss fails on ready masks
-        self.trims_logits = _accepts(model, "logits_to_keep")
+        self.takes_positions = "position_ids" in arguments
+        self.keeps_logits = "logits_to_keep" in arguments
+        # The load-balancing loss of a mixture of experts fails on ready masks.
+        self.constants = {"output_router_logits": False} if "output_router_logits" in arguments else {}
 
     def run(self, alive: list[_Row], **inputs: Any) -> Tensor:
         """Logits [A, P, V]. Rows are right-aligned, so the masks are the last k - 1 columns of every row."""
         places = self.k + max(len(row.drafts) for row in alive)
-        if self.trims_logits:
+        if self.keeps_logits:
             inputs["logits_to_keep"] = places
-        logits: Tensor = self.model(**inputs, **self.constants).logits
+        logits: Tensor = self.model(**inputs, **self.constants, return_dict=True).logits
         return logits[:, -places:]
 
 
 class _CachedForward(_Forward):
     """Feeds what is not cached yet. In every row slot = position; padding writes to a slot that nobody reads."""
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings, rows: list[_Row]) -> None:
-        super().__init__(model, settings)
+    def __init__(
+        self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], rows: list[_Row]
+    ) -> None:
+        super().__init__(model, settings, arguments)
         self.trash = max(row.limit for row in rows)
         self.placement = _Placement(slots=self.trash + 1)
-        depth = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
-        self.layers = [_RowOffsetLayer(self.placement) for _ in range(depth)]
+        self.layers = [_RowOffsetLayer(self.placement) for _ in _cache_layers(model)]
         self.cache = Cache(layers=self.layers)
         self.attention = _Attention(model, slots=self.trash + 1)
 
@@ -398,10 +403,15 @@ class _CachedForward(_Forward):
             alive,
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self.attention.masks(positions, top=top),
+            attention_mask=self.attention.masks(positions, top=top, dtype=self.mask_dtype()),
             past_key_values=self.cache,
             use_cache=True,
         )
+
+    def mask_dtype(self) -> torch.dtype | None:
+        """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
+        first = self.layers[0]
+        return first.keys.dtype if first.is_initialized else self.attention.dtype
 
     def columns(self, row: _Row, width: int) -> tuple[list[int], list[int], list[int]]:
         """Ids, positions and slots of one row: [pad | pending | masks]. Masks beyond its limit are padding too."""
@@ -427,18 +437,14 @@ class _CachedForward(_Forward):
 class _UncachedForward(_Forward):
     """Feeds every row whole in every step, padded on the left."""
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings) -> None:
-        super().__init__(model, settings)
-        self.takes_positions = _accepts(model, "position_ids")
-
     def __call__(self, alive: list[_Row]) -> Tensor:
         fed = [row.tokens + row.drafts + self.masks for row in alive]
         width = max(map(len, fed))
         device = self.model.device
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
-        inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
         ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
-        return self.run(alive, input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
+        return self.run(alive, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         return [row for row in alive if not row.done]
@@ -449,6 +455,7 @@ class _Placement:
 
     def __init__(self, *, slots: int) -> None:
         self.slots = slots
+        self.first: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def place(self, slots_AW: Tensor, *, top: int) -> None:
         self.slots_AW, self.top = slots_AW, top
@@ -457,10 +464,14 @@ class _Placement:
     def index(self, heads: int, device: torch.device) -> Tensor:
         """Rows of a cache [A, H, T, D] seen as [A * H * T, D] that the step's [A, H, W] vectors go to."""
         if (heads, device) not in self.flat:
-            slots_AW = self.slots_AW.to(device)
-            rows = torch.arange(len(slots_AW) * heads, device=device) * self.slots
-            self.flat[heads, device] = (rows.view(-1, heads, 1) + slots_AW[:, None]).flatten()
+            first_AH = self._first_slots(len(self.slots_AW), heads, device)
+            self.flat[heads, device] = (first_AH[..., None] + self.slots_AW.to(device)[:, None]).flatten()
         return self.flat[heads, device]
+
+    def _first_slots(self, rows: int, heads: int, device: torch.device) -> Tensor:
+        if (rows, heads, device) not in self.first:
+            self.first[rows, heads, device] = (torch.arange(rows * heads, device=device) * self.slots).view(rows, heads)
+        return self.first[rows, heads, device]
 
 
 class _RowOffsetLayer(StaticLayer):
@@ -478,10 +489,14 @@ class _RowOffsetLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         index, top = self.placement.index(key_states.shape[1], key_states.device), self.placement.top
-        for cache, states in ((self.keys, key_states), (self.values, value_states)):
-            size = states.shape[-1]
-            cache.view(-1, size).index_copy_(0, index, states.reshape(-1, size))
+        self.flat_keys.index_copy_(0, index, key_states.reshape(-1, self.k_head_dim))
+        self.flat_values.index_copy_(0, index, value_states.reshape(-1, self.v_head_dim))
         return self.keys.narrow(2, 0, top), self.values.narrow(2, 0, top)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate, and keep the memory's flat view, in which one index names row, head and slot."""
+        super().lazy_initialization(key_states, value_states)
+        self.flat_keys, self.flat_values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
 
     def replace_row(self, target: int) -> None:
         """The last row takes the place of row `target`."""
@@ -506,30 +521,23 @@ class _Attention:
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
         # As in transformers' create_masks_for_generate: several masks where a config names its layers, else one.
-        self.layer_types = sorted(set(config.layer_types)) if hasattr(config, "layer_types") else None
-        uniform = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
-        self.uniform_type = uniform
+        self.layer_types = sorted(set(config.layer_types)) if hasattr(config, "layer_types") else []
+        self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
-    def masks(self, positions_AW: Tensor, *, top: int) -> Tensor | dict[str, Tensor]:
-        """[A, 1, W, top], or a dict of them by layer type."""
+    def masks(self, positions_AW: Tensor, *, top: int, dtype: torch.dtype | None) -> Tensor | dict[str, Tensor]:
+        """[A, 1, W, top], or a dict of them by layer type; boolean, or of `dtype` and to be added to the scores."""
         queries, slots = positions_AW[:, None, :, None], self.slots_T[:top]
-        causal = slots <= queries
-        if self.layer_types is None:
-            return self._mask(self.uniform_type, causal, queries, slots)
-        return {kind: self._mask(kind, causal, queries, slots) for kind in self.layer_types}
+        if not self.layer_types:
+            return self._mask(self.only_type, queries, slots, dtype)
+        return {layer_type: self._mask(layer_type, queries, slots, dtype) for layer_type in self.layer_types}
 
-    def _mask(self, kind: str, allowed: Tensor, queries: Tensor, slots: Tensor) -> Tensor:
-        if kind == "sliding_attention":
-            allowed = allowed & (slots > queries - self.window)
-        elif kind == "chunked_attention":
-            allowed = allowed & (slots // self.chunk == queries // self.chunk)
-        if self.dtype is None:
-            return allowed
-        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
-
-
-def _accepts(model: PreTrainedModel, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
+    def _mask(self, layer_type: str, queries: Tensor, slots: Tensor, dtype: torch.dtype | None) -> Tensor:
+        hidden = slots > queries
+        if layer_type == "sliding_attention":
+            hidden |= slots <= queries - self.window
+        elif layer_type == "chunked_attention":
+            hidden |= slots // self.chunk != queries // self.chunk
+        return ~hidden if dtype is None else hidden.to(dtype).mul_(torch.finfo(dtype).min)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +579,7 @@ class _Choice:
             chosen_AP, probs_AK, first_AV = self._all_places(logits_APV, alive)
         else:
             chosen_AP, probs_AK, first_AV = self._place_by_place(logits_APV, alive)
-        accepted_A = accept_confident_prefix(probs_AK, threshold=self.threshold)
+        accepted_A = self._accepted(probs_AK)
         single_A = _draw(first_AV, alive, first=0) if self.draw_single else chosen_AP[:, -self.k]
         # The one place where a step waits for the device.
         host = torch.cat([chosen_AP, accepted_A[:, None], single_A[:, None]], 1).tolist()
@@ -579,6 +587,11 @@ class _Choice:
             own = chosen[-self.k - len(row.drafts) :]
             accepted = min(accepted, row.limit - len(row.tokens))
             yield ([single, *own[1:]] if self.draw_single and accepted == 1 else own), accepted
+
+    def _accepted(self, probs_AK: Tensor) -> Tensor:
+        if self.threshold == 0:  # static k: spares what can be spared where a pass takes a millisecond
+            return torch.full((len(probs_AK),), self.k, device=probs_AK.device)
+        return accept_confident_prefix(probs_AK, threshold=self.threshold)
 
     def _all_places(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
         scores_APV = self.confadapt(None, logits_APV)

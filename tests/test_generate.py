@@ -1,0 +1,809 @@
+"""The decoder equals a naive loop without a cache, transformers' greedy decoding, and itself called in other ways."""
+
+import copy
+import functools
+import itertools
+import json
+import math
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
+
+from mtp_trl.custom_generate import generate as decoder
+from mtp_trl.custom_generate.generate import (
+    ConfAdaptLogitsProcessor,
+    MTPGenerateOutput,
+    accept_confident_prefix,
+    attach_decoder,
+    generate,
+)
+
+PAD, EOS, MASK, BARRED = 0, 1, 60, [60, 61, 62, 63]
+NEW = 24
+CACHED = [
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "cohere",
+    "granite",
+    "phi3",
+    "olmo2",
+    "gpt2",
+    "deepseek_v3",
+]
+RECURRENT = ["falcon_h1", "granitemoehybrid", "qwen3_next", "mamba2"]
+ARCHITECTURES = [
+    *CACHED,
+    *(pytest.param(name, marks=pytest.mark.filterwarnings("ignore:.*without a cache")) for name in RECURRENT),
+]
+
+
+# --- what everything is compared with ---------------------------------------------------------------------------------
+
+
+def prompts(rows: int = 4, *, seed: int = 1) -> list[list[int]]:
+    """Ragged prompts of 9, 6, 4, 1, 9, 6, ... tokens."""
+    lengths = list(itertools.islice(itertools.cycle([9, 6, 4, 1]), rows))
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 60, (length,), generator=rng).tolist() for length in lengths]
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Input ids and attention mask, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decode(model, rows: list[list[int]], **kwargs) -> MTPGenerateOutput:
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    return generate(**padded(rows), model=model, **options)
+
+
+def texts(output: MTPGenerateOutput, rows: list[list[int]]) -> list[list[int]]:
+    """Generated tokens of each row without the padding behind its end."""
+    width = max(map(len, rows))
+    lengths = [sum(blocks) for blocks in output.block_lengths]
+    return [ids[width : width + n] for ids, n in zip(output.sequences.tolist(), lengths, strict=True)]
+
+
+def greedy(model, rows: list[list[int]], **kwargs) -> torch.Tensor:
+    """transformers' own, with the barred ids suppressed."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": BARRED, **kwargs}
+    return GenerationMixin.generate(model, **padded(rows), **options)
+
+
+@torch.no_grad()
+def block_logits(model, ids: list[int], k: int) -> torch.Tensor:
+    """Predictions of a block [K, V], from one forward pass over the whole text, without a cache."""
+    fed = torch.tensor([ids + [MASK] * (k - 1)])
+    logits = model(input_ids=fed, attention_mask=torch.ones_like(fed), use_cache=False).logits[0, -k:].float()
+    logits[:, BARRED] = -torch.inf
+    return logits
+
+
+def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int = NEW, eos=(EOS,), processors=()):
+    """Section by section what the method says: (generated tokens, block lengths)."""
+    ids, blocks = list(prompt), []
+    while True:
+        logits = block_logits(model, ids, k)
+        block, accepting = [], True
+        for place in range(k):
+            scores = logits[place][None].clone()
+            for processor in processors:
+                scores = processor(torch.tensor([ids + block]), scores)
+            token = int(scores.argmax())
+            confident = logits[place].softmax(-1)[token] >= threshold
+            if place > 0 and not (accepting and confident):
+                break
+            accepting = accepting and bool(confident)
+            block.append(token)
+        for length, token in enumerate(block, start=1):
+            if token in eos or len(ids) - len(prompt) + length == new:
+                break
+        ids += block[:length]
+        blocks.append(length)
+        if ids[-1] in eos or len(ids) - len(prompt) == new:
+            return ids[len(prompt) :], blocks
+
+
+def lengths_of(output: MTPGenerateOutput) -> Counter:
+    return Counter(length for blocks in output.block_lengths for length in blocks)
+
+
+# --- blocks and acceptance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("k", [2, 5, 8])
+def test_decoding_equals_the_naive_loop(tiny_model, k, threshold):
+    model, rows = tiny_model("llama"), prompts(8)
+    expected = [naive_loop(model, row, k=k, threshold=threshold) for row in rows]
+    batched = decode(model, rows, mtp_k=k, confadapt=threshold)
+    assert list(zip(texts(batched, rows), batched.block_lengths, strict=True)) == expected
+    for row, want in zip(rows[:3], expected, strict=False):
+        single = decode(model, [row], mtp_k=k, confadapt=threshold)
+        assert (texts(single, [row])[0], single.block_lengths[0]) == want
+
+
+def test_the_comparisons_see_blocks_of_every_length(tiny_model):
+    """Without this the tests around it could pass on blocks of one token."""
+    options = {"max_new_tokens": 60, "eos_token_id": None}
+    plain = decode(tiny_model("mistral"), prompts(8), mtp_k=8, confadapt=0.4, **options)
+    assert set(lengths_of(plain)) >= set(range(1, 9))
+    verified = decode(tiny_model("llama", context=0.3), prompts(8), mtp_k=8, verify=True, **options)
+    assert set(lengths_of(verified)) >= set(range(1, 9))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_equals_the_naive_loop_and_greedy(tiny_model, architecture):
+    model, rows, new = tiny_model(architecture, context=0.6), prompts(), 16
+    expected = [naive_loop(model, row, k=5, threshold=0.3, new=new) for row in rows]
+    batched = decode(model, rows, mtp_k=5, confadapt=0.3, max_new_tokens=new)
+    assert list(zip(texts(batched, rows), batched.block_lengths, strict=True)) == expected
+
+    own = greedy(model, rows, max_new_tokens=new)
+    assert torch.equal(decode(model, rows, mtp_k=1, max_new_tokens=new).sequences, own)
+    assert torch.equal(decode(model, rows, mtp_k=5, verify=True, max_new_tokens=new).sequences, own)
+    single = decode(model, rows[1:2], mtp_k=5, confadapt=0.3, max_new_tokens=new)
+    assert texts(single, rows[1:2])[0] == texts(batched, rows)[1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_verified_decoding_equals_greedy_where_drafts_are_often_right(tiny_model, architecture, k):
+    model, rows = tiny_model(architecture, context=0.3), prompts(6)
+    own = greedy(model, rows, max_new_tokens=60)
+    verified = decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60)
+    assert torch.equal(verified.sequences, own)
+    assert verified.acceleration > 1.05
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_cached_equals_uncached(tiny_model, architecture, monkeypatch):
+    model, rows = tiny_model(architecture), prompts()
+    cached = decode(model, rows, mtp_k=6, confadapt=0.4)
+    monkeypatch.setattr(decoder, "_keeps_keys_and_values", lambda model: False)
+    with pytest.warns(UserWarning, match="without a cache"):
+        uncached = decode(model, rows, mtp_k=6, confadapt=0.4)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert cached.block_lengths == uncached.block_lengths
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_layers_are_decoded_without_a_cache_and_say_so(tiny_model, architecture):
+    with pytest.warns(UserWarning, match="without a cache"):
+        decode(tiny_model(architecture), prompts(1), max_new_tokens=2)
+
+
+def test_acceptance_takes_the_longest_confident_prefix_and_at_least_one():
+    probs = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.5, 0.9], [0.1, 0.9, 0.9], [0.7, 0.7, 0.7]])
+    assert accept_confident_prefix(probs, threshold=0.7).tolist() == [3, 1, 1, 3]
+    assert accept_confident_prefix(probs, threshold=0.0).tolist() == [3, 3, 3, 3]
+
+
+def test_a_probability_equal_to_the_threshold_is_accepted(tiny_model):
+    """At the lesser probability of a block of two, and one step of float32 above it."""
+    model, (prompt, *_) = tiny_model("llama"), prompts()
+    probs = block_logits(model, prompt, 2).softmax(-1).amax(-1)
+    at = min(probs.tolist())
+    above = torch.nextafter(torch.tensor(at), torch.tensor(1.0)).item()
+    assert accept_confident_prefix(probs[None], threshold=at).tolist() == [2]
+    assert accept_confident_prefix(probs[None], threshold=above).tolist() == [1]
+
+
+def test_acceptance_reads_the_probability_of_the_emitted_token_without_processors_and_temperature(tiny_model):
+    """With the favourites suppressed the emitted tokens are improbable, whatever the processed scores say."""
+    model, rows = tiny_model("llama", logit_scale=8.0), prompts()
+    suppressed = sorted({token for text in texts(decode(model, rows), rows) for token in text})
+    output = decode(model, rows, confadapt=0.6, suppress_tokens=suppressed)
+    assert set(lengths_of(output)) == {1}
+
+
+def test_processor_bars_ids_and_records_the_confidence():
+    processor = ConfAdaptLogitsProcessor([2, 3])
+    scores = torch.tensor([[0.0, 1.0, 9.0, 9.0], [2.0, 2.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    barred = processor(torch.zeros(2, 1, dtype=torch.long), scores)
+    assert barred.dtype == torch.float32
+    assert barred[:, 2:].tolist() == [[-math.inf] * 2] * 2
+    assert processor.confidence(torch.tensor([1, 0])).tolist() == pytest.approx([1 / (1 + math.exp(-1)), 0.5])
+    assert scores[0, 2] == 9
+
+
+def test_barred_ids_are_never_emitted(tiny_model):
+    """By a model that likes nothing better."""
+    model, rows = tiny_model("llama"), prompts()
+    model.lm_head.weight.data[BARRED] = model.lm_head.weight.data[:60].norm(dim=-1).max() * 10
+    for options in ({"mtp_k": 1}, {}, {"confadapt": 0.5}, {"verify": True}, {"do_sample": True, "temperature": 5.0}):
+        for text in texts(decode(model, rows, **options), rows):
+            assert not set(text) & set(BARRED)
+
+
+# --- lengths and stops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("verify", [False, True])
+def test_lengths_are_never_exceeded(tiny_model, new, verify):
+    model, rows = tiny_model("llama", context=0.3), prompts()
+    output = decode(model, rows, mtp_k=8, verify=verify, max_new_tokens=new, eos_token_id=None, pad_token_id=PAD)
+    assert output.sequences.shape == (4, 9 + new)
+    assert [sum(blocks) for blocks in output.block_lengths] == [new] * 4
+    if not verify:
+        assert output.block_lengths == [[8] * (new // 8) + [new % 8] * (new % 8 > 0)] * 4
+
+
+def test_max_length_counts_the_prompt(tiny_model):
+    output = generate(**padded(prompts()), model=tiny_model("llama"), max_length=14, do_sample=False, eos_token_id=None)
+    assert output.shape == (4, 14)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("pad", [PAD, 30])
+def test_rows_end_at_the_first_of_several_eos_ids(tiny_model, verify, pad):
+    model, rows = tiny_model("llama", context=0.6), prompts(6)
+    eos = [30, 31, *range(40, 50)]
+    output = decode(model, rows, mtp_k=8, verify=verify, eos_token_id=eos, pad_token_id=pad, max_new_tokens=40)
+    reference = [naive_loop(model, r, k=1 if verify else 8, threshold=0, new=40, eos=eos)[0] for r in rows]
+    assert texts(output, rows) == reference
+    assert any(len(text) < 40 for text in reference)
+    longest = max(map(len, reference))
+    for ids, text in zip(output.sequences[:, 9:].tolist(), reference, strict=True):
+        assert ids == text + [pad] * (longest - len(text))
+
+
+def test_passes_are_counted_while_a_row_is_alive(tiny_model):
+    model, rows = tiny_model("llama"), prompts(6)
+    calls = 0
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    model.forward = functools.wraps(forward)(counted)
+    output = decode(model, rows, confadapt=0.4)
+    assert isinstance(output, MTPGenerateOutput)
+    assert output.forward_passes.tolist() == [len(blocks) for blocks in output.block_lengths]
+    assert calls == max(output.forward_passes)
+    generated = sum(len(text) for text in texts(output, rows))
+    assert output.acceleration == generated / sum(output.forward_passes.tolist())
+
+
+def test_rows_that_ended_leave_the_batch(tiny_model):
+    model, rows = tiny_model("llama"), prompts(8)
+    sizes = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    output = decode(model, rows, mtp_k=1)
+    passes = output.forward_passes.tolist()
+    assert min(passes) < max(passes)
+    assert sizes == [sum(p > step for p in passes) for step in range(max(passes))]
+
+
+def test_memory_is_bounded(tiny_model, monkeypatch):
+    allocated = []
+    allocate = decoder.StaticLayer.lazy_initialization
+    monkeypatch.setattr(
+        decoder.StaticLayer,
+        "lazy_initialization",
+        lambda layer, *states: (allocate(layer, *states), allocated.append(layer.keys.shape))[0],
+    )
+    decode(tiny_model("llama"), prompts(), mtp_k=4, eos_token_id=None)
+    assert len(allocated) == 2
+    assert all(shape[0] == 4 and shape[2] <= 9 + NEW + 2 * 4 for shape in allocated)
+
+
+def test_min_new_tokens(tiny_model):
+    model, rows = tiny_model("llama"), prompts(8)
+    eos = list(range(20, 40))
+    for options in ({"mtp_k": 8}, {"mtp_k": 8, "verify": True}):
+        output = decode(model, rows, eos_token_id=eos, pad_token_id=PAD, min_new_tokens=10, **options)
+        assert all(len(text) >= 10 and not set(text[:9]) & set(eos) for text in texts(output, rows))
+    assert torch.equal(output.sequences, greedy(model, rows, eos_token_id=eos, pad_token_id=PAD, min_new_tokens=10))
+
+
+class StopsAtMultiple(StoppingCriteria):
+    """Looks at the last token only, as transformers' criteria do, and notes what it is shown."""
+
+    def __init__(self, divisor: int) -> None:
+        self.divisor, self.shapes = divisor, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shapes.append(tuple(input_ids.shape))
+        return input_ids[:, -1] % self.divisor == 0
+
+
+@pytest.mark.parametrize("options", [{"mtp_k": 8}, {"mtp_k": 8, "verify": True}, {"mtp_k": 8, "confadapt": 0.4}])
+def test_stopping_criteria_hold_at_the_exact_token(tiny_model, options):
+    model, rows = tiny_model("llama"), prompts(8)
+    free = texts(decode(model, rows, eos_token_id=None, pad_token_id=PAD, **options), rows)
+    expected = [text[: next((i + 1 for i, t in enumerate(text) if t % 11 == 0), len(text))] for text in free]
+    assert len({len(text) for text in expected}) > 2
+    stop = StopsAtMultiple(11)
+    output = decode(model, rows, eos_token_id=None, pad_token_id=PAD, stopping_criteria=[stop], **options)
+    assert texts(output, rows) == expected
+    assert {rows for rows, _ in stop.shapes} == {8}
+
+
+def test_a_criterion_sees_what_one_token_per_pass_would_show(tiny_model):
+    model, (row, *_) = tiny_model("llama"), prompts()
+    stop = StopsAtMultiple(1000)
+    decode(model, [row], mtp_k=8, stopping_criteria=[stop], eos_token_id=None, pad_token_id=PAD)
+    assert stop.shapes == [(1, 9 + generated) for generated in range(1, NEW + 1)]
+
+
+def test_max_time_ends_with_the_first_block(tiny_model):
+    model, rows = tiny_model("llama"), prompts()
+    output = decode(model, rows, stopping_criteria=[MaxTimeCriteria(max_time=0.0, initial_timestamp=0.0)])
+    assert output.forward_passes.tolist() == [1] * 4
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """64 tokens of one to three letters, joined without spaces."""
+    words = ["<pad>", "<eos>"] + [
+        "".join(chr(97 + (i * j) % 26) for j in range(1, 2 + i % 3)) + str(i) for i in range(2, 64)
+    ]
+    words[MASK], words[59] = "<|mtp|>", "abcdef"  # transformers' StopStringCriteria asks every tokenizer for "abcdef"
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_stop_strings_stop_in_the_middle_of_a_block(tiny_model, verify):
+    model, rows, tokenizer = tiny_model("llama"), prompts(4), tiny_tokenizer()
+    free = texts(decode(model, rows, mtp_k=8, verify=verify), rows)
+    # A stop string across the border of two tokens inside the first block.
+    string = tokenizer.decode(free[0][2:4])[1:]
+    output = decode(model, rows, mtp_k=8, verify=verify, stop_strings=[string], tokenizer=tokenizer)
+    assert texts(output, rows)[0] == free[0][:4]
+    config = GenerationConfig(
+        stop_strings=string, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
+    )
+    again = generate(**padded(rows), model=model, generation_config=config, mtp_k=8, verify=verify, tokenizer=tokenizer)
+    assert torch.equal(again, output.sequences)
+    with pytest.raises(ValueError, match="tokenizer="):
+        decode(model, rows, stop_strings=[string])
+
+
+def test_lm_evals_criterion_fires_at_the_same_token_as_with_one_token_per_pass(tiny_model):
+    utils = pytest.importorskip("lm_eval.models.utils_hf")
+    model, rows, tokenizer = tiny_model("llama"), prompts(1), tiny_tokenizer()
+    string = tokenizer.decode(texts(decode(model, rows, mtp_k=1), rows)[0][4:6])
+
+    def stopped(**options) -> torch.Tensor:
+        criteria = utils.stop_sequences_criteria(tokenizer, [string], 9, 1)
+        ids = padded(rows)
+        return generate(
+            model=model, **ids, max_length=9 + NEW, stopping_criteria=criteria, pad_token_id=PAD, use_cache=True,
+            do_sample=False, **options,
+        )  # fmt: skip
+
+    assert stopped(mtp_k=1).shape[1] < 9 + NEW
+    assert torch.equal(stopped(mtp_k=8, verify=True), stopped(mtp_k=1))
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+PROCESSORS = {
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "bad_words_ids": {"bad_words_ids": [[token] for token in range(10, 20)] + [[2, 3], [4, 5], [30, 31], [40, 22]]},
+    "suppress_tokens": {"suppress_tokens": [*range(20, 40), *BARRED]},
+    "prefix_allowed_tokens_fn": {
+        "prefix_allowed_tokens_fn": lambda batch, ids: [t for t in range(1, 60) if (t + int(ids[-1]) + batch) % 3]
+    },
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "several": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 5, "suppress_tokens": BARRED},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_hold_on_every_token_when_verified(tiny_model, name):
+    """Token for token what transformers' greedy decoding gives with the same processors."""
+    model, rows = tiny_model("llama", context=0.6), prompts(6)
+    options = PROCESSORS[name]
+    own = greedy(model, rows, **options)
+    assert not torch.equal(own, greedy(model, rows))
+    for threshold in (0.0, 0.3):
+        assert torch.equal(decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, **options).sequences, own)
+    assert torch.equal(decode(model, rows, mtp_k=1, **options).sequences, own)
+
+
+class Ban(LogitsProcessor):
+    """Bars the last token and its neighbour; reads input_ids, so it must be shown the block's own tokens."""
+
+    def __call__(self, input_ids, scores):
+        last = input_ids[:, -1:]
+        return scores.scatter(1, torch.cat([last, (last + 1) % 64], 1), -torch.inf)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_processors_see_the_blocks_own_tokens(tiny_model, threshold):
+    model, rows = tiny_model("llama", context=0.3), prompts(6)
+    expected = [naive_loop(model, row, k=6, threshold=threshold, processors=[Ban()]) for row in rows]
+    output = decode(model, rows, mtp_k=6, confadapt=threshold, logits_processor=LogitsProcessorList([Ban()]))
+    assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
+    for row, text in zip(rows, texts(output, rows), strict=True):
+        assert all(b not in (a, a + 1) for a, b in itertools.pairwise([row[-1], *text]))
+
+
+def test_all_places_at_once_equals_place_by_place(tiny_model, monkeypatch):
+    model, rows = tiny_model("llama"), prompts(6)
+    options = {"confadapt": 0.3, "suppress_tokens": list(range(20, 30)), "temperature": 1.3, "top_k": 20, "top_p": 0.9}
+    outputs = []
+    for pointwise in (decoder._POINTWISE, ()):
+        monkeypatch.setattr(decoder, "_POINTWISE", pointwise)
+        for verify in (False, True):
+            torch.manual_seed(0)
+            outputs.append(decode(model, rows, do_sample=True, verify=verify, **options).sequences)
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def chi_square(observed: Counter, probabilities: dict, draws: int) -> tuple[float, int]:
+    statistic = sum((observed[key] - draws * p) ** 2 / (draws * p) for key, p in probabilities.items())
+    return statistic, len(probabilities) - 1
+
+
+@torch.no_grad()
+def exact_distribution(model, prompt: list[int], *, tokens: int, top_k: int, temperature: float) -> dict:
+    """Of every continuation of one token per pass."""
+    outcomes = {(): 1.0}
+    for _ in range(tokens):
+        longer = {}
+        for text, probability in outcomes.items():
+            logits = block_logits(model, prompt + list(text), 1)[0] / temperature
+            values, ids = logits.topk(top_k)
+            for p, token in zip(values.softmax(-1).tolist(), ids.tolist(), strict=True):
+                longer[*text, token] = probability * p
+        outcomes = longer
+    return outcomes
+
+
+@pytest.mark.parametrize("options", [{"mtp_k": 1}, {"mtp_k": 3, "verify": True}, {"mtp_k": 6, "confadapt": 1.0}])
+def test_sampling_is_exact_in_distribution(tiny_model, options):
+    """3,000 continuations of three tokens against the enumerated distribution, at the 1 % level, with a fixed seed."""
+    model, prompt = tiny_model("llama", context=0.5, logit_scale=1.5), prompts()[1]
+    sampling = {"top_k": 3, "temperature": 1.2}
+    expected = exact_distribution(model, prompt, tokens=3, **sampling)
+    sampling |= {"do_sample": True, "num_return_sequences": 3000, "eos_token_id": None, "max_new_tokens": 3}
+    torch.manual_seed(0)
+    output = decode(model, [prompt], **sampling, **options)
+    observed = Counter(map(tuple, output.sequences[:, len(prompt) :].tolist()))
+    assert set(observed) <= set(expected)
+    statistic, freedom = chi_square(observed, expected, 3000)
+    assert freedom == 26
+    assert statistic < 45.6  # the 99th percentile at 26 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "min_p": 0.02},
+        {"top_k": 0, "temperature": 2.0},
+    ],
+)
+def test_a_seed_gives_one_text_for_every_block_threshold_and_batch(tiny_model, options):
+    model, rows = tiny_model("llama", context=0.5, logit_scale=2.0), prompts(4)
+
+    def sampled(rows, **kwargs):
+        torch.manual_seed(7)
+        return texts(decode(model, rows, do_sample=True, **options, **kwargs), rows)
+
+    plain = sampled(rows, mtp_k=1)
+    assert len({tuple(text) for text in plain}) == 4
+    for k, threshold in [(2, 0.0), (5, 0.2), (8, 0.0), (8, 0.6)]:
+        assert sampled(rows, mtp_k=k, confadapt=threshold, verify=True) == plain
+    assert sampled(rows[::-1], verify=True) == plain[::-1]
+    for row, text in zip(rows, plain, strict=True):
+        assert sampled([row], mtp_k=6, verify=True) == [text]
+
+
+def test_copies_of_a_prompt_and_different_seeds_draw_differently(tiny_model):
+    model, (row, *_) = tiny_model("llama", logit_scale=1.0), prompts()
+    options = {"do_sample": True, "verify": True, "num_return_sequences": 8}
+    first, second = decode(model, [row], **options), decode(model, [row], **options)
+    assert len({tuple(ids) for ids in first.sequences.tolist() + second.sequences.tolist()}) == 16
+
+
+def test_verified_sampling_accepts_drafts(tiny_model):
+    """A draft meets the noise that its verification will meet, so close distributions agree often."""
+    model, rows = tiny_model("llama", context=0.3), prompts(8)
+    torch.manual_seed(0)
+    output = decode(model, rows, do_sample=True, verify=True, max_new_tokens=60)
+    assert output.acceleration > 1.3
+
+
+def test_plain_confadapt_samples_only_blocks_of_one_token(tiny_model):
+    model, rows = tiny_model("llama"), prompts(8)
+    torch.manual_seed(0)
+    output = decode(model, rows, do_sample=True, temperature=2.0, mtp_k=6, confadapt=0.4)
+    sampled = 0
+    for row, text, blocks in zip(rows, texts(output, rows), output.block_lengths, strict=True):
+        start = 0
+        for length in blocks:
+            argmax = block_logits(model, row + text[:start], 6).argmax(-1).tolist()
+            if length > 1:
+                assert text[start : start + length] == argmax[:length]
+            sampled += length == 1 and text[start] != argmax[0]
+            start += length
+    assert sampled > 10
+    assert max(lengths_of(output)) > 2
+
+
+def test_noise_is_gumbel_and_a_function_of_key_and_position():
+    keys = torch.tensor([5, 5, -(2**62)])
+    noise = decoder._gumbel(keys, torch.tensor([0, 1, 0]), 100_000)
+    assert noise.mean(-1).tolist() == pytest.approx([0.5772] * 3, abs=0.015)
+    assert noise.var(-1).tolist() == pytest.approx([math.pi**2 / 6] * 3, abs=0.04)
+    assert torch.corrcoef(noise).triu(1).abs().max() < 0.015
+    assert torch.equal(decoder._gumbel(keys[1:2], torch.tensor([1]), 10), noise[1:2, :10])
+
+
+# --- the call ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_come_from_the_generation_config(tiny_model):
+    model, rows = tiny_model("llama"), prompts()
+    model.generation_config.update(confadapt=0.4, mtp_k=5, allow_custom_entries=True)
+    explicit = decode(tiny_model("llama"), rows, confadapt=0.4, mtp_k=5).block_lengths
+    assert decode(model, rows).block_lengths == explicit
+    assert decode(model, rows, confadapt=0.0, eos_token_id=None, max_new_tokens=10).block_lengths == [[5, 5]] * 4
+    model.generation_config.update(verify=True, allow_custom_entries=True)
+    assert torch.equal(decode(model, rows).sequences, greedy(model, rows))
+    assert decode(model, rows, verify=False).block_lengths == explicit
+    request = GenerationConfig(confadapt=0.0, mtp_k=2, verify=False, max_new_tokens=6, do_sample=False, eos_token_id=59)
+    output = generate(**padded(rows), model=model, generation_config=request, return_dict_in_generate=True)
+    assert output.block_lengths == [[2, 2, 2]] * 4
+
+
+def test_the_default_block_is_the_one_trained(tiny_model):
+    model = tiny_model("llama")
+    assert decode(model, prompts(1), eos_token_id=None, max_new_tokens=16).block_lengths == [[8, 8]]
+    with pytest.warns(UserWarning, match="more than the block size trained, 8"):
+        decode(model, prompts(1), mtp_k=9)
+
+
+REFUSED = {
+    "confadapt=True": ({"confadapt": True}, r"\[0, 1\], got True"),
+    "confadapt=1.5": ({"confadapt": 1.5}, r"\[0, 1\], got 1.5"),
+    "confadapt=nan": ({"confadapt": math.nan}, "got nan"),
+    "confadapt='0.9'": ({"confadapt": "0.9"}, "got '0.9'"),
+    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1, got 0"),
+    "mtp_k=True": ({"mtp_k": True}, "got True"),
+    "mtp_k=2.5": ({"mtp_k": 2.5}, "got 2.5"),
+    "verify=1": ({"verify": 1}, "verify must be True or False, got 1"),
+    "mtp_token_id": ({"mtp_token_id": 5}, "contradicts config.mtp"),
+    "num_beams": ({"num_beams": 2, "verify": True}, "num_beams=2 .*GenerationMixin.generate"),
+    "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
+    "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+    "use_cache": ({"use_cache": False}, "use_cache=False"),
+    "output_scores": ({"output_scores": True}, "output_scores=True"),
+    "assistant_model": ({"assistant_model": object()}, "assistant_model="),
+    "past_key_values": ({"past_key_values": object()}, "past_key_values="),
+    "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds="),
+    "custom_generate": ({"custom_generate": "somewhere"}, "custom_generate="),
+    "typo": ({"confadpat": 0.9}, "confadpat"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_is_refused(tiny_model, name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        decode(tiny_model("llama"), prompts(1), **options)
+
+
+def test_a_streamer_takes_one_row(tiny_model):
+    with pytest.raises(ValueError, match="one row, got 4"):
+        decode(tiny_model("llama"), prompts(), streamer=Collect())
+
+
+def test_flash_attention_is_refused_with_the_remedy(tiny_model):
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="set_attn_implementation\\('sdpa'\\)"):
+        decode(model, prompts(1))
+
+
+def test_an_empty_row_is_refused(tiny_model):
+    batch = padded(prompts(2))
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="Row 1 of the batch has no tokens"):
+        generate(**batch, model=tiny_model("llama"), max_new_tokens=2)
+
+
+def test_padding_may_stand_anywhere(tiny_model):
+    """The prompt is what the attention mask keeps: padding on the right or inside gives the same tokens."""
+    model, (row, *_) = tiny_model("llama"), prompts()
+    ids = torch.tensor([[PAD, *row[:4], PAD, *row[4:], PAD]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]])
+    output = generate(ids, attention_mask=mask, model=model, max_new_tokens=NEW, do_sample=False)
+    assert output[0, 12:].tolist() == texts(decode(model, [row]), [row])[0]
+
+
+def test_a_checkpoint_without_config_names_its_mask_token(tiny_model):
+    model, rows = tiny_model("llama"), prompts()
+    expected = decode(model, rows, suppress_tokens=BARRED).sequences
+    model = tiny_model("llama")
+    del model.config.mtp
+    with pytest.raises(ValueError, match=r"no mask token.*mtp_token_id="):
+        decode(model, rows)
+    assert torch.equal(decode(model, rows, mtp_k=1, suppress_tokens=BARRED).sequences, greedy(model, rows))
+    options = {"mtp_k": 8, "suppress_tokens": BARRED}
+    assert torch.equal(decode(model, rows, mtp_token_id=MASK, **options).sequences, expected)
+    assert torch.equal(decode(model, rows, tokenizer=tiny_tokenizer(), **options).sequences, expected)
+    with pytest.raises(ValueError, match="0 to 63, got 64"):
+        decode(model, rows, mtp_token_id=64)
+
+
+def test_the_papers_token_names_are_known():
+    words = {"<pad>": 0, "<eos>": 1, "<|mtp_special_token_1|>": 5, "<|mtp_special_token_0|>": 9}
+    named = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")))
+    assert decoder._mask_ids_by_name(named) == [9, 5]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(tiny_model, training):
+    model, rows = tiny_model("llama"), prompts()
+    expected = decode(model, rows).sequences
+    model.train(training)
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert torch.equal(decode(model, rows).sequences, expected)
+    with pytest.raises(ValueError, match="mtp_k"):
+        decode(model, rows, mtp_k=0)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_half_precision_decodes(tiny_model, architecture, dtype):
+    output = decode(tiny_model(architecture).to(dtype), prompts(), confadapt=0.5)
+    assert all(0 < len(text) <= NEW for text in texts(output, prompts()))
+
+
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_streamer_gets_each_block_once(tiny_model, verify):
+    model, (row, *_) = tiny_model("llama", context=0.3), prompts()
+    streamer = Collect()
+    output = decode(model, [row], verify=verify, streamer=streamer)
+    prompt, *blocks = streamer.values
+    assert prompt.tolist() == [row]
+    assert [len(block) for block in blocks] == output.block_lengths[0]
+    assert torch.cat(blocks).tolist() == texts(output, [row])[0]
+    assert streamer.ended
+
+
+def test_transformers_text_streamer_prints_the_text(tiny_model):
+    model, (row, *_), tokenizer = tiny_model("llama"), prompts(), tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    output = decode(model, [row], streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(texts(output, [row])[0])
+
+
+def test_attached_decoder_is_the_models_generate(tiny_model):
+    model, rows = tiny_model("llama"), prompts()
+    expected = decode(model, rows, confadapt=0.4).sequences
+    assert attach_decoder(model) is model
+    assert torch.equal(model.generate(**padded(rows), confadapt=0.4, max_new_tokens=NEW, do_sample=False), expected)
+    twin = copy.deepcopy(model)
+    assert twin.generate.keywords["model"] is twin
+
+
+def test_a_peft_model_decodes_with_its_adapter(tiny_model):
+    peft = pytest.importorskip("peft")
+    model, rows = tiny_model("llama"), prompts()
+    plain = decode(model, rows, confadapt=0.4).sequences
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    wrapped = attach_decoder(wrapped.eval())
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    adapted = wrapped.generate(**padded(rows), confadapt=0.4, **options)
+    assert not torch.equal(adapted, plain)
+    assert torch.equal(wrapped.generate(**padded(rows), verify=True, **options), greedy(model, rows))
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped.generate(**padded(rows), confadapt=0.4, **options), plain)
+
+
+# --- publication ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tiny_model, tmp_path) -> Path:
+    """A folder as it is uploaded: weights, configs, tokenizer, the decoder."""
+    model = tiny_model("llama")
+    model.generation_config.update(confadapt=0.4, verify=True, allow_custom_entries=True)
+    model.generation_config._from_model_config = False
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    shutil.copytree(
+        Path(decoder.__file__).parent,
+        tmp_path / "model" / "custom_generate",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return tmp_path / "model"
+
+
+def test_a_published_folder_decodes_alike(repository, tiny_model):
+    model, rows = tiny_model("llama"), prompts()
+    loaded = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    assert loaded.generation_config.confadapt == 0.4
+    assert loaded.generation_config.verify is True
+    assert loaded.config.mtp == model.config.mtp
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(loaded.generate(**padded(rows), **options), greedy(model, rows))
+    torch.manual_seed(0)
+    ours = decode(model, rows, confadapt=0.4, verify=False)
+    theirs = loaded.generate(**padded(rows), verify=False, return_dict_in_generate=True, **options)
+    assert torch.equal(theirs.sequences, ours.sequences)
+    assert theirs.block_lengths == ours.block_lengths
+    assert sys.modules[type(theirs).__module__].__file__ != decoder.__file__
+
+
+def test_the_extras_survive_another_round_trip(repository, tmp_path):
+    AutoModelForCausalLM.from_pretrained(repository).save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert saved["confadapt"] == 0.4
+    assert saved["verify"] is True
+
+
+def test_without_remote_code_the_folder_is_the_plain_model(repository, tiny_model):
+    loaded, rows = AutoModelForCausalLM.from_pretrained(repository), prompts()
+    plain = loaded.generate(**padded(rows), max_new_tokens=NEW, do_sample=False, suppress_tokens=BARRED)
+    assert torch.equal(plain, greedy(tiny_model("llama"), rows))
+
+
+def test_another_model_decodes_with_the_folders_decoder(repository, tiny_model):
+    """`custom_generate=FOLDER` on a model that was loaded as usual."""
+    model, rows = tiny_model("llama"), prompts()
+    output = model.generate(
+        **padded(rows), custom_generate=str(repository), trust_remote_code=True, confadapt=0.4, max_new_tokens=NEW,
+        do_sample=False, tokenizer=AutoTokenizer.from_pretrained(repository),
+    )  # fmt: skip
+    assert torch.equal(output, decode(model, rows, confadapt=0.4).sequences)
