@@ -1,5 +1,6 @@
 """Reads recipes: YAML keys to typed arguments, with every mistake found before data or weights are touched."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -38,9 +39,7 @@ class RecipeArguments(ScriptArguments):
     )
     dataset_seed: int = field(default=0, metadata={"help": "Which training stream of word_problems."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first n rows of the test split."})
-    prompt_format: str | None = field(
-        default=None, metadata={"help": "Text around every prompt; {} stands for the prompt."}
-    )
+    prompt_format: str | None = field(default=None, metadata={"help": "Text around every prompt; {} stands for the prompt."})
     completion_format: str | None = field(
         default=None, metadata={"help": "Text around every completion; {} stands for the completion."}
     )
@@ -53,9 +52,7 @@ class RecipeArguments(ScriptArguments):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one optimizer step over all processes; sets the accumulation steps."}
     )
-    cpu_threads: int | None = field(
-        default=None, metadata={"help": "Threads of a single CPU process; all cores by default."}
-    )
+    cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a single CPU process; all cores by default."})
 
     def __post_init__(self) -> None:
         if isinstance(self.model_config, str):  # from the command line
@@ -101,7 +98,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             values[key] = locate(values[key], recipe=path)
     parser = _Parser(classes)
     parser.set_defaults_with_config(**values)
-    _set_accumulation(parser, overrides)
+    namespace, _ = parser.parse_known_args(list(overrides))
+    _check_deepspeed(namespace.deepspeed)
+    _set_accumulation(parser, namespace)
     try:
         with warnings.catch_warnings():
             # TRL sets this field by default, under the name that transformers has deprecated.
@@ -112,7 +111,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
     _check_known((text[2:].split("=")[0].replace("-", "_") for text in unknown), names, where="the command line")
-    _check_sources(path, arguments, training, model)
+    _check_sources(path, arguments, model)
     return Recipe(arguments, training, model)
 
 
@@ -131,15 +130,12 @@ def accumulation_steps(global_batch_size: int, *, per_device: int, processes: in
     return steps
 
 
-def _set_accumulation(parser: "_Parser", overrides: Sequence[str]) -> None:
+def _set_accumulation(parser: "_Parser", values: argparse.Namespace) -> None:
     """Derive gradient_accumulation_steps, before the arguments are built: DeepSpeed's batch sizes follow from it."""
-    values, _ = parser.parse_known_args(list(overrides))
     if values.global_batch_size is None:
         return
     if values.gradient_accumulation_steps != 1:
-        raise RecipeError(
-            "Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other."
-        )
+        raise RecipeError("Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other.")
     steps = accumulation_steps(
         values.global_batch_size,
         per_device=values.per_device_train_batch_size,
@@ -198,10 +194,19 @@ def _check_known(keys: Iterable[str], names: set[str], *, where: str) -> None:
         raise RecipeError(f"Unknown in {where}: {', '.join(problems)}.")
 
 
-def _check_sources(
-    path: Path, arguments: RecipeArguments, training: MTPDistillConfig | SFTRecipeConfig, model: ModelConfig
-) -> None:
-    """Local models, data and checkpoints exist; anything else may be a Hub id, which the Hub will judge."""
+def _check_deepspeed(config: Any) -> None:
+    """Before the arguments are built: their DeepSpeed configuration stays with the whole process."""
+    if isinstance(config, str) and not config.startswith("{") and not Path(config).is_file():
+        raise RecipeError(f"deepspeed names {config!r}, which is not there.")
+    if config and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
+        raise RecipeError(
+            "ACCELERATE_USE_CPU (`accelerate launch --cpu`) switches DeepSpeed off without a word; leave it out and give "
+            "--use_cpu true after the recipe, or take the line `deepspeed:` out."
+        )
+
+
+def _check_sources(path: Path, arguments: RecipeArguments, model: ModelConfig) -> None:
+    """Local models and data exist; anything else may be a Hub id, which the Hub will judge."""
     if not model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing: a Hub id or a folder.")
     if not arguments.dataset_name:
@@ -211,8 +216,6 @@ def _check_sources(
     _check_present("model_name_or_path", model.model_name_or_path)
     if arguments.dataset_name != BUNDLED:
         _check_present("dataset_name", arguments.dataset_name)
-    if isinstance(training.deepspeed, str) and not Path(training.deepspeed).is_file():
-        raise RecipeError(f"deepspeed names {training.deepspeed!r}, which is not there.")
     if arguments.model_config and arguments.trainer != "sft":
         raise RecipeError("model_config (random weights) needs `trainer: sft`: there is nothing to distil from yet.")
 

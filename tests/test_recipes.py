@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,9 +159,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(processes, 
 
 
 def test_the_global_batch_sets_the_accumulation(write):
-    recipe = read_recipe(
-        write(global_batch_size=16, per_device_train_batch_size=2), ["--per_device_train_batch_size", "4"]
-    )
+    recipe = read_recipe(write(global_batch_size=16, per_device_train_batch_size=2), ["--per_device_train_batch_size", "4"])
     assert recipe.training.gradient_accumulation_steps == 4
 
 
@@ -215,6 +216,30 @@ def test_deepspeed_configurations(stage):
     assert values["zero_optimization"]["stage"] == stage
     assert "optimizer" not in values
     assert values["zero_allow_untested_optimizer"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_dry_run_with_deepspeed_in_two_processes(name, model, data, tmp_path):
+    """The recipe as it stands, ZeRO included, under the real launcher."""
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "recipes" / f"{name}.yaml"), *DRY]
+    command += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    command += ["--per_device_train_batch_size", "2", "--global_batch_size", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.config.mtp["k_max"] == 16
+    settings = json.loads((tmp_path / "out" / "mtp_provenance.json").read_text())["settings"]
+    assert settings["gradient_accumulation_steps"] == 2
+
+
+def test_deepspeed_that_would_be_switched_off_is_refused(write, tmp_path, monkeypatch):
+    (tmp_path / "zero.json").write_text("{}")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RecipeError, match="ACCELERATE_USE_CPU"):
+        read_recipe(write(deepspeed=str(tmp_path / "zero.json")))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
