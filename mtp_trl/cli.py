@@ -15,9 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, declare in COMMANDS.items():
         description = (declare.__doc__ or "").strip()
-        subparser = subparsers.add_parser(
-            name, help=description.splitlines()[0], description=description, allow_abbrev=False
-        )
+        subparser = subparsers.add_parser(name, help=description.splitlines()[0], description=description, allow_abbrev=False)
         subparser.set_defaults(command=declare(subparser))
     options, unknown = parser.parse_known_args(arguments)
     if unknown and "overrides" not in options:
@@ -81,9 +79,7 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
-    parser.add_argument(
-        "--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)"
-    )
+    parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
     parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B")

@@ -34,7 +34,14 @@ class MTPDistillConfig(DistillationConfig):
             Longest prompt + completion, in tokens. Completions are cut to it; rows whose prompt fills it are left out.
         column_map (`dict[str, str]`, *optional*):
             Renames dataset columns, e.g. `{"question": "prompt", "answer": "completion"}`.
-        confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and `False`):
+        exact (`bool`, *optional*, defaults to `False`):
+            Freeze the base and train an adapter that acts at mask slots alone: the text stays the base's own.
+        exact_rank, exact_alpha (`int`, *optional*, default to `64` and `128`):
+            Rank of the exact mode's adapter and its scale, alpha / rank.
+        exact_target_modules (`list[str]`, *optional*):
+            Last parts of the names of the linear layers it adapts; by default those of the attention and, in models
+            without experts, of the MLP.
+        confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and to `exact`):
             Decoding defaults written into the model's `generation_config.json`.
         thresholds (`list[float]`, *optional*, defaults to `[0.9]`):
             ConfAdapt thresholds whose acceleration is logged.
@@ -48,7 +55,7 @@ class MTPDistillConfig(DistillationConfig):
     Differs from [`~trl.DistillationConfig`] in one default: `learning_rate` is `1e-5`, the paper's.
     """
 
-    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["column_map"]
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "column_map"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
     k_min: int = field(default=2, metadata={"help": "Smallest block size drawn."})
@@ -61,7 +68,15 @@ class MTPDistillConfig(DistillationConfig):
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
     column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
     confadapt: float = field(default=0.9, metadata={"help": "Default decoding threshold written with the model."})
-    verify: bool = field(default=False, metadata={"help": "Whether the model's default decoding is verified."})
+    verify: bool | None = field(
+        default=None, metadata={"help": "Whether the model's default decoding is verified; by default in exact mode."}
+    )
+    exact: bool = field(default=False, metadata={"help": "Train an adapter that acts at mask slots alone."})
+    exact_rank: int = field(default=64, metadata={"help": "Rank of the exact mode's adapter."})
+    exact_alpha: int = field(default=128, metadata={"help": "Its scale is alpha / rank."})
+    exact_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers it adapts, by the last part of their names."}
+    )
     thresholds: list[float] = field(
         default_factory=lambda: [0.9], metadata={"help": "ConfAdapt thresholds whose acceleration is logged."}
     )
@@ -81,13 +96,18 @@ class MTPDistillConfig(DistillationConfig):
             )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
-        for name in ("slots_per_row", "logits_chunk_size", "max_length"):
+        if self.verify is None:
+            self.verify = self.exact
+        if self.exact and self.ntp_coef > 0:
+            raise ValueError(
+                f"exact mode leaves the text's own predictions to the frozen base, so ntp_coef={self.ntp_coef} has nothing "
+                "to train; set it to 0."
+            )
+        for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
         if self.ntp_coef < 0 or self.num_eval_prompts < 0:
-            raise ValueError(
-                f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}."
-            )
+            raise ValueError(f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}.")
         for threshold in (self.confadapt, *self.thresholds):
             if not 0.0 <= threshold <= 1.0:
                 raise ValueError(f"A ConfAdapt threshold is a probability in [0, 1], got {threshold}.")

@@ -250,9 +250,7 @@ class _Encoder:
             prompt_ids, completion_ids = self._encode_chat(prompt, completion, row)
         return self._fit(prompt, prompt_ids, completion_ids)
 
-    def _fit(
-        self, prompt: Text, prompt_ids: list[int], completion_ids: list[int]
-    ) -> tuple[Text, list[int], list[int]] | None:
+    def _fit(self, prompt: Text, prompt_ids: list[int], completion_ids: list[int]) -> tuple[Text, list[int], list[int]] | None:
         if not completion_ids:
             self.counts["without a completion left out"] += 1
             return None
@@ -283,13 +281,10 @@ class _Encoder:
 
     def _encode_chat(self, prompt: Messages, completion: Text, row: Row) -> tuple[list[int], list[int]]:
         if isinstance(completion, str):
-            raise ValueError(
-                "the prompt is messages but the completion is a string; both must be messages, or both text"
-            )
+            raise ValueError("the prompt is messages but the completion is a string; both must be messages, or both text")
         if not self.tokenizer.chat_template:
             raise ValueError(
-                "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer "
-                "or plain text"
+                "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer or plain text"
             )
         options = dict(row.get("chat_template_kwargs") or {})
         if tools := row.get("tools"):

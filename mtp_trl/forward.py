@@ -56,7 +56,8 @@ def attention_masks(
     if layout.allowed_XTT is None:
         return layout.valid_XT.long()
     config = config.get_text_config()
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    window: Any = getattr(config, "sliding_window", None)
+    chunk: Any = getattr(config, "attention_chunk_size", None)
     full, positions = layout.allowed_XTT, layout.positions_XT
 
     def mask_of(layer_type: str) -> Tensor:

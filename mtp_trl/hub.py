@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import platform
 import shlex
 import sys
 import textwrap
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .custom_generate import generate as decoder
 
@@ -51,7 +54,7 @@ _PACKAGES = (
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
-def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: bool) -> None:
+def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: bool | None) -> None:
     """Defaults for `generate` that travel in generation_config.json."""
     config = model.generation_config
     config.confadapt, config.verify = confadapt, verify
@@ -109,14 +112,28 @@ def _hardware() -> str:
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def write_decoder(folder: str | Path, generation_config: GenerationConfig, provenance: dict[str, Any]) -> None:
-    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance."""
+def write_decoder(folder: str | Path, model: PreTrainedModel, provenance: dict[str, Any]) -> None:
+    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance, an exact adapter."""
     folder = Path(folder)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
     source = Path(str(decoder.__file__)).read_text(encoding="utf-8")
     write_atomically(folder / "custom_generate" / "generate.py", source)
-    generation_config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if model.config.mtp.get("exact"):
+        _save_adapter(model.mtp_adapter, folder / decoder.ADAPTER_FILE)
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+
+
+def _save_adapter(adapter: decoder.MaskGatedAdapter, path: Path) -> None:
+    """In LoRA's format, but not under LoRA's name: transformers would load an `adapter_config.json` ungated."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(adapter.tensors(), partial, metadata={"r": str(adapter.rank), "lora_alpha": str(adapter.alpha)})
+    partial.replace(path)
+
+
+def load_adapter(adapter: decoder.MaskGatedAdapter, folder: str | Path) -> None:
+    """Read back what `write_decoder` wrote."""
+    adapter.load(load_file(Path(folder) / decoder.ADAPTER_FILE))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -162,15 +179,13 @@ def write_card(
     return path
 
 
-def save_merged(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]
-) -> Path:
+def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]) -> Path:
     """Merge the adapters into a copy of the base and save it as a model that loads by itself."""
     folder = Path(folder)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_decoder(folder, merged.generation_config, provenance)
+    write_decoder(folder, merged, provenance)
     return folder
 
 
@@ -181,14 +196,15 @@ def upload(
     commit_message: str | None = None,
     token: str | None = None,
     revision: str | None = None,
-    run_as_future: bool = False,
-) -> Any:
+    blocking: bool = True,
+) -> CommitInfo | Future[CommitInfo]:
     """One commit with everything a model repository needs and nothing of the training run."""
-    return HfApi(token=token).upload_folder(
+    send = functools.partial(
+        HfApi(token=token).upload_folder,
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        run_as_future=run_as_future,
         ignore_patterns=["_*", "checkpoint-*", "**/__pycache__/**", "*.partial", "optimizer.pt", "training_args.bin"],
     )
+    return send() if blocking else send(run_as_future=True)

@@ -162,7 +162,7 @@ def pack_regions(
 
 
 def _packed_attention(N: int, anchor_BS: Tensor, region_BS: Tensor) -> Tensor:
-    """bool [B, T, T] with T = N + S: query on the middle axis, key on the last."""
+    """Bool [B, T, T] with T = N + S: query on the middle axis, key on the last."""
     B, S = anchor_BS.shape
     device = anchor_BS.device
     causal_TT = torch.ones(N + S, N + S, dtype=torch.bool, device=device).tril()

@@ -160,9 +160,7 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     output.sums["entropy"] = entropy
     output.sums["drawn"] = layout.drawn_BRK.sum().float()
     if teacher_hidden is not None and not reader.base_reads_text:
-        output.prefix_kl, agree, compared = _prefix_drift(
-            student, teacher, hidden, teacher_hidden, batch, layout, tokens, args
-        )
+        output.prefix_kl, agree, compared = _prefix_drift(student, teacher, hidden, teacher_hidden, batch, layout, tokens, args)
         output.sums |= {"drift_kl": output.prefix_kl.detach(), "drift_agree": agree, "drift_places": compared}
     return output
 
@@ -217,9 +215,7 @@ def _losses(
                 reward = teacher_PV.log_softmax(-1).gather(-1, rollout[:, None]).squeeze(-1)
                 if args.objective != "ground_truth":
                     target = teacher_PV.argmax(-1)
-        losses = place_losses(
-            student_PV, teacher_PV, rollout, target, objective=args.objective, floor=args.reward_floor
-        )
+        losses = place_losses(student_PV, teacher_PV, rollout, target, objective=args.objective, floor=args.reward_floor)
         return losses, target, reward
 
     chunk = args.logits_chunk_size
@@ -263,7 +259,8 @@ def _prefix_drift(
 
     kl, agree = hidden.new_zeros((), dtype=torch.float), hidden.new_zeros((), dtype=torch.float)
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.ntp_coef > 0):
-        for parts in zip(hidden[read].split(args.logits_chunk_size), teacher_hidden[read].split(args.logits_chunk_size)):
+        halves = (hidden[read], teacher_hidden[read])
+        for parts in zip(*(half.split(args.logits_chunk_size) for half in halves), strict=True):
             part_kl, part_agree = (
                 checkpoint(of_chunk, *parts, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*parts)
             )

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
+from .gated_adapter import MaskGated, add_gated_adapter
 from .mask_token import add_mask_token
 from .objective import block_metrics
 from .optimizer import muon_adamw
@@ -89,11 +90,12 @@ class MTPDistillTrainer(DistillationTrainer):
         teacher = None
         causal = _causal_lm(student)
         check_attention_backend(causal)
-        self._mask_id = add_mask_token(
-            causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed
-        )
+        self._mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
-        if peft_config is not None:
+        if args.exact:
+            _make_exact(student, peft_config, args, mask_token_id=self._mask_id)
+            peft_config = None
+        elif peft_config is not None:
             peft_config = _with_mask_row(peft_config, causal, self._mask_id)
         elif not is_peft_model(student):
             teacher = _frozen_teacher(student, load, tokenizer, args)
@@ -130,8 +132,7 @@ class MTPDistillTrainer(DistillationTrainer):
     # ---- data ----
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", "prompt_ids", "completion_ids"]
+        self._signature_columns = ["prompt", "prompt_ids", "completion_ids"]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Texts of the dataset, or completions sampled from the model, with the regions drawn on them."""
@@ -153,7 +154,8 @@ class MTPDistillTrainer(DistillationTrainer):
             slots=self.args.slots_per_row,
             generators=self._row_generators(clean_BN, lengths_B),
         )
-        counts = torch.stack([regions.size_BR.sum().to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
+        places = (regions.size_BR - int(self.args.exact)).clamp(min=0).sum()  # in exact mode place 1 is not trained
+        counts = torch.stack([places.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
         drawn, clean = self.accelerator.reduce(counts.float(), "sum")
         return {
             "clean_ids": clean_BN,
@@ -188,7 +190,10 @@ class MTPDistillTrainer(DistillationTrainer):
         self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch = Batch(
-            inputs["clean_ids"], inputs["prompt_lengths"], inputs["lengths"], Regions(inputs["anchors"], inputs["sizes"])
+            inputs["clean_ids"],
+            inputs["prompt_lengths"],
+            inputs["lengths"],
+            Regions(inputs["anchors"], inputs["sizes"]),
         )
         output = distillation_pass(self._reader(unwrapped_student), batch, self._tokens, self.args)
         self._last_pass = output
@@ -208,6 +213,8 @@ class MTPDistillTrainer(DistillationTrainer):
         student = _causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
         with_teacher = self.args.objective != "ground_truth" or not self.model.training
+        if self.args.exact:
+            return MaskGated(student, with_teacher=with_teacher)
         return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)
 
     def _teacher_runner(self, unwrapped_student: Any) -> Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]:
@@ -224,9 +231,8 @@ class MTPDistillTrainer(DistillationTrainer):
 
         return run
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
         sums, self._last_pass = self._last_pass.sums, None
@@ -236,8 +242,9 @@ class MTPDistillTrainer(DistillationTrainer):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
         return loss
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.args.muon and self.optimizer is None:
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Muon with AdamW where the configuration says so."""
+        if self.args.muon and getattr(self, "optimizer", None) is None:
             self.optimizer = muon_adamw(
                 self.model if model is None else model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
@@ -246,6 +253,7 @@ class MTPDistillTrainer(DistillationTrainer):
     # ---- logs and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the block statistics since the last log."""
         mode = "train" if self.model.training else "eval"
         if totals := self._totals[mode]:
             prefix = "eval_" if mode == "eval" else ""
@@ -258,7 +266,9 @@ class MTPDistillTrainer(DistillationTrainer):
         """Teacher-forced statistics as in training, then a few held-out prompts decoded for real."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.args.num_eval_prompts and isinstance(self.eval_dataset, Dataset):
-            decoded = self._decode_samples(self.eval_dataset.select(range(min(self.args.num_eval_prompts, len(self.eval_dataset)))))
+            decoded = self._decode_samples(
+                self.eval_dataset.select(range(min(self.args.num_eval_prompts, len(self.eval_dataset))))
+            )
             self.log(dict(decoded))
             metrics.update(decoded)
         return metrics
@@ -304,13 +314,17 @@ class MTPDistillTrainer(DistillationTrainer):
         finally:
             self.args.hub_token = token
         if self.args.should_save:
-            hub.write_decoder(
-                output_dir or self.args.output_dir, _causal_lm(self.model).generation_config, self.provenance
-            )
+            hub.write_decoder(output_dir or self.args.output_dir, _causal_lm(self.model), self.provenance)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.exact:
+            hub.load_adapter(_causal_lm(self.model).mtp_adapter, resume_from_checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
+        """Writes README.md into the output folder."""
         if self.is_world_process_zero():
             hub.write_card(
                 self.args.output_dir,
@@ -345,13 +359,11 @@ class MTPDistillTrainer(DistillationTrainer):
         )  # fmt: skip
         return hub.upload(
             folder, self.hub_model_id, commit_message=commit_message, token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision, run_as_future=not blocking,
+            revision=revision or self.args.hub_revision, blocking=blocking,
         )  # fmt: skip
 
 
-def _prepared(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str
-) -> Any:
+def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, dict):
@@ -359,11 +371,26 @@ def _prepared(
     return prepare_dataset(
         dataset,
         tokenizer,
-        column_map=args.column_map,
+        column_map=cast("dict[str, str] | None", args.column_map),  # text has been parsed by now
         max_length=args.max_length,
         mask_token=args.mask_token,
         desc=split,
     )
+
+
+def _make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig, *, mask_token_id: int) -> None:
+    if is_peft_model(student):
+        raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
+    shape: dict[str, Any] = {
+        "rank": args.exact_rank,
+        "alpha": args.exact_alpha,
+        "target_modules": args.exact_target_modules,
+    }
+    if peft_config is not None:
+        targets = peft_config.target_modules
+        shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
+    add_gated_adapter(student, mask_token_id=mask_token_id, seed=args.seed, **shape)
+    student.config.mtp["exact"] = True
 
 
 def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
@@ -381,6 +408,7 @@ def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
 
 def _loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
     options = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None  # used up: the base class gets a model and would warn
     options.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config

@@ -3,8 +3,6 @@
 Run as a program it prints its address and serves until its standard input closes.
 """
 
-# ruff: noqa: N802  (do_GET and its like are http.server's names)
-
 import base64
 import hashlib
 import json
@@ -161,7 +159,11 @@ def resolve(h: Handler, _: bytes, name: str, revision: str, path: str) -> None:
         return h.reply(404, b"", headers | missing)
     if isinstance(file, bytes):
         return h.reply(200, file, headers | {"ETag": f'"{hashlib.sha1(file).hexdigest()}"'})
-    linked = {"X-Linked-Etag": f'"{file[0]}"', "X-Linked-Size": str(file[1]), "Location": f"{h.server.storage_url}/_lfs/{file[0]}"}
+    linked = {
+        "X-Linked-Etag": f'"{file[0]}"',
+        "X-Linked-Size": str(file[1]),
+        "Location": f"{h.server.storage_url}/_lfs/{file[0]}",
+    }
     return h.reply(302, b"", headers | linked)
 
 

@@ -22,9 +22,7 @@ NEW_TOKENS = 12
 def folders(tmp_path_factory):
     """A random tiny base and the same weights with a mask token and the decoder."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer = bundled.train_tokenizer(
-        ["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300
-    )
+    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,

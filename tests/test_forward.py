@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mtp_trl.forward import attention_masks, can_pack, check_attention_backend, check_output_logits, hidden_states, output_logits
+from mtp_trl.forward import (
+    attention_masks,
+    can_pack,
+    check_attention_backend,
+    check_output_logits,
+    hidden_states,
+    output_logits,
+)
 from mtp_trl.regions import Layout, pack_regions, row_generator, sample_regions, suffix_regions
 
 K, SLOTS, MASK, PAD = 6, 18, 60, 2
@@ -16,7 +23,12 @@ def texts_and_regions():
     clean_BN = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(1))
     clean_BN = clean_BN.masked_fill(torch.arange(20) >= lengths_B[:, None], PAD)
     regions = sample_regions(
-        [4, 3, 9], [18, 11, 15], k_min=2, k_max=K, slots=SLOTS, generators=[row_generator(0, 0, row) for row in range(3)]
+        [4, 3, 9],
+        [18, 11, 15],
+        k_min=2,
+        k_max=K,
+        slots=SLOTS,
+        generators=[row_generator(0, 0, row) for row in range(3)],
     )
     return clean_BN, lengths_B, regions
 

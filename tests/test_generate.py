@@ -364,9 +364,7 @@ def test_max_time_ends_with_the_first_block(tiny_model):
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """64 tokens of one to three letters, joined without spaces."""
-    words = ["<pad>", "<eos>"] + [
-        "".join(chr(97 + (i * j) % 26) for j in range(1, 2 + i % 3)) + str(i) for i in range(2, 64)
-    ]
+    words = ["<pad>", "<eos>"] + ["".join(chr(97 + (i * j) % 26) for j in range(1, 2 + i % 3)) + str(i) for i in range(2, 64)]
     words[MASK], words[59] = "<|mtp|>", "abcdef"  # transformers' StopStringCriteria asks every tokenizer for "abcdef"
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.decoder = decoders.Fuse()
@@ -381,9 +379,7 @@ def test_stop_strings_stop_in_the_middle_of_a_block(tiny_model, verify):
     string = tokenizer.decode(free[0][2:4])[1:]
     output = decode(model, rows, mtp_k=8, verify=verify, stop_strings=[string], tokenizer=tokenizer)
     assert texts(output, rows)[0] == free[0][:4]
-    config = GenerationConfig(
-        stop_strings=string, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
-    )
+    config = GenerationConfig(stop_strings=string, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
     again = generate(**padded(rows), model=model, generation_config=config, mtp_k=8, verify=verify, tokenizer=tokenizer)
     assert torch.equal(again, output.sequences)
     with pytest.raises(ValueError, match="tokenizer="):

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from mtp_trl.objective import OBJECTIVES, bar_tokens, block_metrics, block_sums, kl_divergence, place_losses, places_with_loss
+from mtp_trl.objective import (
+    OBJECTIVES,
+    bar_tokens,
+    block_metrics,
+    block_sums,
+    kl_divergence,
+    place_losses,
+    places_with_loss,
+)
 
 V, BARRED = 7, torch.tensor([5, 6])
 
@@ -81,9 +89,7 @@ def test_kl_is_zero_between_equals():
 )
 def test_a_block_carries_loss_through_its_first_end_of_text(rollout, target, expected):
     drawn = torch.ones(1, 1, 4, dtype=torch.bool)
-    valid = places_with_loss(
-        torch.tensor([[rollout]]), torch.tensor([[target]]), drawn, eos_ids=torch.tensor([1, 9])
-    )
+    valid = places_with_loss(torch.tensor([[rollout]]), torch.tensor([[target]]), drawn, eos_ids=torch.tensor([1, 9]))
     assert valid[0, 0].int().tolist() == expected
 
 

@@ -64,7 +64,7 @@ def test_fixed_block_size_differs_in_the_last_region_only():
 
 @pytest.mark.parametrize("wrong", [{"k_min": 1, "slots": 8}, {"k_min": 9, "slots": 8}, {"k_min": 2, "slots": 0}])
 def test_impossible_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match="k_min|slots"):
+    with pytest.raises(ValueError, match=r"k_min|slots"):
         sample_regions([0], [3], k_max=8, generators=[row_generator(0, 0, 0)], **wrong)
 
 

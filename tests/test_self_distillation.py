@@ -17,7 +17,14 @@ TOKENS = Tokens(MASK, PAD, torch.tensor([MASK, 61, 62, 63]), torch.tensor([EOS])
 
 
 def arguments(tmp_path, **changes) -> MTPDistillConfig:
-    options = {"k_max": K, "slots_per_row": SLOTS, "use_cpu": True, "bf16": False, "report_to": "none", "thresholds": [0.02]}
+    options = {
+        "k_max": K,
+        "slots_per_row": SLOTS,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "thresholds": [0.02],
+    }
     return MTPDistillConfig(str(tmp_path), **{**options, **changes})
 
 
@@ -60,9 +67,9 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
                 target = text[anchor + 1 : anchor + 1 + size]
             for place in range(len(target)):
                 one = slice(place, place + 1)
-                loss = loss + place_losses(
-                    block[one], reference[one], rollout[one], target[one], objective=args.objective
-                ).sum()
+                loss = (
+                    loss + place_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective).sum()
+                )
                 rewards.append(reference[place].log_softmax(-1)[rollout[place]])
                 if EOS in (int(rollout[place]), int(target[place])):
                     break
@@ -162,7 +169,7 @@ def test_without_ntp_coef_the_drift_is_read_at_the_anchors_without_gradient(tiny
 
 
 def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
-    student, teacher = pair(tiny_model)
+    student, _ = pair(tiny_model)
     output = distillation_pass(
         WholeRows(student, student, None), batch(), TOKENS, arguments(tmp_path, objective="ground_truth")
     )

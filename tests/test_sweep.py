@@ -44,9 +44,7 @@ class Scripted:
 
     def generate(self, *, input_ids, attention_mask, **kwargs):
         self.calls.append(kwargs)
-        answers = [
-            [*map(ord, self.script["".join(chr(i) for i in row if i != PAD)]), EOS] for row in input_ids.tolist()
-        ]
+        answers = [[*map(ord, self.script["".join(chr(i) for i in row if i != PAD)]), EOS] for row in input_ids.tolist()]
         width = max(map(len, answers))
         new = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
         sequences = torch.cat([input_ids, new], dim=1)

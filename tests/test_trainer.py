@@ -63,9 +63,7 @@ def test_the_upstream_seams_are_where_they_were():
 
 
 def test_loss_falls_and_agreement_rises(tmp_path, tokenizer):
-    trainer = MTPDistillTrainer(
-        model(), arguments(tmp_path, max_steps=40, muon=True), rows(64), processing_class=tokenizer
-    )
+    trainer = MTPDistillTrainer(model(), arguments(tmp_path, max_steps=40, muon=True), rows(64), processing_class=tokenizer)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses(trainer)[-5:]) < 0.8 * sum(losses(trainer)[:5])
@@ -142,9 +140,7 @@ def test_adapters_train_the_mask_row_and_leave_the_teacher_alone(tmp_path, token
 
 
 def test_prompts_alone_are_completed_on_policy(tmp_path, tokenizer):
-    trainer = MTPDistillTrainer(
-        model(), arguments(tmp_path), rows().select_columns(["prompt"]), processing_class=tokenizer
-    )
+    trainer = MTPDistillTrainer(model(), arguments(tmp_path), rows().select_columns(["prompt"]), processing_class=tokenizer)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert 1 <= entry["completions/mean_length"] <= 12
@@ -193,7 +189,7 @@ def test_a_card_is_written_with_every_checkpoint(tmp_path, tokenizer):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n")
     assert "custom_generate" in card
-    assert 'confadapt=0.9' in card
+    assert "confadapt=0.9" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", trust_remote_code=True)
     assert loaded.generate(torch.tensor([[0, 5, 6]]), confadapt=0.9, max_new_tokens=4).shape[1] <= 7
 

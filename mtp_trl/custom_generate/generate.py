@@ -1,4 +1,4 @@
-"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers alone.
+"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers alone (and safetensors, theirs).
 
 A step feeds every row, right-aligned, the tokens whose keys and values are not cached yet and a block of masks,
 
@@ -31,12 +31,13 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     EosTokenCriteria,
@@ -62,9 +63,16 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
-__all__ = ["ConfAdaptLogitsProcessor", "MTPGenerateOutput", "accept_confident_prefix", "attach_decoder", "generate"]
+__all__ = [
+    "ConfAdaptLogitsProcessor",
+    "MTPGenerateOutput",
+    "MaskGatedAdapter",
+    "accept_confident_prefix",
+    "attach_decoder",
+    "generate",
+]
 
 PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
 PAPER_MASK_TOKENS = "<|mtp_special_token_"  # their mask tokens; the first is the one that is fed
@@ -369,22 +377,23 @@ class _Forward:
         self.keeps_logits = "logits_to_keep" in arguments
         # The load-balancing loss of a mixture of experts fails on ready masks.
         self.constants = {"output_router_logits": False} if "output_router_logits" in arguments else {}
+        adapter = _mask_gated_adapter(model)
+        self.gate = nullcontext if adapter is None else functools.partial(adapter.acting_on, settings.k - 1)
 
     def run(self, alive: list[_Row], **inputs: Any) -> Tensor:
         """Logits [A, P, V]. Rows are right-aligned, so the masks are the last k - 1 columns of every row."""
         places = self.k + max(len(row.drafts) for row in alive)
         if self.keeps_logits:
             inputs["logits_to_keep"] = places
-        logits: Tensor = self.model(**inputs, **self.constants, return_dict=True).logits
+        with self.gate():  # in exact mode the adapter acts at the masks
+            logits: Tensor = self.model(**inputs, **self.constants, return_dict=True).logits
         return logits[:, -places:]
 
 
 class _CachedForward(_Forward):
     """Feeds what is not cached yet. In every row slot = position; padding writes to a slot that nobody reads."""
 
-    def __init__(
-        self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], rows: list[_Row]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], rows: list[_Row]) -> None:
         super().__init__(model, settings, arguments)
         self.trash = max(row.limit for row in rows)
         self.placement = _Placement(slots=self.trash + 1)
@@ -597,10 +606,7 @@ class _Choice:
         scores_APV = self.confadapt(None, logits_APV)
         for processor in self.processors:
             scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
-        if self.draw_all:
-            chosen_AP = _draw(scores_APV, alive, first=self.k - scores_APV.shape[1])
-        else:
-            chosen_AP = scores_APV.argmax(-1)
+        chosen_AP = _draw(scores_APV, alive, first=self.k - scores_APV.shape[1]) if self.draw_all else scores_APV.argmax(-1)
         return chosen_AP, self.confadapt.confidence(chosen_AP)[:, -self.k :], scores_APV[:, -self.k]
 
     def _place_by_place(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -623,9 +629,7 @@ class _Choice:
                     first_AV[members] = scores_MV
         return chosen_AP, probs_AP[:, -self.k :], first_AV
 
-    def _processed(
-        self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row], members: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row], members: list[int]) -> tuple[Tensor, Tensor]:
         """Scores and own probabilities of some rows. Processors see the whole batch, in which they may count rows."""
         scores_BV = logits_AV.new_zeros((len(history_BL), logits_AV.shape[1]))
         scores_BV[[row.index for row in alive]] = logits_AV
@@ -785,9 +789,7 @@ def _checked_k(k: Any) -> int:
 
 def _checked_threshold(threshold: Any) -> float:
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(
-            f"confadapt must be a probability in [0, 1], got {threshold!r}; 0.9 is usual, 0 accepts whole blocks."
-        )
+        raise ValueError(f"confadapt must be a probability in [0, 1], got {threshold!r}; 0.9 is usual, 0 accepts whole blocks.")
     return float(threshold)
 
 
@@ -902,3 +904,134 @@ def _refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
     for name, value in model_kwargs.items():
         if name not in known and value is not None:
             raise ValueError(f"{name}= would be ignored, input_ids and attention_mask are all that is read: {_PLAIN}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact mode: an adapter that acts at the masks alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+ADAPTER_FILE = "custom_generate/mtp_adapter.safetensors"
+
+
+def _mask_gated_adapter(model: PreTrainedModel) -> MaskGatedAdapter | None:
+    """The adapter of an exact-mode model; the first call reads it from the model's own repository."""
+    if not (getattr(model.config, "mtp", None) or {}).get("exact"):
+        return None
+    attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
+    if attached is not None:
+        return attached
+    source, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    path = cached_file(source, ADAPTER_FILE, revision=revision)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return MaskGatedAdapter.from_tensors(tensors, metadata).to(model.device).attach(model)
+
+
+class MaskGatedAdapter(nn.Module):
+    """Low-rank updates of linear layers, and an input row, that act at mask slots alone.
+
+    At a slot y += (alpha / rank) B A x; at every other column the layer's output is left as it is, bit for bit, so the
+    text is read by the base whatever the training did.
+
+    Attributes:
+        gate: where the adapter acts: the number of columns at the end of every row, or bool [X, T]. It stays set after a
+            forward pass, since layers that recompute their activations in backward read it again.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
+        """`shapes`: (inputs, outputs) of each adapted layer, by its name in the model."""
+        super().__init__()
+        self.names = list(shapes)
+        self.rank, self.alpha = rank, alpha
+        for index, (inputs, outputs) in enumerate(shapes.values()):
+            self.register_parameter(f"lora_A_{index}", nn.Parameter(torch.zeros(rank, inputs)))
+            self.register_parameter(f"lora_B_{index}", nn.Parameter(torch.zeros(outputs, rank)))
+        self.mask_row = nn.Parameter(torch.zeros(hidden_size))
+        self.gate: int | Tensor = 0
+
+    @property
+    def lora_a(self) -> list[nn.Parameter]:
+        """[rank, inputs] of each layer."""
+        return [self.get_parameter(f"lora_A_{index}") for index in range(len(self.names))]
+
+    @property
+    def lora_b(self) -> list[nn.Parameter]:
+        """[outputs, rank] of each layer."""
+        return [self.get_parameter(f"lora_B_{index}") for index in range(len(self.names))]
+
+    def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
+        """Act in `model` from now on, as its submodule `mtp_adapter`."""
+        for index, name in enumerate(self.names):
+            A, B = self.lora_a[index], self.lora_b[index]
+            model.get_submodule(name).register_forward_hook(functools.partial(self._adapt, A, B))
+        model.get_input_embeddings().register_forward_hook(self._embed)
+        model.mtp_adapter = self
+        return self
+
+    def _adapt(self, A: Tensor, B: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def adapted(columns: Any) -> Tensor:
+            low = nn.functional.linear(inputs[0][columns].to(A.dtype), A)
+            update = nn.functional.linear(low, B) * (self.alpha / self.rank)
+            return output[columns] + update.to(output.dtype)
+
+        return self._where_gated(output, adapted)
+
+    def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        row = self.mask_row.to(output.dtype)
+        return self._where_gated(output, lambda columns: row.expand_as(output[columns]))
+
+    def _where_gated(self, output: Tensor, at: Callable[[Any], Tensor]) -> Tensor:
+        """`at` gives the new values of the columns chosen."""
+        if isinstance(self.gate, Tensor):
+            return torch.where(self.gate[..., None], at(...), output)
+        if self.gate == 0:
+            return output
+        tail = at((slice(None), slice(-self.gate, None)))
+        return tail if self.gate == output.shape[1] else torch.cat([output[:, : -self.gate], tail], 1)
+
+    @contextmanager
+    def acting_on(self, gate: int | Tensor) -> Iterator[None]:
+        """The gate within the block; 0 after it."""
+        self.gate = gate
+        try:
+            yield
+        finally:
+            self.gate = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a LoRA adapter is saved, with the mask's row beside it."""
+        pairs = zip(self.names, self.lora_a, self.lora_b, strict=True)
+        named = {"mask_row": self.mask_row.detach()}
+        for name, A, B in pairs:
+            named[f"base_model.model.{name}.lora_A.weight"] = A.detach()
+            named[f"base_model.model.{name}.lora_B.weight"] = B.detach()
+        return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> MaskGatedAdapter:
+        """An adapter as its file has it."""
+        before, behind = "base_model.model.", ".lora_A.weight"
+        names = [name[len(before) : -len(behind)] for name in tensors if name.endswith(behind)]
+        shapes = {
+            name: (tensors[f"{before}{name}{behind}"].shape[1], tensors[f"{before}{name}.lora_B.weight"].shape[0])
+            for name in names
+        }
+        rank, alpha = int(metadata["r"]), float(metadata["lora_alpha"])
+        return cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"])).load(tensors)
+
+    def load(self, tensors: dict[str, Tensor]) -> MaskGatedAdapter:
+        """Take over what `tensors` gave."""
+        with torch.no_grad():
+            self.mask_row.copy_(tensors["mask_row"])
+            for name, A, B in zip(self.names, self.lora_a, self.lora_b, strict=True):
+                A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+                B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the model's own weights stay the base's; the adapter has a file of its own."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, likewise."""

@@ -38,9 +38,7 @@ def run_eval(
     """
     _check(ks, thresholds)
     student, tokenizer = load_student(model)
-    settings = decoding_settings(
-        ks=ks, confadapt=thresholds, verified=thresholds if verify else (), base=base is not None
-    )
+    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=thresholds if verify else (), base=base is not None)
     sweep = evaluate_decoding(
         student,
         tokenizer,

@@ -101,9 +101,7 @@ def _print_log(line: str, console: Console) -> None:
         console.print(Text(line.rstrip()))
         return
     places = [f"{float(value):.2f}" for name, value in log.items() if name.startswith("agreement/place_")]
-    expected = [
-        f"{float(value):.2f} at {name.rpartition('_')[2]}" for name, value in log.items() if name.startswith(EXPECTED)
-    ]
+    expected = [f"{float(value):.2f} at {name.rpartition('_')[2]}" for name, value in log.items() if name.startswith(EXPECTED)]
     if places:
         clear = "\r\x1b[K" if console.is_terminal else ""  # the progress bar's line; it is drawn again below
         print(f"{clear}agreement by place {' '.join(places)}  tokens per pass {', '.join(expected)}")

@@ -21,9 +21,7 @@ def block_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], bl
     """
     lengths = list(blocks)
     if sum(lengths) != len(token_ids):
-        raise ValueError(
-            f"The blocks sum to {sum(lengths)} tokens, got {len(token_ids)}; pass one answer's own blocks."
-        )
+        raise ValueError(f"The blocks sum to {sum(lengths)} tokens, got {len(token_ids)}; pass one answer's own blocks.")
     texts, shown, end = [], "", 0
     for length in lengths:
         end += length

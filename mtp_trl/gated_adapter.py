@@ -1,0 +1,182 @@
+"""Exact mode: a frozen base, and low-rank updates that act at mask slots alone (method section 4b).
+
+The text is read once, by the base, without gradient; its keys and values serve the student's slots (adapter on) and the
+teacher's slots (adapter off). Decoding's half of the adapter is `MaskGatedAdapter` in `custom_generate.generate`.
+"""
+
+# B rows, N clean tokens, S slots, X layout rows, T tokens of a layout row, H hidden size
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .custom_generate.generate import MaskGatedAdapter
+from .forward import attention_masks, hidden_states
+from .regions import Layout
+
+
+def add_gated_adapter(
+    model: PreTrainedModel,
+    *,
+    mask_token_id: int,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | None = None,
+    seed: int = 0,
+) -> MaskGatedAdapter:
+    """Freeze `model` and attach an adapter: A random, B zero, the mask's row that of the embedding; nothing changes yet.
+
+    Args:
+        target_modules: last parts of the names of linear layers; by default every linear layer of the attention and, in
+            models without experts, of the MLP.
+
+    Raises:
+        ValueError: when no linear layer fits.
+    """
+    layers = dict(_linear_layers(model, target_modules))
+    if not layers:
+        wanted = "attention or MLP layers" if target_modules is None else ", ".join(target_modules)
+        raise ValueError(f"{type(model).__name__} has no linear layer among {wanted}; name some in target_modules.")
+    model.requires_grad_(False)
+    embedding = model.get_input_embeddings()
+    row = embedding(torch.tensor([mask_token_id], device=embedding.weight.device))[0]
+    adapter = MaskGatedAdapter(
+        {name: _features(layer) for name, layer in layers.items()}, rank=rank, alpha=alpha, hidden_size=len(row)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        adapter.mask_row.copy_(row)
+        for A in adapter.lora_a:
+            A.uniform_(-1 / math.sqrt(A.shape[1]), 1 / math.sqrt(A.shape[1]), generator=generator)
+    return adapter.to(row.device).attach(model)
+
+
+def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
+    head = model.get_output_embeddings()
+    has_experts = any("expert" in name for name, _ in model.named_modules())
+    attention = tuple(f"{name}." for name, module in model.named_modules() if _is_attention(module))
+    blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
+    for name, module in model.named_modules():
+        if module is head or _features(module) is None or not name.startswith(blocks):
+            continue
+        if target_modules is not None:
+            chosen = name.rsplit(".", 1)[-1] in target_modules
+        else:
+            chosen = name.startswith(attention) or not has_experts
+        if chosen:
+            yield name, module
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "layer_idx"):
+        return False
+    return "past_key_values" in inspect.signature(module.forward).parameters
+
+
+def _features(layer: nn.Module) -> Any:
+    """(inputs, outputs) of a linear layer, of a quantised one or of GPT-2's transposed one; None of any other module."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else None
+
+
+class MaskGated:
+    """Reads layouts in exact mode (a `self_distillation.Reader`).
+
+    Attention-only models read the text once and the slots twice, behind the text's keys and values; others read whole
+    rows, with the gate as a mask.
+    """
+
+    base_reads_text = True
+
+    def __init__(self, model: PreTrainedModel, *, with_teacher: bool) -> None:
+        self.student = self.teacher = model
+        self.adapter: MaskGatedAdapter = model.mtp_adapter
+        self.with_teacher = with_teacher
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._can_checkpoint_with_cache = True  # the cache given to slots is only read
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """Hidden states [X * T, H]: the base's at the text, the student's, with gradient, at the slots."""
+        if layout.allowed_XTT is None:
+            gate = torch.zeros_like(layout.valid_XT)
+            gate.view(-1)[layout.read_BRK[..., 1:][layout.drawn_BRK[..., 1:]]] = True
+            self.adapter.gate = gate
+            return hidden_states(self.student, layout.ids_XT, layout, self._masks(layout))
+        self.text_BNH, self.prefix = self._read_text(layout)
+        self.adapter.gate = layout.ids_XT.shape[1] - layout.clean_length
+        return self._behind_text(layout, layout.ids_XT)
+
+    @torch.no_grad()
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """Hidden states [X * T, H] of the base with the student's tokens in the slots."""
+        if not self.with_teacher:
+            return None
+        gate = self.adapter.gate
+        with _evaluating(self.student), self.adapter.acting_on(0):
+            if layout.allowed_XTT is None:
+                hidden = hidden_states(self.teacher, ids_XT, layout, self._masks(layout))
+            else:
+                hidden = self._behind_text(layout, ids_XT)
+        self.adapter.gate = gate  # backward recomputes the student's layers
+        return hidden
+
+    @torch.no_grad()
+    def _read_text(self, layout: Layout) -> tuple[Tensor, Cache]:
+        text, cache = slice(layout.clean_length), DynamicCache()
+        with _evaluating(self.student), self.adapter.acting_on(0):
+            hidden = self.student.base_model(
+                input_ids=layout.ids_XT[:, text],
+                position_ids=layout.positions_XT[:, text],
+                attention_mask=self._masks(layout, queries=text, keys=text),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return hidden, Cache(layers=[_ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers])
+
+    def _behind_text(self, layout: Layout, ids_XT: Tensor) -> Tensor:
+        slots = slice(layout.clean_length, None)
+        hidden = self.student.base_model(
+            input_ids=ids_XT[:, slots],
+            position_ids=layout.positions_XT[:, slots],
+            attention_mask=self._masks(layout, queries=slots),
+            past_key_values=self.prefix,
+            use_cache=False,
+        ).last_hidden_state
+        return torch.cat([self.text_BNH, hidden], 1).flatten(0, 1)
+
+    def _masks(self, layout: Layout, **columns: slice) -> Tensor | dict[str, Tensor]:
+        return attention_masks(self.student.config, layout, self.student.dtype, **columns)
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """Keys and values of a text that every pass over slots reads and none extends, also when it is recomputed."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The text's and the slots' own, [B, heads, N + S, D]."""
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

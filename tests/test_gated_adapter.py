@@ -1,0 +1,217 @@
+"""Exact mode: the base's own text, an adapter at the masks alone."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mtp_trl.word_problems
+from mtp_trl import attach_decoder
+from mtp_trl.forward import can_pack
+from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
+from mtp_trl.regions import pack_regions, row_generator, sample_regions, student_forced_ids, suffix_regions
+
+K, SLOTS, MASK, PAD = 5, 14, 60, 0
+PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss"]
+RECURRENT = ["falcon_h1", "qwen3_next"]
+
+
+def adapted(model, *, scale: float = 0.3):
+    """With an adapter that does something."""
+    adapter = add_gated_adapter(model, mask_token_id=MASK, rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for B in adapter.lora_b:
+            B.normal_(0, scale, generator=generator)
+        adapter.mask_row.add_(torch.randn(adapter.mask_row.shape, generator=generator), alpha=0.1)
+    return adapter
+
+
+def layout_of(model):
+    lengths = torch.tensor([15, 11])
+    clean = torch.randint(3, 60, (2, 15), generator=torch.Generator().manual_seed(3))
+    clean = clean.masked_fill(torch.arange(15) >= lengths[:, None], PAD)
+    regions = sample_regions(
+        [3, 2], [13, 9], k_min=2, k_max=K, slots=SLOTS, generators=[row_generator(0, 0, row) for row in range(2)]
+    )
+    if can_pack(model):
+        return clean, regions, pack_regions(clean, lengths, regions, k_max=K, slots=SLOTS, mask_token_id=MASK)
+    return clean, regions, suffix_regions(clean, lengths, regions, k_max=K, mask_token_id=MASK, pad_token_id=PAD)
+
+
+def naive_hidden(model, ids, *, masks: int):
+    """One unpacked pass with the adapter at the last `masks` columns."""
+    with model.mtp_adapter.acting_on(masks):
+        return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", PACKED + RECURRENT)
+def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, architecture, checkpointing):
+    model = tiny_model(architecture)
+    adapter = adapted(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    clean, regions, layout = layout_of(model)
+    reader = MaskGated(model, with_teacher=True)
+    hidden = reader.read_student(layout)
+    forced = reader.read_teacher(layout, student_forced_ids(layout, torch.full(layout.drawn_BRK.shape, 7)))
+    weight = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(1))
+    student, teacher = hidden[layout.read_BRK[layout.drawn_BRK]], forced[layout.read_BRK[layout.drawn_BRK]]
+    (student @ weight).square().sum().backward()
+    gradients = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    model.eval()
+    expected, reference = [], []
+    for row, region in (regions.size_BR > 0).nonzero().tolist():
+        anchor, size = int(regions.anchor_BR[row, region]), int(regions.size_BR[row, region])
+        prefix = clean[row, : anchor + 1]
+        masked = torch.cat([prefix, torch.full((size - 1,), MASK)])
+        expected.append(naive_hidden(model, masked, masks=size - 1)[anchor:])
+        reference.append(naive_hidden(model, torch.cat([prefix, torch.full((size - 1,), 7)]), masks=0)[anchor:])
+    torch.testing.assert_close(student, torch.cat(expected), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(teacher, torch.cat(reference), atol=2e-5, rtol=1e-4)
+    (torch.cat(expected) @ weight).square().sum().backward()
+    for actual, parameter in zip(gradients, adapter.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad, atol=1e-3 * float(parameter.grad.abs().max()), rtol=1e-3)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "mtp_adapter" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_is_read_bitwise_as_the_base_reads_it(tiny_model, dtype):
+    base = tiny_model("llama").to(dtype)
+    ids = torch.randint(3, 60, (2, 12))
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        model = copy.deepcopy(base)
+        adapted(model)
+        with model.mtp_adapter.acting_on(4):
+            actual = model(input_ids=ids).logits
+    assert torch.equal(actual[:, :-4], expected[:, :-4])
+    assert not torch.equal(actual[:, -4:], expected[:, -4:])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_oss", "mixtral", "falcon_h1"])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.filterwarnings("ignore:.*decoded correctly but without a cache")
+def test_decoding_in_one_pass_equals_two(tiny_model, architecture, verify):
+    """Against a loop that reads the text and the masks in separate, uncached passes."""
+    base = tiny_model(architecture, context=0.2)
+    model = attach_decoder(copy.deepcopy(base))
+    adapted(model, scale=0.05)
+    model.config.mtp["exact"] = True
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    options = {"confadapt": 0.02, "verify": verify, "max_new_tokens": 14}
+    outputs = [model.generate(torch.tensor([p]), return_dict_in_generate=True, **options) for p in prompts]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = two_pass_decoding(model, prompt, threshold=0.02, verify=verify, tokens=14)
+        assert output.sequences[0].tolist() == prompt + expected
+        if verify:
+            greedy = base.generate(torch.tensor([prompt]), max_new_tokens=14, do_sample=False, suppress_tokens=[60, 61, 62, 63])
+            assert output.sequences[0].tolist() == greedy[0].tolist()
+    assert any(length > 1 for output in outputs for length in output.block_lengths[0])
+    padded = torch.tensor([prompts[0], [0, 0, *prompts[1]]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    together = model.generate(padded, attention_mask=mask, **options)
+    for row, output in enumerate(outputs):
+        alone = output.sequences[0].tolist()
+        start = 4 - len(prompts[row])
+        assert together[row, start : start + len(alone)].tolist() == alone
+
+
+@torch.no_grad()
+def two_pass_decoding(model, prompt, *, threshold, verify, tokens):
+    barred = model.config.mtp["barred_token_ids"]
+
+    def predictions(ids, masks):
+        with model.mtp_adapter.acting_on(masks):
+            logits = model(input_ids=torch.tensor([ids + [MASK] * masks]), use_cache=False).logits[0].float()
+        logits[:, barred] = -torch.inf
+        return logits.softmax(-1)
+
+    text = list(prompt)
+    while len(text) - len(prompt) < tokens:
+        probs = torch.cat([predictions(text, 0)[-1:], predictions(text, 7)[-7:]])
+        block = probs.argmax(-1).tolist()
+        length = 1
+        while length < 8 and probs[: length + 1].max(-1).values.min() >= threshold:
+            length += 1
+        for token in block[:length]:
+            own = int(predictions(text, 0)[-1].argmax())
+            text.append(own if verify else token)
+            if text[-1] == 1 or len(text) - len(prompt) == tokens:
+                return text[len(prompt) :]
+            if verify and own != token:
+                break
+    return text[len(prompt) :]
+
+
+def digest(model) -> str:
+    joined = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        joined.update(name.encode() + value.float().numpy().tobytes())
+    return joined.hexdigest()
+
+
+def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
+    from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    folder = str(Path(mtp_trl.word_problems.__file__).parent / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    args = MTPDistillConfig(
+        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", k_max=6, slots_per_row=32, max_steps=6, exact=True,
+        exact_rank=8, per_device_train_batch_size=4, logging_steps=1, learning_rate=3e-3, muon=True, disable_tqdm=True,
+        save_steps=3, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = MTPDistillTrainer(folder, args, load_dataset("train", 32, 0), processing_class=tokenizer)
+    before = digest(trainer.model)
+    trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(name.startswith("mtp_adapter.") for name in trainable)
+    trainer.train()
+    trainer.save_model()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert digest(trainer.model) == before
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    assert digest(again) == before
+    assert again.generation_config.verify is True
+    ids = tokenizer("Question: Tom has 3 apples.\nAnswer:", return_tensors="pt")
+    output = again.generate(**ids, confadapt=0.0, max_new_tokens=20, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, trainer.model.generate(**ids, confadapt=0.0, verify=True, max_new_tokens=20))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(output.sequences, plain.generate(**ids, max_new_tokens=20, do_sample=False))
+
+    resumed = MTPDistillTrainer(folder, args, load_dataset("train", 32, 0), processing_class=tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert [e["loss"] for e in resumed.state.log_history if "loss" in e] == losses
+
+
+def test_nothing_changes_before_training(tiny_model):
+    """B is zero and the mask's row is the embedding's: at the masks, too, the model is the base."""
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 6, MASK, MASK]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        add_gated_adapter(model, mask_token_id=MASK, rank=4, alpha=8)
+        with model.mtp_adapter.acting_on(2):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_experts_are_left_alone_by_default(tiny_model):
+    assert all(
+        "self_attn" in name for name in add_gated_adapter(tiny_model("mixtral"), mask_token_id=MASK, rank=2, alpha=2).names
+    )
+    assert any("mlp" in name for name in add_gated_adapter(tiny_model("llama"), mask_token_id=MASK, rank=2, alpha=2).names)
+
+
+def test_target_modules_that_are_not_there_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="no linear layer among query"):
+        add_gated_adapter(tiny_model("llama"), mask_token_id=MASK, rank=2, alpha=2, target_modules=["query"])
