@@ -37,7 +37,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
 
     Raises:
         FileNotFoundError: no recipe; it is part of a checkout.
-        RuntimeError: the training run failed.
+        ChildProcessError: the training run failed.
     """
     if not recipe.is_file():
         raise FileNotFoundError(f"There is no {recipe}; run the demo from a checkout of the repository.")
@@ -87,7 +87,7 @@ def _train(recipe: Path, folder: Path, console: Console) -> None:
         for line in process.stdout or ():
             _print_log(line, console)
     if process.returncode != 0:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"Training ended with exit status {process.returncode}; its messages are above. "
             f"Run it alone to see more: {shlex.join(command)}"
         )
