@@ -24,6 +24,9 @@ class MTPDistillConfig(DistillationConfig):
             each clean token that is read.
         objective (`str`, *optional*, defaults to `"hard"`):
             `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
+        ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
+            Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
+            from a teacher that reads a rollout which is still noise.
         reward_floor (`float`, *optional*, defaults to `-20.0`):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
@@ -62,6 +65,9 @@ class MTPDistillConfig(DistillationConfig):
     k_max: int = field(default=16, metadata={"help": "Largest block size drawn."})
     slots_per_row: int = field(default=128, metadata={"help": "Mask slots behind every text."})
     objective: str = field(default="hard", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    ground_truth_warmup: float = field(
+        default=0.0, metadata={"help": "Share of the steps supervised by the text before the teacher takes over."}
+    )
     reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
     ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
     mask_token: str = field(default=MASK_TOKEN, metadata={"help": "String of the mask token to add."})
@@ -108,6 +114,8 @@ class MTPDistillConfig(DistillationConfig):
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
         if self.ntp_coef < 0 or self.num_eval_prompts < 0:
             raise ValueError(f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}.")
+        if not 0.0 <= self.ground_truth_warmup <= 1.0:
+            raise ValueError(f"ground_truth_warmup is a share of the steps in [0, 1], got {self.ground_truth_warmup}.")
         for threshold in (self.confadapt, *self.thresholds):
             if not 0.0 <= threshold <= 1.0:
                 raise ValueError(f"A ConfAdapt threshold is a probability in [0, 1], got {threshold}.")

@@ -93,6 +93,7 @@ def block_sums(
     }
     if reward_BRK is not None:
         sums["reward"] = reward_BRK.masked_fill(~valid_BRK, 0.0).sum()
+        sums["reward_places"] = valid.sum()
     for threshold in thresholds:
         accepted_BRK = (confidence_BRK >= threshold) & valid_BRK
         reached_BRK = accepted_BRK.long().cumprod(-1).bool()
@@ -112,7 +113,7 @@ def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[s
     places_K = sums["places_K"]
     metrics: dict[str, float] = {}
     if "reward" in sums:
-        metrics["reward"] = float(sums["reward"] / places_K.sum().clamp(min=1))
+        metrics["reward"] = float(sums["reward"] / sums["reward_places"].clamp(min=1))
     for place, count in enumerate(places_K.tolist()):
         if count:
             metrics[f"agreement/place_{place + 1}"] = float(sums["agree_K"][place]) / count

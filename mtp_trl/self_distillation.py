@@ -126,8 +126,8 @@ def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTP
     )
 
 
-def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDistillConfig) -> PassOutput:
-    """Loss and statistics of one micro-batch."""
+def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDistillConfig, *, objective: str) -> PassOutput:
+    """Loss and statistics of one micro-batch; `objective` is that of `args` or, while it warms up, `ground_truth`."""
     student, teacher = reader.student, reader.teacher
     layout = build_layout(student, batch, tokens, args)
     hidden = reader.read_student(layout)
@@ -140,11 +140,11 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     truth_BRK, in_text_BRK = _ground_truth(batch, layout)
     losses_P, target_P, reward_P = _losses(
         student, teacher, student_PH, None if teacher_hidden is None else teacher_hidden[read_P],
-        rollout_P, truth_BRK[layout.drawn_BRK], tokens, args,
+        rollout_P, truth_BRK[layout.drawn_BRK], tokens, args, objective,
     )  # fmt: skip
 
     target_BRK = _scatter(target_P, layout.drawn_BRK)
-    counted_BRK = layout.drawn_BRK & in_text_BRK if args.objective == "ground_truth" else layout.drawn_BRK
+    counted_BRK = layout.drawn_BRK & in_text_BRK if objective == "ground_truth" else layout.drawn_BRK
     valid_BRK = places_with_loss(rollout_BRK, target_BRK, counted_BRK, eos_ids=tokens.eos)
     trained_BRK = valid_BRK.clone()
     trained_BRK[..., 0] &= not reader.base_reads_text
@@ -203,6 +203,7 @@ def _losses(
     truth_P: Tensor,
     tokens: Tokens,
     args: MTPDistillConfig,
+    objective: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Per place: the loss (with gradient), the target, and the teacher's log-likelihood of the rollout."""
 
@@ -213,9 +214,9 @@ def _losses(
             with torch.no_grad():
                 teacher_PV = bar_tokens(output_logits(teacher, teacher_part_PH), tokens.barred)
                 reward = teacher_PV.log_softmax(-1).gather(-1, rollout[:, None]).squeeze(-1)
-                if args.objective != "ground_truth":
+                if objective != "ground_truth":
                     target = teacher_PV.argmax(-1)
-        losses = place_losses(student_PV, teacher_PV, rollout, target, objective=args.objective, floor=args.reward_floor)
+        losses = place_losses(student_PV, teacher_PV, rollout, target, objective=objective, floor=args.reward_floor)
         return losses, target, reward
 
     chunk = args.logits_chunk_size

@@ -195,7 +195,7 @@ class MTPDistillTrainer(DistillationTrainer):
             inputs["lengths"],
             Regions(inputs["anchors"], inputs["sizes"]),
         )
-        output = distillation_pass(self._reader(unwrapped_student), batch, self._tokens, self.args)
+        output = distillation_pass(self._reader(unwrapped_student), batch, self._tokens, self.args, objective=self._objective())
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
@@ -208,11 +208,16 @@ class MTPDistillTrainer(DistillationTrainer):
             loss = loss + self.args.ntp_coef * output.prefix_kl / clean.clamp(min=1)
         return loss, output.sums["entropy"], drawn.long()
 
+    def _objective(self) -> str:
+        """The configured one, after a warm-up on the text itself."""
+        warm_up = self.args.ground_truth_warmup * self.state.max_steps
+        return "ground_truth" if self.model.training and self.state.global_step < warm_up else self.args.objective
+
     def _reader(self, unwrapped_student: Any) -> Reader:
         """How student and teacher read a layout under this configuration."""
         student = _causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-        with_teacher = self.args.objective != "ground_truth" or not self.model.training
+        with_teacher = self._objective() != "ground_truth" or not self.model.training
         if self.args.exact:
             return MaskGated(student, with_teacher=with_teacher)
         return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)

@@ -85,7 +85,7 @@ def run(student, teacher, args):
         with torch.no_grad():
             return function(teacher)
 
-    return distillation_pass(WholeRows(student, teacher, read), batch(), TOKENS, args)
+    return distillation_pass(WholeRows(student, teacher, read), batch(), TOKENS, args, objective=args.objective)
 
 
 def gradient(model) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_without_ntp_coef_the_drift_is_read_at_the_anchors_without_gradient(tiny
 def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
     student, _ = pair(tiny_model)
     output = distillation_pass(
-        WholeRows(student, student, None), batch(), TOKENS, arguments(tmp_path, objective="ground_truth")
+        WholeRows(student, student, None), batch(), TOKENS, arguments(tmp_path), objective="ground_truth"
     )
     assert "reward" not in output.sums
     assert output.loss.requires_grad

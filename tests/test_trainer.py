@@ -94,6 +94,14 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objectiv
     torch.testing.assert_close(outcomes[0][1], outcomes[1][1], atol=2e-5, rtol=1e-3)
 
 
+def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
+    args = arguments(tmp_path, ground_truth_warmup=0.5, max_steps=4)
+    trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+    trainer.train()
+    with_teacher = ["reward" in entry for entry in trainer.state.log_history if "loss" in entry]
+    assert with_teacher == [False, False, True, True]
+
+
 def test_gradient_checkpointing_changes_no_loss(tmp_path, tokenizer):
     outcomes = []
     for checkpointing in (False, True):
@@ -205,6 +213,8 @@ def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, token
         ({"k_min": 1}, "k_min"), ({"k_max": 1}, "k_max"), ({"objective": "sotf"}, "objective"),
         ({"slots_per_row": 0}, "slots_per_row"), ({"confadapt": 1.5}, "probability"), ({"thresholds": [-0.1]}, "probability"),
         ({"ntp_coef": -1.0}, "ntp_coef"),
+        ({"ground_truth_warmup": 2.0}, "share of the steps"),
+        ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):

@@ -1,4 +1,4 @@
-"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers alone (and safetensors, theirs).
+"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers (with safetensors).
 
 A step feeds every row, right-aligned, the tokens whose keys and values are not cached yet and a block of masks,
 
