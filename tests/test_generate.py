@@ -130,6 +130,27 @@ def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int =
             return ids[len(prompt) :], blocks
 
 
+@torch.no_grad()
+def naive_verified_loop(model, prompt: list[int], *, k: int, threshold: float, new: int):
+    """Drafts are kept as far as they are what one token per pass gives; of each step, the tokens that it made certain."""
+    ids, drafts, blocks = list(prompt), [], []
+    while len(ids) - len(prompt) < new and ids[-1] != EOS:
+        before = len(ids)
+        while drafts and int(block_logits(model, ids, 1).argmax()) == drafts[0]:
+            ids.append(drafts.pop(0))
+        logits = block_logits(model, ids, k if not drafts else 1)
+        block = logits.argmax(-1).tolist()
+        accepted = int(accept_confident_prefix(logits.softmax(-1).amax(-1)[None], threshold=threshold))
+        ids, drafts = [*ids, block[0]], block[1:accepted]
+        ids = ids[: len(prompt) + new]
+        if EOS in ids[before:]:
+            ids, drafts = ids[: ids.index(EOS, before) + 1], []
+        if EOS in drafts:
+            drafts = drafts[: drafts.index(EOS)]
+        blocks.append(len(ids) - before)
+    return ids[len(prompt) :], blocks
+
+
 def lengths_of(output: MTPGenerateOutput) -> Counter:
     return Counter(length for blocks in output.block_lengths for length in blocks)
 
@@ -180,6 +201,14 @@ def test_verified_decoding_equals_greedy_where_drafts_are_often_right(tiny_model
     verified = decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60)
     assert torch.equal(verified.sequences, own)
     assert verified.acceleration > 1.05
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25])
+def test_verified_decoding_takes_the_passes_it_should(tiny_model, threshold):
+    model, rows = tiny_model("llama", context=0.3), prompts(6)
+    expected = [naive_verified_loop(model, row, k=6, threshold=threshold, new=40) for row in rows]
+    output = decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, max_new_tokens=40)
+    assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
@@ -292,6 +321,21 @@ def test_passes_are_counted_while_a_row_is_alive(tiny_model):
     assert calls == max(output.forward_passes)
     generated = sum(len(text) for text in texts(output, rows))
     assert output.acceleration == generated / sum(output.forward_passes.tolist())
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_step_feeds_what_is_new_and_the_masks(tiny_model, verify):
+    """Nothing that is cached is fed again: at most k pending tokens and k - 1 masks."""
+    model, widths = tiny_model("llama", context=0.3), []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    output = decode(model, prompts(1), mtp_k=5, verify=verify, eos_token_id=None)
+    blocks = output.block_lengths[0]
+    assert widths[0] == 9 + 4
+    if verify:
+        assert max(blocks) == 5
+        assert max(widths[1:]) <= 5 + 4
+    else:
+        assert widths[1:] == [length + 4 for length in blocks[:-1]]
 
 
 def test_rows_that_ended_leave_the_batch(tiny_model):
@@ -554,6 +598,17 @@ def test_plain_confadapt_samples_only_blocks_of_one_token(tiny_model):
             start += length
     assert sampled > 10
     assert max(lengths_of(output)) > 2
+
+
+def test_a_block_cut_to_one_token_by_the_length_is_sampled(tiny_model):
+    """Static k = 4 and five tokens: four are the argmax, the fifth stands alone."""
+    model, (row, *_) = tiny_model("llama", logit_scale=1.0), prompts()
+    output = decode(
+        model, [row], do_sample=True, mtp_k=4, max_new_tokens=5, num_return_sequences=16, eos_token_id=None
+    )  # fmt: skip
+    assert output.block_lengths == [[4, 1]] * 16
+    assert len({tuple(ids) for ids in output.sequences[:, :-1].tolist()}) == 1
+    assert len(set(output.sequences[:, -1].tolist())) > 3
 
 
 def test_noise_is_gumbel_and_a_function_of_key_and_position():
