@@ -112,10 +112,10 @@ class ConfAdaptLogitsProcessor(LogitsProcessor):
     Applied before every other processor, at each place of a block. Scores are [B, V] (one place) or [B, P, V].
 
     Attributes:
-        probs: the distribution of the last call, float32, before any other processor and without temperature.
+        scores: of the last call, float32, the barred ids at -inf; before any other processor and without temperature.
     """
 
-    probs: Tensor
+    scores: Tensor
 
     def __init__(self, barred_token_ids: Sequence[int]) -> None:
         self.barred = torch.tensor(list(barred_token_ids), dtype=torch.long)
@@ -123,13 +123,12 @@ class ConfAdaptLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Scores in float32 with the barred ids at -inf."""
         self.barred = self.barred.to(scores.device)
-        scores = scores.float().index_fill(-1, self.barred, -torch.inf)
-        self.probs = scores.softmax(-1)
-        return scores
+        self.scores = scores.float().index_fill(-1, self.barred, -torch.inf)
+        return self.scores.clone()  # processors may write into what they are given
 
-    def confidence(self, tokens: Tensor) -> Tensor:
-        """Probability of the tokens actually emitted; `tokens` has the scores' shape without V."""
-        return self.probs.gather(-1, tokens[..., None])[..., 0]
+    def confidence(self, tokens: Tensor, where: Any = ...) -> Tensor:
+        """Probability of the tokens actually emitted at the places `where`, an index of the scores' leading dimensions."""
+        return self.scores[where].softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def generate(
@@ -282,7 +281,7 @@ class _Row:
         certain = 1 if verify else len(block)
         fresh = self.drafts[:confirmed] + block[:certain]
         self.committed = len(self.tokens) + confirmed
-        self.tokens += _through_first(fresh[: self.limit - len(self.tokens)], eos)
+        self.tokens += _through_first(fresh, eos)
         self.done = self.tokens[-1] in eos or len(self.tokens) == self.limit
         # The pass that would verify a last token gives that token anyway: it need not be fed.
         self.drafts = _before_first(block[certain:][: self.limit - len(self.tokens) - 1], eos)
@@ -584,32 +583,32 @@ class _Choice:
 
     def __call__(self, logits_APV: Tensor, alive: list[_Row]) -> Iterator[tuple[list[int], int]]:
         """Of each row, the choices behind its drafts and in the block, and the length accepted."""
-        if self.at_once:
-            chosen_AP, probs_AK, first_AV = self._all_places(logits_APV, alive)
-        else:
-            chosen_AP, probs_AK, first_AV = self._place_by_place(logits_APV, alive)
-        accepted_A = self._accepted(probs_AK)
-        single_A = _draw(first_AV, alive, first=0) if self.draw_single else chosen_AP[:, -self.k]
-        # The one place where a step waits for the device.
-        host = torch.cat([chosen_AP, accepted_A[:, None], single_A[:, None]], 1).tolist()
-        for row, (*chosen, accepted, single) in zip(alive, host, strict=True):
-            own = chosen[-self.k - len(row.drafts) :]
-            accepted = min(accepted, row.limit - len(row.tokens))
-            yield ([single, *own[1:]] if self.draw_single and accepted == 1 else own), accepted
+        chosen_AP, probs_AK, first_AV = (self._all_places if self.at_once else self._place_by_place)(logits_APV, alive)
+        columns = [chosen_AP]
+        if probs_AK is not None:
+            columns.append(accept_confident_prefix(probs_AK, threshold=self.threshold)[:, None])
+        if self.draw_single:
+            columns.append(_draw(first_AV, alive, first=0)[:, None])
+        host = torch.cat(columns, 1).tolist() if len(columns) > 1 else chosen_AP.tolist()  # a step's one wait
+        places = chosen_AP.shape[1]
+        for row, values in zip(alive, host, strict=True):
+            own = values[places - self.k - len(row.drafts) : places]
+            accepted = min(self.k if probs_AK is None else values[places], row.limit - len(row.tokens))
+            if self.draw_single and accepted == 1:
+                own[0] = values[-1]
+            yield own, accepted
 
-    def _accepted(self, probs_AK: Tensor) -> Tensor:
-        if self.threshold == 0:  # static k: spares what can be spared where a pass takes a millisecond
-            return torch.full((len(probs_AK),), self.k, device=probs_AK.device)
-        return accept_confident_prefix(probs_AK, threshold=self.threshold)
-
-    def _all_places(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+    def _all_places(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor | None, Tensor]:
         scores_APV = self.confadapt(None, logits_APV)
         for processor in self.processors:
             scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
-        chosen_AP = _draw(scores_APV, alive, first=self.k - scores_APV.shape[1]) if self.draw_all else scores_APV.argmax(-1)
-        return chosen_AP, self.confadapt.confidence(chosen_AP)[:, -self.k :], scores_APV[:, -self.k]
+        first = self.k - scores_APV.shape[1]
+        chosen_AP = _draw(scores_APV, alive, first=first) if self.draw_all else scores_APV.argmax(-1)
+        block = (slice(None), slice(-self.k, None))
+        probs_AK = self.confadapt.confidence(chosen_AP[block], block) if self.threshold > 0 else None
+        return chosen_AP, probs_AK, scores_APV[:, -self.k]
 
-    def _place_by_place(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+    def _place_by_place(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Left to right, each place with the tokens before it: what processors that read `input_ids` need."""
         chosen_AP = logits_APV.new_zeros(logits_APV.shape[:2], dtype=torch.long)
         probs_AP = torch.zeros_like(chosen_AP, dtype=torch.float32)
@@ -618,26 +617,25 @@ class _Choice:
         for place in range(logits_APV.shape[1]):
             offset = place - (logits_APV.shape[1] - self.k)  # in the block; before 0, behind a draft
             for length, members in self.text.by_length(alive, offset).items():
-                scores_MV, probs_MV = self._processed(history_BL[:, :length], logits_APV[:, place], alive, members)
                 rows = [alive[member] for member in members]
+                indices = [row.index for row in rows]
+                scores_MV = self._processed(history_BL[:, :length], logits_APV[:, place], alive)[indices]
                 picked_M = _draw(scores_MV, rows, first=offset) if self.draw_all else scores_MV.argmax(-1)
                 chosen_AP[members, place] = picked_M
-                probs_AP[members, place] = probs_MV.gather(-1, picked_M[:, None])[:, 0]
+                probs_AP[members, place] = self.confadapt.confidence(picked_M, indices)
                 if offset >= 0:
-                    history_BL[[row.index for row in rows], length] = picked_M.to(history_BL.device)
+                    history_BL[indices, length] = picked_M
                 if offset == 0:
                     first_AV[members] = scores_MV
         return chosen_AP, probs_AP[:, -self.k :], first_AV
 
-    def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row], members: list[int]) -> tuple[Tensor, Tensor]:
-        """Scores and own probabilities of some rows. Processors see the whole batch, in which they may count rows."""
+    def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row]) -> Tensor:
+        """Scores [B, V] of the whole batch, in which processors may count rows; rows that ended have zeros."""
         scores_BV = logits_AV.new_zeros((len(history_BL), logits_AV.shape[1]))
         scores_BV[[row.index for row in alive]] = logits_AV
-        scores_BV = self.confadapt(history_BL, scores_BV)
-        for processor in self.processors:
+        for processor in (self.confadapt, *self.processors):
             scores_BV = processor(history_BL, scores_BV)
-        rows = [alive[member].index for member in members]
-        return scores_BV[rows], self.confadapt.probs[rows]
+        return scores_BV
 
 
 def _draw(scores: Tensor, rows: list[_Row], *, first: int) -> Tensor:
