@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -119,15 +121,24 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
     return logits
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def check_output_logits(model: PreTrainedModel) -> None:
     """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens."""
-    was_training = model.training
-    model.eval()
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    actual = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-    model.train(was_training)
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        actual = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     gap = (expected - actual).abs().max().item()
     if gap > 1e-2 * max(1.0, expected.abs().max().item()):
         raise ValueError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .custom_generate.generate import MaskGatedAdapter
-from .forward import attention_masks, hidden_states
+from .forward import attention_masks, evaluating, hidden_states
 from .regions import Layout
 
 
@@ -124,7 +123,7 @@ class MaskGated:
         if not self.with_teacher:
             return None
         gate = self.adapter.gate
-        with _evaluating(self.student), self.adapter.acting_on(0):
+        with evaluating(self.student), self.adapter.acting_on(0):
             if layout.allowed_XTT is None:
                 hidden = hidden_states(self.teacher, ids_XT, layout, self._masks(layout))
             else:
@@ -135,7 +134,7 @@ class MaskGated:
     @torch.no_grad()
     def _read_text(self, layout: Layout) -> tuple[Tensor, Cache]:
         text, cache = slice(layout.clean_length), DynamicCache()
-        with _evaluating(self.student), self.adapter.acting_on(0):
+        with evaluating(self.student), self.adapter.acting_on(0):
             hidden = self.student.base_model(
                 input_ids=layout.ids_XT[:, text],
                 position_ids=layout.positions_XT[:, text],
@@ -170,13 +169,3 @@ class _ReadOnlyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The text's and the slots' own, [B, heads, N + S, D]."""
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

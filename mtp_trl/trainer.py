@@ -7,9 +7,7 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,18 +18,17 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import create_model_from_path
 
 from . import hub
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
-from .gated_adapter import MaskGated, add_gated_adapter
+from .gated_adapter import MaskGated
 from .mask_token import add_mask_token
+from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics
 from .optimizer import muon_adamw
 from .regions import Regions, compact_left_padding, row_generator, sample_regions
@@ -85,20 +82,20 @@ class MTPDistillTrainer(DistillationTrainer):
         eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
         _check_one_step(train_dataset, args)
 
-        load = _loader(model, args, quantization_config) if isinstance(model, str) else None
+        load = model_loader(model, args, quantization_config) if isinstance(model, str) else None
         student = load() if load else model
         teacher = None
-        causal = _causal_lm(student)
+        causal = causal_lm(student)
         check_attention_backend(causal)
         self._mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if args.exact:
-            _make_exact(student, peft_config, args, mask_token_id=self._mask_id)
+            make_exact(student, peft_config, args, mask_token_id=self._mask_id)
             peft_config = None
         elif peft_config is not None:
-            peft_config = _with_mask_row(peft_config, causal, self._mask_id)
+            peft_config = with_mask_row(peft_config, causal, self._mask_id)
         elif not is_peft_model(student):
-            teacher = _frozen_teacher(student, load, tokenizer, args)
+            teacher = frozen_teacher(student, load, tokenizer, args)
         hub.set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
         super().__init__(
             model=student,
@@ -125,7 +122,7 @@ class MTPDistillTrainer(DistillationTrainer):
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            check_output_logits(_causal_lm(self.model))
+            check_output_logits(causal_lm(self.model))
         if not can_pack(causal):
             logger.info("This architecture takes one row per region (it has layers that cannot skip tokens).")
 
@@ -215,7 +212,7 @@ class MTPDistillTrainer(DistillationTrainer):
 
     def _reader(self, unwrapped_student: Any) -> Reader:
         """How student and teacher read a layout under this configuration."""
-        student = _causal_lm(unwrapped_student)
+        student = causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
         with_teacher = self._objective() != "ground_truth" or not self.model.training
         if self.args.exact:
@@ -226,8 +223,8 @@ class MTPDistillTrainer(DistillationTrainer):
         def run(read: Callable[[PreTrainedModel], Tensor]) -> Tensor:
             with torch.no_grad():
                 if self.teacher_model is None:
-                    with _adapters_off(unwrapped_student):
-                        return read(_causal_lm(unwrapped_student))
+                    with adapters_off(unwrapped_student):
+                        return read(causal_lm(unwrapped_student))
                 self.teacher_model.eval()
                 teacher = self.accelerator.unwrap_model(self.teacher_model)
                 # through the wrapper's forward, where DeepSpeed and FSDP gather the sharded weights
@@ -319,12 +316,12 @@ class MTPDistillTrainer(DistillationTrainer):
         finally:
             self.args.hub_token = token
         if self.args.should_save:
-            hub.write_decoder(output_dir or self.args.output_dir, _causal_lm(self.model), self.provenance)
+            hub.write_decoder(output_dir or self.args.output_dir, causal_lm(self.model), self.provenance)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.exact:
-            hub.load_adapter(_causal_lm(self.model).mtp_adapter, resume_from_checkpoint)
+            hub.load_adapter(causal_lm(self.model).mtp_adapter, resume_from_checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -383,21 +380,6 @@ def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistill
     )
 
 
-def _make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig, *, mask_token_id: int) -> None:
-    if is_peft_model(student):
-        raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
-    shape: dict[str, Any] = {
-        "rank": args.exact_rank,
-        "alpha": args.exact_alpha,
-        "target_modules": args.exact_target_modules,
-    }
-    if peft_config is not None:
-        targets = peft_config.target_modules
-        shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
-    add_gated_adapter(student, mask_token_id=mask_token_id, seed=args.seed, **shape)
-    student.config.mtp["exact"] = True
-
-
 def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
     """TRL's sampler drops what does not fill a global batch; with less than one it would train zero steps in silence."""
     if dataset is None or isinstance(dataset, IterableDataset):
@@ -409,66 +391,3 @@ def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
             f"({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulation steps x "
             f"{args.world_size} processes); lower one of these or bring more data."
         )
-
-
-def _loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
-    options = dict(args.model_init_kwargs or {})
-    args.model_init_kwargs = None  # used up: the base class gets a model and would warn
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-
-    def load(**overrides: Any) -> PreTrainedModel:
-        if is_deepspeed_zero3_enabled():
-            import deepspeed
-
-            deepspeed.init_distributed()  # weights are sharded while they load; without CUDA nobody has started it yet
-        model: PreTrainedModel = create_model_from_path(name, **{**options, **overrides})
-        return model
-
-    return load
-
-
-def _frozen_teacher(
-    student: PreTrainedModel,
-    load: Callable[..., PreTrainedModel] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    args: MTPDistillConfig,
-) -> PreTrainedModel:
-    """The student's checkpoint once more, with the same mask row. Loaded by name where possible (as ZeRO-3 needs)."""
-    if load is None:
-        teacher = copy.deepcopy(student)
-    else:
-        teacher = load(**(args.teacher_model_init_kwargs or {}))
-        args.teacher_model_init_kwargs = None  # used up: the base class refuses them beside a loaded teacher
-        add_mask_token(teacher, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
-    return teacher.requires_grad_(False).eval()
-
-
-def _causal_lm(model: Any) -> PreTrainedModel:
-    """The causal LM itself, with a PEFT wrapper taken off."""
-    causal: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
-    return causal
-
-
-def _with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int) -> PeftConfig:
-    """Train the mask token's embedding row beside the adapters: adapters cannot teach a model what a new input means."""
-    if getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "modules_to_save", None):
-        return peft_config
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    peft_config = copy.copy(peft_config)
-    peft_config.trainable_token_indices = {name.rsplit(".", 1)[-1]: [mask_id]}
-    return peft_config
-
-
-@contextmanager
-def _adapters_off(model: PeftModel) -> Iterator[None]:
-    """The base as the teacher sees it: no adapters, no dropout."""
-    training = model.training
-    model.eval()
-    with model.disable_adapter():
-        yield
-    model.train(training)

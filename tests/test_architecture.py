@@ -19,6 +19,7 @@ LAYER = {
     "forward": 1,
     "gated_adapter": 1,
     "mask_token": 1,
+    "models": 1,
     "objective": 1,
     "optimizer": 1,
     "regions": 1,

@@ -1,0 +1,102 @@
+"""The student and its teacher: how they are loaded, frozen, adapted, and put into the state in which each reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import create_model_from_path
+
+from .config import MTPDistillConfig
+from .forward import evaluating
+from .gated_adapter import add_gated_adapter
+from .mask_token import add_mask_token
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig, *, mask_token_id: int) -> None:
+    """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
+
+    Raises:
+        ValueError: for a model that has adapters already.
+    """
+    if is_peft_model(student):
+        raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
+    shape: dict[str, Any] = {
+        "rank": args.exact_rank,
+        "alpha": args.exact_alpha,
+        "target_modules": args.exact_target_modules,
+    }
+    if peft_config is not None:
+        targets = peft_config.target_modules
+        shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
+    add_gated_adapter(student, mask_token_id=mask_token_id, seed=args.seed, **shape)
+    student.config.mtp["exact"] = True
+
+
+def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
+    """Loads the checkpoint as `args.model_init_kwargs` say, as often as it is called; keyword arguments override."""
+    options = dict(args.model_init_kwargs or {})
+    args.model_init_kwargs = None  # used up: the base class gets a model and would warn
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+
+    def load(**overrides: Any) -> PreTrainedModel:
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            deepspeed.init_distributed()  # weights are sharded while they load; without CUDA nobody has started it yet
+        model: PreTrainedModel = create_model_from_path(name, **{**options, **overrides})
+        return model
+
+    return load
+
+
+def frozen_teacher(
+    student: PreTrainedModel,
+    load: Callable[..., PreTrainedModel] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MTPDistillConfig,
+) -> PreTrainedModel:
+    """The student's checkpoint once more, with the same mask row. Loaded by name where possible (as ZeRO-3 needs)."""
+    if load is None:
+        teacher = copy.deepcopy(student)
+    else:
+        teacher = load(**(args.teacher_model_init_kwargs or {}))
+        args.teacher_model_init_kwargs = None  # used up: the base class refuses them beside a loaded teacher
+        add_mask_token(teacher, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
+    return teacher.requires_grad_(False).eval()
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The causal LM itself, with a PEFT wrapper taken off."""
+    causal: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
+    return causal
+
+
+def with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int) -> PeftConfig:
+    """Train the mask token's embedding row beside the adapters: adapters cannot teach a model what a new input means."""
+    if getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "modules_to_save", None):
+        return peft_config
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    peft_config = copy.copy(peft_config)
+    peft_config.trainable_token_indices = {name.rsplit(".", 1)[-1]: [mask_id]}
+    return peft_config
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """The base as the teacher sees it: no adapters, no dropout."""
+    with evaluating(model), model.disable_adapter():
+        yield
