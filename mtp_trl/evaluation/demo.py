@@ -23,8 +23,8 @@ from .tasks import BUNDLED, load_task
 
 RECIPE = Path("recipes") / "tiny.yaml"
 OUTPUT = Path("demo_out")
-PROBLEMS = 300
-SINGLE_PROBLEMS = 20  # decoded once more one by one, for the speed that a single user sees
+PROBLEMS = 200
+SINGLE_PROBLEMS = 15  # decoded once more one by one, for the speed that a single user sees
 BATCH_SIZE = 50
 MAX_NEW_TOKENS = 192
 EXPECTED = "acceleration/confadapt_"

@@ -191,10 +191,10 @@ def plot_pareto(report: Report, path: Path) -> None:
         if rows:
             _draw(axes, rows, **style)
     axes.set(xlabel="tokens per forward pass", ylabel="accuracy, %", ylim=(0, None))
-    axes.set_xlim(left=0.8)
+    axes.margins(x=0.08)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=200, format="png")
     partial.replace(path)
@@ -234,8 +234,7 @@ def _draw(axes: "Axes", rows: list[Row], *, label: str, color: str, marker: str,
         setting, point = row.setting, (row.tokens_per_pass, 100 * estimate.value)
         name = f"k={setting.k}" if setting.k is not None else f"{setting.threshold:g}" if setting.threshold else ""
         if name:
-            offset = (4, -11) if setting.kind == "static" else (5, 5)
-            axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=7.5, color=color)
+            axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=7.5, color=color)
 
 
 def replace_table(text: str, name: str, table: str) -> str:
