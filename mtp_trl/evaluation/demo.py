@@ -73,7 +73,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
     console.print(f"{SHOWN.label}: {len(answer.token_ids)} tokens in {answer.passes} passes", highlight=False)
     written.append(output / "answer.html")
     write_atomically(written[-1], as_html(texts) + "\n")
-    _print_next(console, folder, written, base_name=base_name)
+    _print_next(console, folder, written, base_name=base_name, prompt=task.prompts[index])
 
 
 def _train(recipe: Path, folder: Path, console: Console) -> None:
@@ -112,15 +112,15 @@ def _answer_to_show(answers: list[Record]) -> tuple[int, Record]:
     return next(((i, answer) for i, answer in enumerate(answers) if answer.correct), (0, answers[0]))
 
 
-def _print_next(console: Console, folder: Path, written: list[Path], *, base_name: str) -> None:
+def _print_next(console: Console, folder: Path, written: list[Path], *, base_name: str, prompt: str) -> None:
     console.rule("what is there now", align="left")
     for path in written:
         console.print(f"  {path}")
     console.print(f"  {folder}  (the adapted model; it carries its decoder)\n")
     tool = sys.argv[0]  # as it was called: works from where the user stands
-    question = "Tom has 3 boxes with 12 pens each. He gives away 5 pens. How many pens does Tom have now?"
+    quoted = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     for line in (
-        f"{tool} show {folder} $'Question: {question}\\nAnswer:' --verify",
+        f"{tool} show {folder} $'{quoted}' --verify",
         f"{tool} eval {folder} --base {base_name} --limit 100 --thresholds 0.9,0.5 --verify",
     ):
         console.print("  $ " + line, style="bold", highlight=False, markup=False, soft_wrap=True)
