@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
     hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
     model.save_pretrained(root / "student")
     tokenizer.save_pretrained(root / "student")
-    hub.write_decoder(root / "student", model.generation_config, {"base_model": "base"})
+    hub.write_decoder(root / "student", model, {"base_model": "base"})
     return root
 
 
