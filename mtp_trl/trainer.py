@@ -267,7 +267,7 @@ class MTPDistillTrainer(DistillationTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Teacher-forced statistics as in training, then a few held-out prompts decoded for real."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        if self.args.num_eval_prompts and isinstance(self.eval_dataset, Dataset):
+        if self.args.num_eval_prompts and self.args.thresholds and isinstance(self.eval_dataset, Dataset):
             decoded = self._decode_samples(
                 self.eval_dataset.select(range(min(self.args.num_eval_prompts, len(self.eval_dataset))))
             )
