@@ -572,8 +572,10 @@ def test_a_seed_gives_one_text_for_every_block_threshold_and_batch(tiny_model, o
 def test_copies_of_a_prompt_and_different_seeds_draw_differently(tiny_model):
     model, (row, *_) = tiny_model("llama", logit_scale=1.0), prompts()
     options = {"do_sample": True, "verify": True, "num_return_sequences": 8}
+    torch.manual_seed(0)
     first, second = decode(model, [row], **options), decode(model, [row], **options)
-    assert len({tuple(ids) for ids in first.sequences.tolist() + second.sequences.tolist()}) == 16
+    # equal copies would leave 2 texts at most, equal calls 8; a few short texts may coincide by chance
+    assert len({tuple(ids) for ids in first.sequences.tolist() + second.sequences.tolist()}) > 10
 
 
 def test_verified_sampling_accepts_drafts(tiny_model):
