@@ -18,7 +18,7 @@ class MTPDistillConfig(DistillationConfig):
 
     Parameters:
         k_min, k_max (`int`, *optional*, defaults to `2` and `16`):
-            Block sizes are drawn uniformly from `[k_min, k_max]` (the paper's range). Fixed sizes train markedly worse.
+            Block sizes are drawn uniformly from `[k_min, k_max]`. In the paper fixed sizes cost 12.5 points on GSM8K.
         slots_per_row (`int`, *optional*, defaults to `128`):
             Mask slots behind every text; regions are drawn until they are full. More slots give more supervised places for
             each clean token that is read.
@@ -53,7 +53,7 @@ class MTPDistillConfig(DistillationConfig):
         logits_chunk_size (`int`, *optional*, defaults to `1024`):
             Places whose logits exist at one time; memory for logits is about this times the vocabulary.
         muon (`bool`, *optional*, defaults to `False`):
-            Muon on the weight matrices, AdamW elsewhere. Learns several times faster on small models.
+            Muon on the weight matrices, AdamW elsewhere.
 
     Differs from [`~trl.DistillationConfig`] in one default: `learning_rate` is `1e-5`, the paper's.
     """

@@ -87,13 +87,13 @@ class MTPDistillTrainer(DistillationTrainer):
         teacher = None
         causal = causal_lm(student)
         check_attention_backend(causal)
-        self._mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
+        mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if args.exact:
-            make_exact(student, peft_config, args, mask_token_id=self._mask_id)
+            make_exact(student, peft_config, args, mask_token_id=mask_id)
             peft_config = None
         elif peft_config is not None:
-            peft_config = with_mask_row(peft_config, causal, self._mask_id)
+            peft_config = with_mask_row(peft_config, causal, mask_id)
         elif not is_peft_model(student):
             teacher = frozen_teacher(student, load, tokenizer, args)
         hub.set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
@@ -114,7 +114,7 @@ class MTPDistillTrainer(DistillationTrainer):
         barred = causal.config.mtp["barred_token_ids"]
         device = self.accelerator.device
         self._tokens = Tokens(
-            mask_id=self._mask_id,
+            mask_id=mask_id,
             pad_id=tokenizer.pad_token_id,
             barred=torch.tensor(barred, device=device),
             eos=torch.tensor(self.eos_token_ids, device=device),
