@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,14 +12,23 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Remote code is copied there when a model loads. One folder per process: parallel workers would write the same files.
-_modules = tempfile.mkdtemp(prefix="mtp_trl_modules_")
-os.environ["HF_MODULES_CACHE"] = _modules
-atexit.register(shutil.rmtree, _modules, ignore_errors=True)
 
-from collections.abc import Callable  # noqa: E402
+def _private_folder(variable: str) -> None:
+    os.environ[variable] = tempfile.mkdtemp(prefix="mtp_trl_tests_")
+    atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
+
+
+# Remote code is copied there when a model loads. One folder per process: parallel workers would write the same files.
+_private_folder("HF_MODULES_CACHE")
+# DeepSpeed compiles its CPU communication there, behind a lock file. In a folder that outlives the run, one that is
+# killed while it compiles leaves the lock, and every later run waits for it without end. Workers share this process's.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _private_folder("TORCH_EXTENSIONS_DIR")
+
+from collections.abc import Callable, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
@@ -138,3 +149,28 @@ def _randomise(model: PreTrainedModel, *, seed: int, logit_scale: float, context
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Builds a tiny random model: `tiny_model("gemma3")`."""
     return _build
+
+
+@pytest.fixture
+def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python with the arguments given, to its end: `run_program(["-m", "accelerate.commands.launch", ...])`.
+
+    One that hangs is ended with everything it has started. `subprocess.run(timeout=...)` ends the launcher alone: its
+    workers would live on and hold the pipes, for which it waits.
+    """
+
+    def run(arguments: Sequence[object], *, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, arguments)]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, **streams, **options) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                started = psutil.Process(process.pid)
+                for one in [started, *started.children(recursive=True)]:
+                    one.kill()
+                out, err = process.communicate()
+                pytest.fail(f"{command} did not end within {timeout} s\n{out[-2000:]}\n{err[-6000:]}")
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,20 +38,20 @@ if trainer.is_world_process_zero():
 """
 
 
-def run(script: Path, source: Path, folder: Path, *, processes: int, zero: Path | None) -> tuple[list[float], dict]:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+def train(run_program, script: Path, source: Path, folder: Path, *, processes: int, zero: Path | None):
+    command = ["-m", "accelerate.commands.launch"]
     if processes > 1:
         command += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(script), str(source), str(folder), str(TOKENIZER), str(8 // processes), str(zero or "")]
+    command += [script, source, folder, TOKENIZER, 8 // processes, zero or ""]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = run_program(command, env=environment)
     assert done.returncode == 0, done.stderr[-8000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
     return json.loads(line.removeprefix("LOSSES")), load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("rows", [768, 766])  # with a spare row for the mask token, and with a matrix that has to grow
-def test_two_sharded_processes_equal_one(tmp_path, rows):
+def test_two_sharded_processes_equal_one(run_program, tmp_path, rows):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -70,8 +68,8 @@ def test_two_sharded_processes_equal_one(tmp_path, rows):
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
         "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
     }))  # fmt: skip
-    one = run(script, tmp_path / "source", tmp_path / "one", processes=1, zero=None)
-    two = run(script, tmp_path / "source", tmp_path / "two", processes=2, zero=zero)
+    one = train(run_program, script, tmp_path / "source", tmp_path / "one", processes=1, zero=None)
+    two = train(run_program, script, tmp_path / "source", tmp_path / "two", processes=2, zero=zero)
     assert one[0] == pytest.approx(two[0], rel=1e-4)
     assert one[1].keys() == two[1].keys()
     for name, value in one[1].items():

@@ -64,7 +64,7 @@ def stub():
 
 
 @pytest.mark.parametrize("adapters", ["full", "lora"])
-def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(stub, tmp_path, adapters):
+def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(run_program, stub, tmp_path, adapters):
     environment = {
         **os.environ, "HF_ENDPOINT": stub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_test",
@@ -72,10 +72,7 @@ def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(stub, tmp_path, a
     tokenizer = Path(hub.__file__).parent / "word_problems" / "base"
     script = tmp_path / "round_trip.py"
     script.write_text(ROUND_TRIP)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out"), str(tokenizer), adapters],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    done = run_program([script, tmp_path / "out", tokenizer, adapters], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     files = next(line for line in done.stdout.splitlines() if line.startswith("FILES")).split()[1:]
     assert {"README.md", "config.json", "custom_generate/generate.py", "generation_config.json", "model.safetensors",

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,18 +64,12 @@ def write(tmp_path, model):
     return write_recipe
 
 
-def accelerate(*arguments, cwd):
-    """`accelerate launch` from somewhere else than the repository."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-def test_accelerate_launch_trains_and_the_command_line_overrides(write, tmp_path):
+def test_accelerate_launch_trains_and_the_command_line_overrides(run_program, write, tmp_path):
     path = write(max_steps=50, dataloader_num_workers=1)
     text = path.read_text() + "logging_steps: 1\nwarmup_steps: 0  # a comment\nmodel_revision: null\n"
     path.write_text(text.replace("model_revision: null\n", ""))
-    done = accelerate(path, "--max_steps", "2", cwd=tmp_path)
+    command = ["-m", "accelerate.commands.launch", path, "--max_steps", 2]
+    done = run_program(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # not from the repository
     assert done.returncode == 0, done.stderr
     assert "Model saved to" in done.stdout
     state = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -108,7 +101,7 @@ def test_workers_that_reexecute_the_recipe_do_not_train(write):
     assert namespace["launch"] == str(path)
 
 
-def test_a_spawned_process_starts_from_a_recipe(tmp_path):
+def test_a_spawned_process_starts_from_a_recipe(run_program, tmp_path):
     """The real thing: a program whose main file is a recipe starts a spawned worker."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text('launch: str = __import__("worker").run(__file__)\nflag: true\n')
@@ -123,7 +116,7 @@ def test_a_spawned_process_starts_from_a_recipe(tmp_path):
         "    worker.start(); worker.join(); raise SystemExit(worker.exitcode)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, str(recipe)], env=environment, capture_output=True, text=True)
+    done = run_program([recipe], env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "from the worker"), done.stderr
 
 
@@ -260,10 +253,10 @@ def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, o
     assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
 
 
-def test_launch_itself_loads_no_torch():
+def test_launch_itself_loads_no_torch(run_program):
     """The environment can only be prepared before torch is there."""
     code = "import sys, mtp_trl.launch; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert run_program(["-c", code], cwd=ROOT).returncode == 0
 
 
 def test_memory_settings_do_not_fail():

@@ -3,8 +3,6 @@
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -219,15 +217,15 @@ def test_deepspeed_configurations(stage):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_dry_run_with_deepspeed_in_two_processes(name, model, data, tmp_path):
+def test_dry_run_with_deepspeed_in_two_processes(run_program, name, model, data, tmp_path):
     """The recipe as it stands, ZeRO included, under the real launcher."""
     pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", str(ROOT / "recipes" / f"{name}.yaml"), *DRY]
-    command += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", ROOT / "recipes" / f"{name}.yaml", *DRY]
+    command += ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", tmp_path / "out"]
     command += ["--per_device_train_batch_size", "2", "--global_batch_size", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.config.mtp["k_max"] == 16
