@@ -44,6 +44,9 @@ class MTPDistillConfig(DistillationConfig):
         exact_target_modules (`list[str]`, *optional*):
             Last parts of the names of the linear layers it adapts; by default those of the attention and, in models
             without experts, of the MLP.
+        adapter_only (`bool`, *optional*, defaults to `False`):
+            In exact mode, save and push the adapter and the decoder without the base's weights; such a repository is used
+            as `base.generate(..., custom_generate=repository, trust_remote_code=True)`.
         confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and to `exact`):
             Decoding defaults written into the model's `generation_config.json`.
         thresholds (`list[float]`, *optional*, defaults to `[0.9]`):
@@ -83,6 +86,7 @@ class MTPDistillConfig(DistillationConfig):
     exact_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers it adapts, by the last part of their names."}
     )
+    adapter_only: bool = field(default=False, metadata={"help": "In exact mode, save no weights of the base."})
     thresholds: list[float] = field(
         default_factory=lambda: [0.9], metadata={"help": "ConfAdapt thresholds whose acceleration is logged."}
     )
@@ -109,6 +113,8 @@ class MTPDistillConfig(DistillationConfig):
                 f"exact mode leaves the text's own predictions to the frozen base, so ntp_coef={self.ntp_coef} has nothing "
                 "to train; set it to 0."
             )
+        if self.adapter_only and not self.exact:
+            raise ValueError("adapter_only=True saves the adapter of exact mode; set exact=True, or use peft_config for LoRA.")
         for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")

@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .custom_generate.generate import MaskGatedAdapter
+from .custom_generate.generate import MaskGatedAdapter, base_fingerprint, linear_features
 from .forward import attention_masks, evaluating, hidden_states
+from .mask_token import gathered
 from .regions import Layout
 
 
 def add_gated_adapter(
     model: PreTrainedModel,
     *,
-    mask_token_id: int,
     rank: int,
     alpha: float,
     target_modules: Sequence[str] | None = None,
@@ -36,6 +36,7 @@ def add_gated_adapter(
     """Freeze `model` and attach an adapter: A random, B zero, the mask's row that of the embedding; nothing changes yet.
 
     Args:
+        model: a causal LM with a mask token (`config.mtp`), its weights quantised or sharded by ZeRO-3 or neither.
         target_modules: last parts of the names of linear layers; by default every linear layer of the attention and, in
             models without experts, of the MLP.
 
@@ -48,16 +49,28 @@ def add_gated_adapter(
         raise ValueError(f"{type(model).__name__} has no linear layer among {wanted}; name some in target_modules.")
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()
-    row = embedding(torch.tensor([mask_token_id], device=embedding.weight.device))[0]
-    adapter = MaskGatedAdapter(
-        {name: _features(layer) for name, layer in layers.items()}, rank=rank, alpha=alpha, hidden_size=len(row)
-    )
+    mask_token = torch.tensor([model.config.mtp["mask_token_id"]], device=embedding.weight.device)
+    with gathered([embedding.weight]), torch.no_grad():
+        row = embedding(mask_token)[0].float()  # as the first layer would see it: some models scale their embeddings
+    shapes = {name: features for name, layer in layers.items() if (features := linear_features(layer))}
+    adapter = MaskGatedAdapter(shapes, rank=rank, alpha=alpha, hidden_size=len(row))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        adapter.mask_row.copy_(row)
-        for A in adapter.lora_a:
-            A.uniform_(-1 / math.sqrt(A.shape[1]), 1 / math.sqrt(A.shape[1]), generator=generator)
+        adapter.mask_row.weight.copy_(row)
+        for update in adapter.updates:
+            bound = 1 / math.sqrt(update.lora_A.shape[1])
+            update.lora_A.uniform_(-bound, bound, generator=generator)
+    adapter.mtp = model.config.mtp
+    adapter.base = (model.config._name_or_path, base_fingerprint(model, adapter.names, gathered=gathered))
     return adapter.to(row.device).attach(model)
+
+
+def split_adapter(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's tensors by their names in its file, and the rest, of a state dict gathered from sharded parameters."""
+    adapter: MaskGatedAdapter = model.mtp_adapter
+    own = {id(parameter): f"mtp_adapter.{name}" for name, parameter in adapter.named_parameters()}
+    tensors = {name: state_dict[own[id(parameter)]] for name, parameter in adapter.by_file_name().items()}
+    return tensors, {name: value for name, value in state_dict.items() if not name.startswith("mtp_adapter.")}
 
 
 def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
@@ -66,7 +79,7 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
     attention = tuple(f"{name}." for name, module in model.named_modules() if _is_attention(module))
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
     for name, module in model.named_modules():
-        if module is head or _features(module) is None or not name.startswith(blocks):
+        if module is head or linear_features(module) is None or not name.startswith(blocks):
             continue
         if target_modules is not None:
             chosen = name.rsplit(".", 1)[-1] in target_modules
@@ -80,13 +93,6 @@ def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "layer_idx"):
         return False
     return "past_key_values" in inspect.signature(module.forward).parameters
-
-
-def _features(layer: nn.Module) -> Any:
-    """(inputs, outputs) of a linear layer, of a quantised one or of GPT-2's transposed one; None of any other module."""
-    if hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return (layer.nx, layer.nf) if hasattr(layer, "nf") else None
 
 
 class MaskGated:

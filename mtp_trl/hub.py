@@ -17,8 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .custom_generate import generate as decoder
@@ -105,35 +108,68 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def write_decoder(folder: str | Path, model: PreTrainedModel, provenance: dict[str, Any]) -> None:
-    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance, an exact adapter."""
+def write_decoder(
+    folder: str | Path,
+    model: PreTrainedModel,
+    provenance: dict[str, Any],
+    *,
+    adapter: dict[str, Tensor] | None = None,
+) -> None:
+    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance, an exact adapter.
+
+    `adapter` are the adapter's tensors where the model's own are sharded.
+    """
     folder = Path(folder)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
     source = Path(str(decoder.__file__)).read_text(encoding="utf-8")
     write_atomically(folder / "custom_generate" / "generate.py", source)
-    model.generation_config.save_pretrained(folder)
+    if (folder / "config.json").is_file():  # not beside an adapter alone: its base brings a generation_config
+        model.generation_config.save_pretrained(folder)
     if model.config.mtp.get("exact"):
-        _save_adapter(model.mtp_adapter, folder / decoder.ADAPTER_FILE)
+        exact: decoder.MaskGatedAdapter = model.mtp_adapter
+        exact.base = (_public_name(provenance["base_model"]), exact.base[1])
+        exact.defaults = {name: getattr(model.generation_config, name) for name in ("confadapt", "verify")}
+        _save_adapter(folder / decoder.ADAPTER_FILE, adapter or exact.by_file_name(), exact.metadata())
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
 
 
-def _save_adapter(adapter: decoder.MaskGatedAdapter, path: Path) -> None:
+def _public_name(base: str) -> str:
+    """A Hub id as it is; of a folder the name alone, since its path means nothing elsewhere."""
+    return Path(base).name if Path(base).is_dir() else base
+
+
+def _save_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """In LoRA's format, but not under LoRA's name: transformers would load an `adapter_config.json` ungated."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file(adapter.tensors(), partial, metadata={"r": str(adapter.rank), "lora_alpha": str(adapter.alpha)})
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
 
 
-def load_adapter(adapter: decoder.MaskGatedAdapter, folder: str | Path) -> None:
-    """Read back what `write_decoder` wrote."""
-    adapter.load(load_file(Path(folder) / decoder.ADAPTER_FILE))
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Read back what `write_decoder` wrote, into the adapter that `model` has.
+
+    Raises:
+        ValueError: the adapter was trained on another base, or has another shape.
+    """
+    path = Path(folder) / decoder.ADAPTER_FILE
+    with safe_open(path, framework="pt") as file:
+        saved = decoder.MaskGatedAdapter.from_tensors(load_file(path), file.metadata())
+    saved.source = (str(folder), None)
+    saved.check_base(model)
+    adapter: decoder.MaskGatedAdapter = model.mtp_adapter
+    if (saved.rank, saved.alpha, set(saved.names)) != (adapter.rank, adapter.alpha, set(adapter.names)):
+        raise ValueError(
+            f"The adapter in {folder} has rank {saved.rank}, alpha {saved.alpha} and {len(saved.names)} layers, this run "
+            f"{adapter.rank}, {adapter.alpha} and {len(adapter.names)}; resume with the settings it was trained with."
+        )
+    with torch.no_grad():
+        for name, parameter in adapter.by_file_name().items():
+            parameter.copy_(saved.by_file_name()[name])
 
 
 def write_atomically(path: Path, text: str) -> None:

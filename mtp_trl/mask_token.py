@@ -62,6 +62,7 @@ def add_mask_token(
         "mask_token_id": mask_id,
         "k_max": k_max,
         "barred_token_ids": barred,
+        "base_vocab_size": rows,
     }
     return mask_id
 
@@ -78,7 +79,7 @@ def _register(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> int:
 
 
 def _embedding_height(model: PreTrainedModel) -> int:
-    with _gathered([model.get_input_embeddings().weight]):
+    with gathered([model.get_input_embeddings().weight]):
         return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -88,7 +89,7 @@ def _initialise_rows(model: PreTrainedModel, new: list[int], in_use: Tensor, *, 
     weights = [source.weight]
     if head is not None and head.weight is not source.weight:
         weights.append(head.weight)
-    with _gathered(weights):
+    with gathered(weights):
         for weight in weights:
             weight[new] = _row_like_the_others(weight[in_use.to(weight.device)], seed).to(weight.dtype)
 
@@ -101,7 +102,7 @@ def _row_like_the_others(rows_VH: Tensor, seed: int) -> Tensor:
 
 
 @contextmanager
-def _gathered(weights: list[nn.Parameter]) -> Iterator[None]:
+def gathered(weights: list[nn.Parameter]) -> Iterator[None]:
     """The whole parameters where ZeRO-3 has sharded them; every rank writes the same values."""
     if not is_deepspeed_zero3_enabled():
         yield

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig, *, mask_token_id: int) -> None:
+def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig) -> None:
     """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
 
     Raises:
@@ -37,8 +37,8 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
     if peft_config is not None:
         targets = peft_config.target_modules
         shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
-    add_gated_adapter(student, mask_token_id=mask_token_id, seed=args.seed, **shape)
     student.config.mtp["exact"] = True
+    add_gated_adapter(student, seed=args.seed, **shape)
 
 
 def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:

@@ -18,6 +18,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -26,7 +27,7 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
-from .gated_adapter import MaskGated
+from .gated_adapter import MaskGated, split_adapter
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics
@@ -90,7 +91,7 @@ class MTPDistillTrainer(DistillationTrainer):
         mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if args.exact:
-            make_exact(student, peft_config, args, mask_token_id=mask_id)
+            make_exact(student, peft_config, args)
             peft_config = None
         elif peft_config is not None:
             peft_config = with_mask_row(peft_config, causal, mask_id)
@@ -192,7 +193,11 @@ class MTPDistillTrainer(DistillationTrainer):
             inputs["lengths"],
             Regions(inputs["anchors"], inputs["sizes"]),
         )
-        output = distillation_pass(self._reader(unwrapped_student), batch, self._tokens, self.args, objective=self._objective())
+        # What accelerate wraps for mixed precision is `model.forward`, which the redirection to this method goes around.
+        with self.accelerator.autocast():
+            output = distillation_pass(
+                self._reader(unwrapped_student), batch, self._tokens, self.args, objective=self._objective()
+            )
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
@@ -310,18 +315,27 @@ class MTPDistillTrainer(DistillationTrainer):
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        adapter = None
+        if self.args.exact and state_dict is not None:  # gathered from shards, the adapter's among them
+            adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
         try:
-            super()._save(output_dir, state_dict)
+            if not self.args.adapter_only:
+                super()._save(folder, state_dict)
+            elif self.args.should_save:
+                self._tokenizer.save_pretrained(folder)
+                torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
         finally:
             self.args.hub_token = token
         if self.args.should_save:
-            hub.write_decoder(output_dir or self.args.output_dir, causal_lm(self.model), self.provenance)
+            hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.exact:
-            hub.load_adapter(causal_lm(self.model).mtp_adapter, resume_from_checkpoint)
+        if self.args.exact:  # the base is there as it always was
+            hub.load_adapter(causal_lm(self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
 from mtp_trl.word_problems import load_dataset
 
-source, folder, tokenizer, size, zero = sys.argv[1:]
+source, folder, tokenizer, size, zero, exact = sys.argv[1:]
 args = MTPDistillConfig(
     output_dir=folder, use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=12, max_steps=3, save_strategy="no",
     per_device_train_batch_size=int(size), logging_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
-    gradient_checkpointing=False, deepspeed=zero or None, disable_tqdm=True,
+    gradient_checkpointing=False, deepspeed=zero or None, disable_tqdm=True, exact=bool(int(exact)), exact_rank=4,
 )
 trainer = MTPDistillTrainer(
     source, args, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(tokenizer)
@@ -38,20 +38,24 @@ if trainer.is_world_process_zero():
 """
 
 
-def train(run_program, script: Path, source: Path, folder: Path, *, processes: int, zero: Path | None):
+def train(run_program, script: Path, source: Path, folder: Path, *, exact: bool, processes: int, zero: Path | None):
     command = ["-m", "accelerate.commands.launch"]
     if processes > 1:
         command += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-    command += [script, source, folder, TOKENIZER, 8 // processes, zero or ""]
+    command += [script, source, folder, TOKENIZER, 8 // processes, zero or "", int(exact)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = run_program(command, env=environment)
     assert done.returncode == 0, done.stderr[-8000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
-    return json.loads(line.removeprefix("LOSSES")), load_file(folder / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    if exact:
+        saved |= load_file(folder / "custom_generate" / "mtp_adapter.safetensors")
+    return json.loads(line.removeprefix("LOSSES")), saved
 
 
-@pytest.mark.parametrize("rows", [768, 766])  # with a spare row for the mask token, and with a matrix that has to grow
-def test_two_sharded_processes_equal_one(run_program, tmp_path, rows):
+# with a spare row for the mask token, and with a matrix that has to grow
+@pytest.mark.parametrize(("rows", "exact"), [(768, False), (766, False), (768, True)])
+def test_two_sharded_processes_equal_one(run_program, tmp_path, rows, exact):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -68,9 +72,13 @@ def test_two_sharded_processes_equal_one(run_program, tmp_path, rows):
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
         "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
     }))  # fmt: skip
-    one = train(run_program, script, tmp_path / "source", tmp_path / "one", processes=1, zero=None)
-    two = train(run_program, script, tmp_path / "source", tmp_path / "two", processes=2, zero=zero)
+    one, two = (
+        train(run_program, script, tmp_path / "source", tmp_path / name, exact=exact, processes=processes, zero=config)
+        for name, processes, config in (("one", 1, None), ("two", 2, zero))
+    )
     assert one[0] == pytest.approx(two[0], rel=1e-4)
     assert one[1].keys() == two[1].keys()
     for name, value in one[1].items():
         torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-3)
+    if exact:
+        assert any("lora_B" in name and value.abs().max() > 0 for name, value in one[1].items())

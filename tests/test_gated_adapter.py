@@ -2,11 +2,12 @@
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mtp_trl.word_problems
 from mtp_trl import attach_decoder
@@ -14,6 +15,7 @@ from mtp_trl.forward import can_pack
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
 from mtp_trl.regions import pack_regions, row_generator, sample_regions, student_forced_ids, suffix_regions
 
+BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
 PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss"]
 RECURRENT = ["falcon_h1", "qwen3_next"]
@@ -21,12 +23,12 @@ RECURRENT = ["falcon_h1", "qwen3_next"]
 
 def adapted(model, *, scale: float = 0.3):
     """With an adapter that does something."""
-    adapter = add_gated_adapter(model, mask_token_id=MASK, rank=4, alpha=8)
+    adapter = add_gated_adapter(model, rank=4, alpha=8)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for B in adapter.lora_b:
-            B.normal_(0, scale, generator=generator)
-        adapter.mask_row.add_(torch.randn(adapter.mask_row.shape, generator=generator), alpha=0.1)
+        for update in adapter.updates:
+            update.lora_B.normal_(0, scale, generator=generator)
+        adapter.mask_row.weight.add_(torch.randn(adapter.mask_row.weight.shape, generator=generator), alpha=0.1)
     return adapter
 
 
@@ -163,7 +165,7 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     from mtp_trl import MTPDistillConfig, MTPDistillTrainer
     from mtp_trl.word_problems import load_dataset
 
-    folder = str(Path(mtp_trl.word_problems.__file__).parent / "base")
+    folder = BASE
     tokenizer = AutoTokenizer.from_pretrained(folder)
     args = MTPDistillConfig(
         str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", k_max=6, slots_per_row=32, max_steps=6, exact=True,
@@ -194,24 +196,169 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     assert [e["loss"] for e in resumed.state.log_history if "loss" in e] == losses
 
 
+def exact_arguments(folder, **changes):
+    from mtp_trl import MTPDistillConfig
+
+    options = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "k_max": 6, "slots_per_row": 24,
+        "max_steps": 2, "exact": True, "exact_rank": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
+        "disable_tqdm": True, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return MTPDistillConfig(**(options | changes))
+
+
+def trained(model, folder, **changes):
+    from mtp_trl import MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    trainer = MTPDistillTrainer(
+        model, exact_arguments(folder, **changes), load_dataset("train", 32, 0), processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture
+def without_spare_rows(tmp_path):
+    """A base whose matrix ends with the tokenizer's last token, so that training has to enlarge it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=766, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small_base")
+    return tmp_path / "small_base"
+
+
+@pytest.mark.parametrize("base", ["bundled", "enlarged"])
+def test_an_adapter_alone_decodes_on_the_base_as_it_is(tmp_path, base, request):
+    folder = BASE if base == "bundled" else str(request.getfixturevalue("without_spare_rows"))
+    trainer = trained(folder, tmp_path / "adapter", adapter_only=True, save_steps=1)
+    for saved in (tmp_path / "adapter", tmp_path / "adapter" / "checkpoint-1"):
+        assert (saved / "custom_generate" / "mtp_adapter.safetensors").is_file()
+        assert not list(saved.glob("model*.safetensors"))
+        assert not (saved / "config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[0, 25, 31, 42], [2, 2, 0, 77]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 2).long(), "max_new_tokens": 20}
+    options = {"custom_generate": str(tmp_path / "adapter"), "trust_remote_code": True}
+    plain = model.generate(**inputs)
+    output = model.generate(**inputs, **options, confadapt=0.0, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, plain)  # verified without being asked
+    for confadapt in (0.0, 0.5):
+        expected = trainer.model.generate(**inputs, confadapt=confadapt, verify=False)
+        assert torch.equal(model.generate(**inputs, **options, confadapt=confadapt, verify=False), expected)
+    assert torch.equal(model.generate(**inputs), plain)  # the base's own decoding is as it was
+
+    resumed = trained_from(folder, tmp_path)
+    assert weights(resumed.model.mtp_adapter) == weights(trainer.model.mtp_adapter)
+
+
+def trained_from(folder, tmp_path):
+    from mtp_trl import MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    arguments = exact_arguments(tmp_path / "resumed", adapter_only=True)
+    trainer = MTPDistillTrainer(
+        folder, arguments, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(BASE)
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
+    return trainer
+
+
+def weights(adapter) -> dict[str, list[float]]:
+    return {name: value.flatten().tolist() for name, value in adapter.by_file_name().items()}
+
+
+def test_a_second_adapter_replaces_the_first(tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        trained(BASE, tmp_path / name, adapter_only=True, seed=seed, max_steps=1)
+    ids = torch.tensor([[0, 25, 31, 42]])
+
+    def drafts(model, name):
+        options = {"custom_generate": str(tmp_path / name), "trust_remote_code": True, "confadapt": 0.0, "verify": False}
+        return model.generate(ids, max_new_tokens=16, **options).tolist()
+
+    both = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    alone = [drafts(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), name) for name in ("one", "two")]
+    assert alone[0] != alone[1]
+    assert [drafts(both, name) for name in ("one", "two", "one")] == [alone[0], alone[1], alone[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("weights", "these weights differ from it; load"),
+        ("layers", "must map 192 to 512 features, found"),
+        ("vocabulary", "its vocabulary has 768 rows, this model's 832; load"),
+    ],
+)
+def test_another_base_is_refused(tmp_path, change, message):
+    trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    if change == "weights":
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight[0, 5] += 0.5
+    elif change == "layers":
+        model.model.layers[1].mlp.gate_proj = torch.nn.Linear(192, 256)
+    else:
+        model.resize_token_embeddings(832, mean_resizing=False)
+    with pytest.raises(ValueError, match=message):
+        model.generate(
+            torch.tensor([[0, 5]]), custom_generate=str(tmp_path / "adapter"), trust_remote_code=True, max_new_tokens=2
+        )
+
+
+def test_a_base_whose_weights_cannot_be_compared_is_used_with_a_warning(tmp_path):
+    trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float16)
+    options = {"custom_generate": str(tmp_path / "adapter"), "trust_remote_code": True}
+    with pytest.warns(UserWarning, match="whether these weights are the same cannot be told"):
+        assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, **options).shape[1] <= 6
+
+
+def test_a_mask_of_another_id_is_refused(tmp_path):
+    trained(BASE, tmp_path / "out", max_steps=1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["mtp"]["mask_token_id"] = 700
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with pytest.raises(ValueError, match="its mask token is 766, this model's 700"):
+        model.generate(torch.tensor([[0, 5]]), max_new_tokens=2)
+
+
+def test_resuming_with_another_shape_is_refused(tmp_path):
+    trained(BASE, tmp_path / "out", save_steps=1)
+    from mtp_trl import MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    arguments = exact_arguments(tmp_path / "other")
+    arguments.exact_rank = 8
+    trainer = MTPDistillTrainer(
+        BASE, arguments, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(BASE)
+    )
+    with pytest.raises(ValueError, match=r"has rank 4, .* this run 8"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_nothing_changes_before_training(tiny_model):
     """B is zero and the mask's row is the embedding's: at the masks, too, the model is the base."""
     model = tiny_model("llama")
     ids = torch.tensor([[5, 6, MASK, MASK]])
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        add_gated_adapter(model, mask_token_id=MASK, rank=4, alpha=8)
+        add_gated_adapter(model, rank=4, alpha=8)
         with model.mtp_adapter.acting_on(2):
             torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 def test_experts_are_left_alone_by_default(tiny_model):
-    assert all(
-        "self_attn" in name for name in add_gated_adapter(tiny_model("mixtral"), mask_token_id=MASK, rank=2, alpha=2).names
-    )
-    assert any("mlp" in name for name in add_gated_adapter(tiny_model("llama"), mask_token_id=MASK, rank=2, alpha=2).names)
+    assert all("self_attn" in name for name in add_gated_adapter(tiny_model("mixtral"), rank=2, alpha=2).names)
+    assert any("mlp" in name for name in add_gated_adapter(tiny_model("llama"), rank=2, alpha=2).names)
 
 
 def test_target_modules_that_are_not_there_are_refused(tiny_model):
     with pytest.raises(ValueError, match="no linear layer among query"):
-        add_gated_adapter(tiny_model("llama"), mask_token_id=MASK, rank=2, alpha=2, target_modules=["query"])
+        add_gated_adapter(tiny_model("llama"), rank=2, alpha=2, target_modules=["query"])

@@ -21,10 +21,12 @@ from mtp_trl.word_problems import load_dataset
 
 folder, tokenizer_folder, adapters = sys.argv[1:]
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(
+LlamaForCausalLM(LlamaConfig(
     vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-))
+)).save_pretrained(folder + "_base")
+base = LlamaForCausalLM.from_pretrained(folder + "_base")
+model = LlamaForCausalLM.from_pretrained(folder + "_base")
 peft_config = None
 if adapters == "lora":
     from peft import LoraConfig
@@ -34,6 +36,7 @@ trainer = MTPDistillTrainer(
     MTPDistillConfig(
         output_dir=folder, use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=8, max_steps=1,
         per_device_train_batch_size=2, hub_model_id="me/tiny-mtp", hub_token="hf_test", confadapt=0.001, save_steps=1,
+        exact=adapters in ("exact", "adapter_only"), adapter_only=adapters == "adapter_only", exact_rank=2,
     ),
     load_dataset("train", 4, 0),
     processing_class=AutoTokenizer.from_pretrained(tokenizer_folder),
@@ -43,11 +46,20 @@ trainer.train()
 trainer.push_to_hub()
 ids = torch.tensor([[0, 5, 6, 7]])
 expected = trainer.model.generate(input_ids=ids, confadapt=0.001, max_new_tokens=12)
-again = AutoModelForCausalLM.from_pretrained("me/tiny-mtp", trust_remote_code=True)
-assert torch.equal(again.generate(ids, max_new_tokens=12), expected)
-assert torch.equal(again.generate(ids, confadapt=0.9, verify=True, max_new_tokens=12),
-                   again.generate(ids, mtp_k=1, max_new_tokens=12))
-assert AutoTokenizer.from_pretrained("me/tiny-mtp").convert_tokens_to_ids("<|mtp|>") == again.config.mtp["mask_token_id"]
+options = {}
+if adapters == "adapter_only":
+    again, options = base, {"custom_generate": "me/tiny-mtp", "trust_remote_code": True}
+else:
+    again = AutoModelForCausalLM.from_pretrained("me/tiny-mtp", trust_remote_code=True)
+assert torch.equal(again.generate(ids, max_new_tokens=12, **options), expected)
+plain = again.generate(ids, mtp_k=1, max_new_tokens=12, **options)
+assert torch.equal(again.generate(ids, confadapt=0.9, verify=True, max_new_tokens=12, **options), plain)
+drafts = trainer.model.generate(input_ids=ids, confadapt=0.0, verify=False, max_new_tokens=12)
+assert torch.equal(again.generate(ids, confadapt=0.0, verify=False, max_new_tokens=12, **options), drafts)
+if adapters in ("exact", "adapter_only"):
+    assert torch.equal(expected, base.generate(ids, max_new_tokens=12, suppress_tokens=[766]))
+mask_id = AutoTokenizer.from_pretrained("me/tiny-mtp").convert_tokens_to_ids("<|mtp|>")
+assert mask_id == trainer.model.config.mtp["mask_token_id"]
 from huggingface_hub import HfApi
 print("FILES", *sorted(HfApi().list_repo_files("me/tiny-mtp")))
 """
@@ -63,7 +75,7 @@ def stub():
     process.communicate()
 
 
-@pytest.mark.parametrize("adapters", ["full", "lora"])
+@pytest.mark.parametrize("adapters", ["full", "lora", "exact", "adapter_only"])
 def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(run_program, stub, tmp_path, adapters):
     environment = {
         **os.environ, "HF_ENDPOINT": stub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
@@ -75,8 +87,13 @@ def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(run_program, stub
     done = run_program([script, tmp_path / "out", tokenizer, adapters], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     files = next(line for line in done.stdout.splitlines() if line.startswith("FILES")).split()[1:]
-    assert {"README.md", "config.json", "custom_generate/generate.py", "generation_config.json", "model.safetensors",
-            "mtp_provenance.json", "tokenizer.json"} <= set(files)  # fmt: skip
+    expected = {"README.md", "custom_generate/generate.py", "mtp_provenance.json", "tokenizer.json"}
+    whole = {"config.json", "generation_config.json", "model.safetensors"}
+    exact = {"custom_generate/mtp_adapter.safetensors"}
+    assert expected <= set(files)
+    assert (whole <= set(files)) == (adapters != "adapter_only")
+    assert (exact <= set(files)) == (adapters in ("exact", "adapter_only"))
+    assert "adapter_config.json" not in files  # transformers would load the adapter at every token
     assert not [file for file in files if "__pycache__" in file or "optimizer" in file or "checkpoint" in file]
 
 

@@ -28,17 +28,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
+from os import PathLike
+from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     EosTokenCriteria,
     EpsilonLogitsWarper,
@@ -170,6 +175,9 @@ def generate(
     Raises:
         ValueError: for values out of range and for what multi-token decoding cannot do.
     """
+    repository = _adapter_repository()
+    if repository is not None:
+        _use_adapter_of(repository, model, {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs})
     _refuse_arguments(
         model,
         synced_gpus=synced_gpus,
@@ -758,12 +766,14 @@ class _Settings:
 
 def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfig) -> _Settings:
     """The call's own values, else those of generation_config, else the defaults."""
+    adapter = _mask_gated_adapter(model)
 
     def value(name: str, default: Any) -> Any:
-        given = getattr(request, name)
-        return given if given is not None else found if (found := getattr(config, name, None)) is not None else default
+        defaults = {} if adapter is None else adapter.defaults
+        given = (getattr(request, name), getattr(config, name, None), defaults.get(name), default)
+        return next(one for one in given if one is not None)
 
-    mtp = _mask_tokens(model, request)
+    mtp = _mask_tokens(model, request, adapter)
     k = _checked_k(value("mtp_k", mtp["k_max"]))
     if k > mtp["k_max"]:
         warnings.warn(f"mtp_k={k} is more than the block size trained, {mtp['k_max']}; use at most that.", stacklevel=2)
@@ -791,9 +801,12 @@ def _checked_threshold(threshold: Any) -> float:
     return float(threshold)
 
 
-def _mask_tokens(model: PreTrainedModel, request: _Request) -> dict[str, Any]:
-    """`config.mtp`, or the same made from `mtp_token_id` or from the tokenizer's token names."""
-    if (recorded := getattr(model.config, "mtp", None)) is not None:
+def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAdapter | None) -> dict[str, Any]:
+    """`config.mtp` of the model or of its adapter, or the same made from `mtp_token_id` or the tokenizer's token names."""
+    recorded = getattr(model.config, "mtp", None)
+    if recorded is None and adapter is not None:
+        recorded = _within_vocabulary(adapter.mtp, model)
+    if recorded is not None:
         if request.mtp_token_id not in (None, recorded["mask_token_id"]):
             raise ValueError(
                 f"mtp_token_id={request.mtp_token_id} contradicts config.mtp, whose mask token is "
@@ -812,6 +825,13 @@ def _mask_tokens(model: PreTrainedModel, request: _Request) -> dict[str, Any]:
         "barred_token_ids": sorted({*barred, *([] if mask is None else [mask])}),
         "k_max": PAPER_K_MAX,
     }
+
+
+def _within_vocabulary(mtp: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """For a base that never got the mask's row: any token can stand at a mask, since the adapter replaces its embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    barred = [token for token in mtp["barred_token_ids"] if token < rows]
+    return mtp | {"mask_token_id": min(mtp["mask_token_id"], rows - 1), "barred_token_ids": barred}
 
 
 def _mask_ids_by_name(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -910,21 +930,113 @@ def _refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
 
 
 ADAPTER_FILE = "custom_generate/mtp_adapter.safetensors"
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+
+def _adapter_repository() -> str | None:
+    """The repository in `model.generate(..., custom_generate=repository)`, where this file came from; None otherwise.
+
+    transformers loads the function from there and keeps the name to itself, so it is read from the call that is waiting.
+    """
+    frame: FrameType | None = sys._getframe(2)  # of the caller of `generate`
+    if frame is None or frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return None
+    repository = frame.f_locals["custom_generate"]
+    return str(repository) if isinstance(repository, str | PathLike) else None
+
+
+def _use_adapter_of(repository: str, model: PreTrainedModel, hub_options: dict[str, Any]) -> None:
+    """Attach the adapter of an adapter-only repository, unless it is there already or the repository has none."""
+    attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
+    if attached is not None and attached.source == (repository, hub_options.get("revision")):
+        return
+    path = cached_file(repository, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
+    if path is None:  # a repository that ships this decoder with whole weights: its masks are the model's own
+        return
+    if attached is not None:
+        attached.detach(model)
+    _read_adapter(path, model, source=(repository, hub_options.get("revision")))
 
 
 def _mask_gated_adapter(model: PreTrainedModel) -> MaskGatedAdapter | None:
     """The adapter of an exact-mode model; the first call reads it from the model's own repository."""
-    if not (getattr(model.config, "mtp", None) or {}).get("exact"):
-        return None
     attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
-    if attached is not None:
+    if attached is not None or not (getattr(model.config, "mtp", None) or {}).get("exact"):
         return attached
-    source, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-    path = cached_file(source, ADAPTER_FILE, revision=revision)
+    source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+    return _read_adapter(cached_file(source[0], ADAPTER_FILE, revision=source[1]), model, source=source)
+
+
+def _read_adapter(path: str, model: PreTrainedModel, *, source: tuple[str, str | None]) -> MaskGatedAdapter:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return MaskGatedAdapter.from_tensors(tensors, metadata).to(model.device).attach(model)
+    adapter = MaskGatedAdapter.from_tensors(tensors, metadata)
+    adapter.source = source
+    adapter.check_base(model)
+    return adapter.to(model.device, model.dtype).attach(model)
+
+
+def base_fingerprint(
+    model: PreTrainedModel, names: Sequence[str], *, gathered: Callable[[list[Tensor]], Any] = nullcontext
+) -> str | None:
+    """A hash of the first and last rows of the named layers' weights, in bfloat16: equal however the base was loaded.
+
+    None where the weights are not there to be read as they were trained: quantised, in float16, or on no device.
+    `gathered` is a context in which sharded weights are whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if weight is None or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
+            return None
+        with gathered([weight]):
+            ends = weight.detach()[[0, -1]].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + ends.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Part(nn.Module):
+    """A module, so that frameworks that shard weights gather them when it runs; not part of the model's state dict.
+
+    The model's own weights stay the base's, and the adapter has a file of its own.
+    """
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _LowRankUpdate(_Part):
+    """output + (alpha / rank) B A x; without gradient in place."""
+
+    def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.zeros(rank, inputs))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale = scale
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            low = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)
+            return output + (nn.functional.linear(low, self.lora_B) * self.scale).to(output.dtype)
+        low = nn.functional.linear(x, self.lora_A.to(x.dtype)).to(output.dtype)
+        return output.baddbmm_(low, self.lora_B.to(output.dtype).T.expand(len(x), -1, -1), alpha=self.scale)
+
+
+class _MaskRow(_Part):
+    """What a mask looks like to the first layer; without gradient in place."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, output: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.weight.to(output.dtype).expand_as(output)
+        return output.copy_(self.weight)
 
 
 class MaskGatedAdapter(nn.Module):
@@ -936,6 +1048,10 @@ class MaskGatedAdapter(nn.Module):
     Attributes:
         gate: where the adapter acts: the number of columns at the end of every row, or bool [X, T]. It stays set after a
             forward pass, since layers that recompute their activations in backward read it again.
+        mtp: `config.mtp` of the model it was trained in.
+        defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
+        base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
+        source: repository and revision it was read from.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
@@ -943,51 +1059,75 @@ class MaskGatedAdapter(nn.Module):
         super().__init__()
         self.names = list(shapes)
         self.rank, self.alpha = rank, alpha
-        for index, (inputs, outputs) in enumerate(shapes.values()):
-            self.register_parameter(f"lora_A_{index}", nn.Parameter(torch.zeros(rank, inputs)))
-            self.register_parameter(f"lora_B_{index}", nn.Parameter(torch.zeros(outputs, rank)))
-        self.mask_row = nn.Parameter(torch.zeros(hidden_size))
+        scale = alpha / rank
+        self.updates = nn.ModuleList(_LowRankUpdate(*shape, rank=rank, scale=scale) for shape in shapes.values())
+        self.mask_row = _MaskRow(hidden_size)
         self.gate: int | Tensor = 0
-
-    @property
-    def lora_a(self) -> list[nn.Parameter]:
-        """[rank, inputs] of each layer."""
-        return [self.get_parameter(f"lora_A_{index}") for index in range(len(self.names))]
-
-    @property
-    def lora_b(self) -> list[nn.Parameter]:
-        """[outputs, rank] of each layer."""
-        return [self.get_parameter(f"lora_B_{index}") for index in range(len(self.names))]
+        self.mtp: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.base: tuple[str, str | None] = ("", None)
+        self.source: tuple[str, str | None] | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
         """Act in `model` from now on, as its submodule `mtp_adapter`."""
-        for index, name in enumerate(self.names):
-            A, B = self.lora_a[index], self.lora_b[index]
-            model.get_submodule(name).register_forward_hook(functools.partial(self._adapt, A, B))
-        model.get_input_embeddings().register_forward_hook(self._embed)
+        for name, update in zip(self.names, self.updates, strict=True):
+            hook = functools.partial(self._adapt, update)
+            self._hooks.append(model.get_submodule(name).register_forward_hook(hook))
+        self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
         return self
 
-    def _adapt(self, A: Tensor, B: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        def adapted(columns: Any) -> Tensor:
-            low = nn.functional.linear(inputs[0][columns].to(A.dtype), A)
-            update = nn.functional.linear(low, B) * (self.alpha / self.rank)
-            return output[columns] + update.to(output.dtype)
+    def detach(self, model: PreTrainedModel) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        del model.mtp_adapter
 
-        return self._where_gated(output, adapted)
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Raises ValueError for a model that is not the one it was trained on: other layers, vocabulary, mask or weights."""
+        name, fingerprint = self.base
+        expected = f"The adapter in {self.source[0] if self.source else 'this file'} was trained on {name or 'another model'}"
+        remedy = f"load {name or 'its base'} instead."
+        layers = dict(model.named_modules())
+        for layer, update in zip(self.names, self.updates, strict=True):
+            wanted = (update.lora_A.shape[1], update.lora_B.shape[0])
+            if layer not in layers or linear_features(layers[layer]) != wanted:
+                found = linear_features(layers[layer]) if layer in layers else "no such layer"
+                raise ValueError(f"{expected}: {layer} must map {wanted[0]} to {wanted[1]} features, found {found}; {remedy}")
+        rows = model.get_input_embeddings().weight.shape[0]
+        if (base_rows := self.mtp.get("base_vocab_size")) and rows not in (base_rows, max(self.mtp["barred_token_ids"]) + 1):
+            raise ValueError(f"{expected}: its vocabulary has {base_rows} rows, this model's {rows}; {remedy}")
+        own = getattr(model.config, "mtp", None)
+        if own is not None and self.mtp and own["mask_token_id"] != self.mtp["mask_token_id"]:
+            mask_ids = f"its mask token is {self.mtp['mask_token_id']}, this model's {own['mask_token_id']}"
+            raise ValueError(f"{expected}: {mask_ids}; {remedy}")
+        actual = base_fingerprint(model, self.names)
+        if fingerprint is not None and actual is None:
+            warnings.warn(
+                f"{expected}; whether these weights are the same cannot be told (quantised, float16 or offloaded).",
+                stacklevel=2,
+            )
+        elif fingerprint not in (None, actual):
+            raise ValueError(f"{expected}, and these weights differ from it; {remedy}")
+
+    def _adapt(self, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._where_gated(output, lambda part, columns: update(part, inputs[0][:, columns]))
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        row = self.mask_row.to(output.dtype)
-        return self._where_gated(output, lambda columns: row.expand_as(output[columns]))
+        return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
-    def _where_gated(self, output: Tensor, at: Callable[[Any], Tensor]) -> Tensor:
-        """`at` gives the new values of the columns chosen."""
+    def _where_gated(self, output: Tensor, changed: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """The output with some columns changed: `changed` takes them, and their place, and may write into them."""
         if isinstance(self.gate, Tensor):
-            return torch.where(self.gate[..., None], at(...), output)
+            return torch.where(self.gate[..., None], changed(output.clone(), slice(None)), output)
         if self.gate == 0:
             return output
-        tail = at((slice(None), slice(-self.gate, None)))
-        return tail if self.gate == output.shape[1] else torch.cat([output[:, : -self.gate], tail], 1)
+        tail = changed(output[:, -self.gate :], slice(-self.gate, None))
+        if self.gate == output.shape[1]:
+            return tail
+        return torch.cat([output[:, : -self.gate], tail], 1) if torch.is_grad_enabled() else output
 
     @contextmanager
     def acting_on(self, gate: int | Tensor) -> Iterator[None]:
@@ -998,14 +1138,25 @@ class MaskGatedAdapter(nn.Module):
         finally:
             self.gate = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As a LoRA adapter is saved, with the mask's row beside it."""
-        pairs = zip(self.names, self.lora_a, self.lora_b, strict=True)
-        named = {"mask_row": self.mask_row.detach()}
-        for name, A, B in pairs:
-            named[f"base_model.model.{name}.lora_A.weight"] = A.detach()
-            named[f"base_model.model.{name}.lora_B.weight"] = B.detach()
-        return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+    def by_file_name(self) -> dict[str, nn.Parameter]:
+        """Its weights by their names in the file, which are those of a LoRA adapter, and the mask's row."""
+        named = {"mask_row": self.mask_row.weight}
+        for name, update in zip(self.names, self.updates, strict=True):
+            named[f"base_model.model.{name}.lora_A.weight"] = update.lora_A
+            named[f"base_model.model.{name}.lora_B.weight"] = update.lora_B
+        return named
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside the weights."""
+        return {
+            "format": "pt",
+            "r": str(self.rank),
+            "lora_alpha": str(self.alpha),
+            "base_model_name_or_path": self.base[0],
+            "base_fingerprint": self.base[1] or "",
+            "mtp": json.dumps(self.mtp),
+            "defaults": json.dumps(self.defaults),
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> MaskGatedAdapter:
@@ -1017,19 +1168,17 @@ class MaskGatedAdapter(nn.Module):
             for name in names
         }
         rank, alpha = int(metadata["r"]), float(metadata["lora_alpha"])
-        return cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"])).load(tensors)
-
-    def load(self, tensors: dict[str, Tensor]) -> MaskGatedAdapter:
-        """Take over what `tensors` gave."""
+        adapter = cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"]))
+        adapter.mtp, adapter.defaults = json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
+        adapter.base = (metadata["base_model_name_or_path"], metadata["base_fingerprint"] or None)
         with torch.no_grad():
-            self.mask_row.copy_(tensors["mask_row"])
-            for name, A, B in zip(self.names, self.lora_a, self.lora_b, strict=True):
-                A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
-                B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
-        return self
+            for name, parameter in adapter.by_file_name().items():
+                parameter.copy_(tensors[name])
+        return adapter
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the model's own weights stay the base's; the adapter has a file of its own."""
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, likewise."""
+def linear_features(layer: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, of a quantised one or of GPT-2's transposed one; None of any other module."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else None
