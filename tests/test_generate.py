@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -34,6 +35,7 @@ from mtp_trl.custom_generate.generate import (
     attach_decoder,
     generate,
 )
+from mtp_trl.gated_adapter import add_gated_adapter
 
 PAD, EOS, MASK, BARRED = 0, 1, 60, [60, 61, 62, 63]
 NEW = 24
@@ -131,14 +133,17 @@ def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int =
 
 
 @torch.no_grad()
-def naive_verified_loop(model, prompt: list[int], *, k: int, threshold: float, new: int):
-    """Drafts are kept as far as they are what one token per pass gives; of each step, the tokens that it made certain."""
+def naive_verified_loop(model, prompt: list[int], *, k: int, threshold: float, new: int, branches: int = 1):
+    """Drafts are kept as far as they are what one token per pass gives; of each step, the tokens that it made certain.
+
+    `branches`: where fewer drafts than that are rejected, the masks stand behind those that were kept all the same.
+    """
     ids, drafts, blocks = list(prompt), [], []
     while len(ids) - len(prompt) < new and ids[-1] != EOS:
         before = len(ids)
         while drafts and int(block_logits(model, ids, 1).argmax()) == drafts[0]:
             ids.append(drafts.pop(0))
-        logits = block_logits(model, ids, k if not drafts else 1)
+        logits = block_logits(model, ids, k if len(drafts) < branches else 1)
         block = logits.argmax(-1).tolist()
         accepted = int(accept_confident_prefix(logits.softmax(-1).amax(-1)[None], threshold=threshold))
         ids, drafts = [*ids, block[0]], block[1:accepted]
@@ -209,6 +214,68 @@ def test_verified_decoding_takes_the_passes_it_should(tiny_model, threshold):
     expected = [naive_verified_loop(model, row, k=6, threshold=threshold, new=40) for row in rows]
     output = decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, max_new_tokens=40)
     assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25])
+@pytest.mark.parametrize("branches", [2, 3, 6])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_blocks_behind_several_ends_take_the_passes_they_should(tiny_model, architecture, branches, threshold):
+    model, rows = tiny_model(architecture, context=0.3), prompts(6)
+    options = {"mtp_k": 6, "confadapt": threshold, "verify": True, "max_new_tokens": 40}
+    output = decode(model, rows, mtp_blocks=branches, **options)
+    assert torch.equal(output.sequences, greedy(model, rows, max_new_tokens=40))
+    expected = [naive_verified_loop(model, row, k=6, threshold=threshold, new=40, branches=branches) for row in rows]
+    assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
+    assert decode(model, rows[1:2], mtp_blocks=branches, **options).block_lengths[0] == output.block_lengths[1]
+
+
+def test_blocks_behind_every_end_save_passes(tiny_model):
+    model, rows = tiny_model("llama", context=0.3), prompts(6)
+    options = {"mtp_k": 6, "verify": True, "max_new_tokens": 60}
+    passes = [int(decode(model, rows, mtp_blocks=blocks, **options).forward_passes.sum()) for blocks in (1, 6)]
+    assert passes[1] < passes[0]
+
+
+def test_processors_that_read_the_text_take_one_block(tiny_model):
+    model, rows = tiny_model("llama", context=0.3), prompts(4)
+    options = {"mtp_k": 6, "verify": True, "max_new_tokens": 40, "repetition_penalty": 1.3}
+    one, several = (decode(model, rows, mtp_blocks=blocks, **options) for blocks in (1, 6))
+    assert several.block_lengths == one.block_lengths
+    assert torch.equal(several.sequences, greedy(model, rows, max_new_tokens=40, repetition_penalty=1.3))
+
+
+@pytest.mark.parametrize("options", [{}, {"confadapt": 0.3}, {"verify": True}, {"verify": True, "mtp_blocks": 3}, {"mtp_k": 1}])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_static_shapes_change_nothing(tiny_model, architecture, options):
+    model, rows = tiny_model(architecture, context=0.3), prompts(5)
+    options = {"mtp_k": 5, **options}
+    widths = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[:2]))
+    output = decode(model, rows, cache_implementation="static", **options)
+    hook.remove()
+    assert len(set(widths[1:])) == 1
+    expected = decode(model, rows, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert output.block_lengths == expected.block_lengths
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact):
+    model, rows = tiny_model("llama", context=0.3), prompts(3)
+    if exact:
+        add_gated_adapter(model, rank=2, alpha=4)
+    options = {"mtp_k": 4, "verify": True, "eos_token_id": None, "max_new_tokens": 40}
+    expected = decode(model, rows, **options)
+    compiled = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend="aot_eager")
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    output = decode(model, rows, cache_implementation="static", compile_config=compiled, **options)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert torch.equal(output.sequences, expected.sequences)
+    assert output.block_lengths == expected.block_lengths
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
@@ -655,6 +722,9 @@ REFUSED = {
     "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1, got 0"),
     "mtp_k=True": ({"mtp_k": True}, "got True"),
     "mtp_k=2.5": ({"mtp_k": 2.5}, "got 2.5"),
+    "mtp_blocks=0": ({"mtp_blocks": 0, "verify": True}, "mtp_blocks must be a whole number >= 1, got 0"),
+    "mtp_blocks=True": ({"mtp_blocks": True, "verify": True}, "mtp_blocks must be a whole number >= 1, got True"),
+    "mtp_blocks without verify": ({"mtp_blocks": 2}, "pass verify=True"),
     "verify=1": ({"verify": 1}, "verify must be True or False, got 1"),
     "mtp_token_id": ({"mtp_token_id": 5}, "contradicts config.mtp"),
     "num_beams": ({"num_beams": 2, "verify": True}, "num_beams=2 .*GenerationMixin.generate"),

@@ -12,6 +12,11 @@ first step: the whole prompt is pending.
     ConfAdapt     accept the longest prefix in which every token's probability reaches a threshold
     verified      accepted tokens are drafts: the next step feeds them anyway, so the model's own predictions behind
                   each of them are there for the reading, and drafts are returned only as far as they agree
+    tree          verified, with a block of masks behind each place at which the drafts may turn out to end,
+
+    [ pad | pending tokens | k - 1 masks | k - 1 masks | ... ]
+
+                  so that a step that rejects drafts has new ones all the same; the blocks do not see each other
 
 Verified text is exactly the model's own, one token per pass: greedy, or sampled with noise that depends on (seed,
 prompt, position) and on nothing else.
@@ -21,7 +26,7 @@ binds `generate` to the model; `attach_decoder` does so for a model in memory.
 """
 
 # B rows of the call, A rows still alive, W columns fed, P places read, K block, V vocabulary, L columns of text,
-# H heads, T cache slots, D head size
+# H heads, T cache slots, D head size, E ends of the drafts that have a block of masks, S scratch slots, M masks of a block
 
 from __future__ import annotations
 
@@ -34,7 +39,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from os import PathLike
 from types import FrameType
@@ -152,6 +157,7 @@ def generate(
     confadapt: float | None = None,
     mtp_k: int | None = None,
     verify: bool | None = None,
+    mtp_blocks: int | None = None,
     mtp_token_id: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
@@ -166,6 +172,9 @@ def generate(
             (static k). None: the repository's default, else static k.
         mtp_k: largest block; 1 is plain decoding. None: the block size trained.
         verify: return exactly the model's own text. None: the repository's default, else False.
+        mtp_blocks: with `verify`, how many of the places at which the drafts may end get a block of masks of their own:
+            `mtp_k` covers all. More tokens per pass for wider passes, so it pays where a pass costs the same at any width
+            (a GPU at batch 1). None: 1. Logits processors that read the text take 1.
         mtp_token_id: the mask token, for checkpoints that carry no `config.mtp`; with `tokenizer` it is found by name.
         tokenizer: needed for `stop_strings`.
 
@@ -187,7 +196,7 @@ def generate(
         **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "past_key_values", "position_ids")},
     )
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
-    request = _Request(confadapt, mtp_k, verify, mtp_token_id, tokenizer, streamer)
+    request = _Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer)
     with _eval_mode(model):
         output: Tensor | MTPGenerateOutput = GenerationMixin.generate(
             model,
@@ -236,13 +245,14 @@ def _decode(
         raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
 
     text = _Text(input_ids, rows, pad_token_id=_pad_token_id(generation_config))
-    forward = _forward_pass(model, settings, rows)
     choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
+    forward = _forward_pass(model, choose.settings, rows, generation_config)
     alive = list(rows)
     while alive:
-        logits_APV = forward(alive).to(input_ids.device)  # where processors expect it
-        for row, (own, accepted) in zip(alive, choose(logits_APV, alive), strict=True):
-            row.advance(own, accepted, verify=settings.verify, eos=stops.eos)
+        logits_APV, masks = forward(alive)
+        choices = choose(logits_APV.to(input_ids.device), alive, masks=masks)  # where processors expect it
+        for row, (own, blocks) in zip(alive, choices, strict=True):
+            row.advance(own, blocks, verify=settings.verify, eos=stops.eos)
         stops(alive, text)
         for row in alive:
             fresh = row.close_step()
@@ -282,10 +292,14 @@ class _Row:
         """Position that the block's first prediction is for."""
         return len(self.tokens) + len(self.drafts)
 
-    def advance(self, own: list[int], accepted: int, *, verify: bool, eos: frozenset[int]) -> None:
-        """Verify the drafts, then take the block: `own[i]` is the model's choice after i drafts, then the block."""
+    def ends(self, most: int) -> range:
+        """How many drafts may turn out to be confirmed, where that has a block of masks of its own: the last `most`."""
+        return range(max(0, len(self.drafts) + 1 - most), len(self.drafts) + 1)
+
+    def advance(self, own: list[int], blocks: dict[int, list[int]], *, verify: bool, eos: frozenset[int]) -> None:
+        """Verify the drafts, then take the block: `own[i]` is the model's choice after i drafts, `blocks[i]` what follows."""
         confirmed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.drafts, own, strict=False)))
-        block = own[confirmed : confirmed + accepted] if confirmed == len(self.drafts) else [own[confirmed]]
+        block = [own[confirmed], *blocks.get(confirmed, [])]
         certain = 1 if verify else len(block)
         fresh = self.drafts[:confirmed] + block[:certain]
         self.committed = len(self.tokens) + confirmed
@@ -350,15 +364,19 @@ def _output(rows: list[_Row], text: _Text) -> MTPGenerateOutput:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_pass(model: PreTrainedModel, settings: _Settings, rows: list[_Row]) -> _CachedForward | _UncachedForward:
+def _forward_pass(
+    model: PreTrainedModel, settings: _Settings, rows: list[_Row], config: GenerationConfig
+) -> _CachedForward | _UncachedForward:
     arguments = frozenset(inspect.signature(model.forward).parameters)
     if "position_ids" in arguments and _keeps_keys_and_values(model):
-        return _CachedForward(model, settings, arguments, rows)
+        return _CachedForward(model, settings, arguments, rows, config)
     warnings.warn(
         f"{type(model).__name__} has layers whose state cannot forget the masks again (recurrent layers), or takes no "
         "position_ids: it is decoded correctly but without a cache, which is slow for long texts.",
         stacklevel=2,
     )
+    if settings.blocks > 1:
+        raise ValueError(f"mtp_blocks={settings.blocks} needs the cache that {type(model).__name__} cannot have; leave it out.")
     return _UncachedForward(model, settings, arguments)
 
 
@@ -374,73 +392,117 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
 
 
 class _Forward:
-    """Logits of a step at the places that are read: behind every draft, and the block."""
+    """Logits of a step at the places that are read: behind every pending token that matters, and at the masks."""
 
     def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str]) -> None:
         self.model = model
+        self.call: Callable[..., Any] = model
         self.k = settings.k
         self.masks = [settings.mask_token_id] * (settings.k - 1)
         self.takes_positions = "position_ids" in arguments
         self.keeps_logits = "logits_to_keep" in arguments
         # The load-balancing loss of a mixture of experts fails on ready masks.
         self.constants = {"output_router_logits": False} if "output_router_logits" in arguments else {}
-        adapter = _mask_gated_adapter(model)
-        self.gate = nullcontext if adapter is None else functools.partial(adapter.acting_on, settings.k - 1)
+        self.adapter = _mask_gated_adapter(model)
 
-    def run(self, alive: list[_Row], **inputs: Any) -> Tensor:
-        """Logits [A, P, V]. Rows are right-aligned, so the masks are the last k - 1 columns of every row."""
-        places = self.k + max(len(row.drafts) for row in alive)
+    def run(self, *, masks: int, own: int, **inputs: Any) -> Tensor:
+        """Logits [rows, own + masks, V] of the last columns: `own` of pending tokens, then those of the masks."""
         if self.keeps_logits:
-            inputs["logits_to_keep"] = places
-        with self.gate():  # in exact mode the adapter acts at the masks
-            logits: Tensor = self.model(**inputs, **self.constants, return_dict=True).logits
-        return logits[:, -places:]
+            inputs["logits_to_keep"] = own + masks
+        with nullcontext() if self.adapter is None else self.adapter.acting_on(masks):  # exact mode
+            logits: Tensor = self.call(**inputs, **self.constants, return_dict=True).logits
+        return logits[:, -own - masks :]
 
 
 class _CachedForward(_Forward):
-    """Feeds what is not cached yet. In every row slot = position; padding writes to a slot that nobody reads."""
+    """Feeds what is not cached yet. In every row slot = position, padding writes to a slot that nobody reads.
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], rows: list[_Row]) -> None:
+    Blocks of masks that stand beside each other share positions, so they write to scratch slots before the text's.
+    With `cache_implementation="static"` every step but the first has the same shapes and runs compiled where
+    transformers would compile.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: _Settings,
+        arguments: frozenset[str],
+        rows: list[_Row],
+        config: GenerationConfig,
+    ) -> None:
         super().__init__(model, settings, arguments)
-        self.trash = max(row.limit for row in rows)
+        self.blocks = settings.blocks
+        self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
+        self.trash = self.scratch + max(row.limit for row in rows)
         self.placement = _Placement(slots=self.trash + 1)
         self.layers = [_RowOffsetLayer(self.placement) for _ in _cache_layers(model)]
         self.cache = Cache(layers=self.layers)
-        self.attention = _Attention(model, slots=self.trash + 1)
+        self.attention = _Attention(model, slots=self.trash + 1 - self.scratch, scratch=self.scratch, block=settings.k - 1)
+        self.rows = rows
+        self.static = config.cache_implementation == "static"
+        self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
+        self.compile_config = config.compile_config
 
-    def __call__(self, alive: list[_Row]) -> Tensor:
-        width = max(len(row.pending) for row in alive) + self.k - 1
-        columns = [self.columns(row, width) for row in alive]
-        ids, positions, slots = torch.tensor(columns, device=self.model.device).unbind(1)
-        last = max(min(row.end + self.k - 1, row.limit) for row in alive)
-        top = min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
+    def __call__(self, alive: list[_Row]) -> tuple[Tensor, int]:
+        """Logits [A, P, V], and how many of the P places are masks'."""
+        prefilled = self.layers[0].is_initialized
+        whole = self.static and prefilled  # shapes that are the same in every step
+        blocks = self.blocks if whole else max(len(row.ends(self.blocks)) for row in alive)
+        masks = blocks * (self.k - 1)
+        width = masks + (self.k if whole else max(len(row.pending) for row in alive))
+        fed = self.rows if self.static else alive
+        columns = [self.columns(row, width, blocks) if not row.done else self.padding(width) for row in fed]
+        ids, positions, slots, anchors = torch.tensor(columns, device=self.model.device).unbind(1)
+        last = self.scratch + max(min(row.end + self.k - 1, row.limit) for row in alive)
+        top = self.placement.slots if whole else min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
         self.placement.place(slots, top=top)
-        return self.run(
-            alive,
+        if whole and self.compiles:
+            self.call = self.model.get_compiled_call(self.compile_config)
+        logits = self.run(
+            masks=masks,
+            own=self.k if whole else 1 + max(len(row.drafts) for row in alive),
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self.attention.masks(positions, top=top, dtype=self.mask_dtype()),
+            attention_mask=self.attention.masks(positions, anchors, masks=masks, top=top, dtype=self.mask_dtype()),
             past_key_values=self.cache,
             use_cache=True,
         )
+        return (logits if fed is alive else logits[[row.index for row in alive]]), masks
 
     def mask_dtype(self) -> torch.dtype | None:
         """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
         first = self.layers[0]
         return first.keys.dtype if first.is_initialized else self.attention.dtype
 
-    def columns(self, row: _Row, width: int) -> tuple[list[int], list[int], list[int]]:
-        """Ids, positions and slots of one row: [pad | pending | masks]. Masks beyond its limit are padding too."""
-        fed = row.pending + self.masks
-        places = list(range(row.committed, min(row.committed + len(fed), row.limit)))
-        before, behind = width - len(fed), len(fed) - len(places)
-        ids = [0] * before + fed
-        positions = [0] * before + places + [0] * behind
-        slots = [self.trash] * before + places + [self.trash] * behind
-        return ids, positions, slots
+    def columns(self, row: _Row, width: int, blocks: int) -> list[list[int]]:
+        """Ids, positions, slots and anchors of one row: [pad | pending | masks]. Masks beyond its limit are padding too.
+
+        An anchor is the last position of the text that a column sees.
+        """
+        text = list(range(row.committed, row.end))
+        ids, positions, anchors = row.pending + self.masks * blocks, list(text), list(text)
+        slots = [self.scratch + position for position in text]
+        for block in range(blocks):
+            ends = row.ends(self.blocks)
+            end = len(row.tokens) + ends[block] if block < len(ends) else row.limit  # a block too many is padding
+            for place in range(self.k - 1):
+                inside = end + place < row.limit
+                positions.append(end + place if inside else 0)
+                anchors.append((end - 1 if self.scratch else end + place) if inside else 0)
+                mine = block * (self.k - 1) + place if self.scratch else end + place
+                slots.append(mine if inside else self.trash)
+        before = width - len(ids)
+        pad = [0] * before
+        return [pad + ids, pad + positions, [self.trash] * before + slots, pad + anchors]
+
+    def padding(self, width: int) -> list[list[int]]:
+        """The columns of a row that has ended, where shapes must not change."""
+        return [[0] * width, [0] * width, [self.trash] * width, [0] * width]
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         """The last row takes the place of a finished one: nothing else moves, and the batch shrinks."""
+        if self.static:
+            return [row for row in alive if not row.done]
         for place in reversed(range(len(alive))):
             if alive[place].done:
                 alive[place] = alive[-1]
@@ -453,14 +515,17 @@ class _CachedForward(_Forward):
 class _UncachedForward(_Forward):
     """Feeds every row whole in every step, padded on the left."""
 
-    def __call__(self, alive: list[_Row]) -> Tensor:
+    def __call__(self, alive: list[_Row]) -> tuple[Tensor, int]:
+        """Logits [A, P, V], and how many of the P places are masks'."""
         fed = [row.tokens + row.drafts + self.masks for row in alive]
         width = max(map(len, fed))
         device = self.model.device
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
-        return self.run(alive, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        own = 1 + max(len(row.drafts) for row in alive)
+        logits = self.run(masks=self.k - 1, own=own, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        return logits, self.k - 1
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         return [row for row in alive if not row.done]
@@ -524,7 +589,7 @@ class _RowOffsetLayer(StaticLayer):
 class _Attention:
     """Masks of a step: causal in positions, with each layer type's window, in the form the attention backend takes."""
 
-    def __init__(self, model: PreTrainedModel, *, slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, slots: int, scratch: int, block: int) -> None:
         config = model.config.get_text_config(decoder=True)
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(
@@ -533,27 +598,48 @@ class _Attention:
             )
         # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1.
         self.dtype = model.dtype if config._attn_implementation == "eager" else None
-        self.slots_T = torch.arange(slots, device=model.device)
+        self.slots_T = torch.arange(slots, device=model.device)  # of the text; scratch slots lie before them
+        place_S = torch.arange(scratch, device=model.device)
+        self.hidden_SS = (place_S[:, None] // max(block, 1) != place_S // max(block, 1)) | (place_S > place_S[:, None])
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
         # As in transformers' create_masks_for_generate: several masks where a config names its layers, else one.
         self.layer_types = sorted(set(config.layer_types)) if hasattr(config, "layer_types") else []
         self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
-    def masks(self, positions_AW: Tensor, *, top: int, dtype: torch.dtype | None) -> Tensor | dict[str, Tensor]:
+    def masks(
+        self, positions_AW: Tensor, anchors_AW: Tensor, *, masks: int, top: int, dtype: torch.dtype | None
+    ) -> Tensor | dict[str, Tensor]:
         """[A, 1, W, top], or a dict of them by layer type; boolean, or of `dtype` and to be added to the scores."""
-        queries, slots = positions_AW[:, None, :, None], self.slots_T[:top]
+        arguments = (positions_AW[:, None, :, None], anchors_AW[:, None, :, None], masks, top, dtype)
         if not self.layer_types:
-            return self._mask(self.only_type, queries, slots, dtype)
-        return {layer_type: self._mask(layer_type, queries, slots, dtype) for layer_type in self.layer_types}
+            return self._mask(self.only_type, *arguments)
+        return {layer_type: self._mask(layer_type, *arguments) for layer_type in self.layer_types}
 
-    def _mask(self, layer_type: str, queries: Tensor, slots: Tensor, dtype: torch.dtype | None) -> Tensor:
-        hidden = slots > queries
+    def _mask(
+        self, layer_type: str, queries: Tensor, anchors: Tensor, masks: int, top: int, dtype: torch.dtype | None
+    ) -> Tensor:
+        slots_T = self.slots_T[: top - len(self.hidden_SS)]
+        hidden = slots_T > anchors
         if layer_type == "sliding_attention":
-            hidden |= slots <= queries - self.window
+            hidden |= slots_T <= queries - self.window
         elif layer_type == "chunked_attention":
-            hidden |= slots // self.chunk != queries // self.chunk
+            hidden |= slots_T // self.chunk != queries // self.chunk
+        if len(self.hidden_SS):
+            hidden = torch.cat([self._hidden_scratch(layer_type, queries, masks), hidden], -1)
         return ~hidden if dtype is None else hidden.to(dtype).mul_(torch.finfo(dtype).min)
+
+    def _hidden_scratch(self, layer_type: str, queries: Tensor, masks: int) -> Tensor:
+        """A mask sees the masks before it in its own block, as far as the window or chunk goes; a token sees none."""
+        rows, _, width, _ = queries.shape
+        hidden = torch.ones(rows, 1, width, len(self.hidden_SS), dtype=torch.bool, device=queries.device)
+        hidden[:, :, width - masks :] = self.hidden_SS[:masks]
+        positions = nn.functional.pad(queries[:, :, width - masks :, 0], (0, len(self.hidden_SS) - masks))[:, :, None]
+        if layer_type == "sliding_attention":
+            hidden |= positions <= queries - self.window
+        elif layer_type == "chunked_attention":
+            hidden |= positions // self.chunk != queries // self.chunk
+        return hidden
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,7 +662,7 @@ _POINTWISE = (
 
 
 class _Choice:
-    """The token chosen at every place that is read, and how many places of the block are accepted."""
+    """The tokens chosen at every place that is read, and how much of each block is accepted."""
 
     def __init__(self, settings: _Settings, processors: LogitsProcessorList, text: _Text, *, sampling: bool) -> None:
         self.k = settings.k
@@ -587,55 +673,86 @@ class _Choice:
         self.confadapt = ConfAdaptLogitsProcessor(settings.barred_token_ids)
         self.processors = list(processors)
         self.at_once = all(type(processor) in _POINTWISE for processor in self.processors)
+        self.settings = settings if self.at_once else replace(settings, blocks=1)  # blocks share no one text before them
         self.text = text
 
-    def __call__(self, logits_APV: Tensor, alive: list[_Row]) -> Iterator[tuple[list[int], int]]:
-        """Of each row, the choices behind its drafts and in the block, and the length accepted."""
-        chosen_AP, probs_AK, first_AV = (self._all_places if self.at_once else self._place_by_place)(logits_APV, alive)
-        columns = [chosen_AP]
-        if probs_AK is not None:
-            columns.append(accept_confident_prefix(probs_AK, threshold=self.threshold)[:, None])
-        if self.draw_single:
-            columns.append(_draw(first_AV, alive, first=0)[:, None])
-        host = torch.cat(columns, 1).tolist() if len(columns) > 1 else chosen_AP.tolist()  # a step's one wait
-        places = chosen_AP.shape[1]
-        for row, values in zip(alive, host, strict=True):
-            own = values[places - self.k - len(row.drafts) : places]
-            accepted = min(self.k if probs_AK is None else values[places], row.limit - len(row.tokens))
-            if self.draw_single and accepted == 1:
-                own[0] = values[-1]
-            yield own, accepted
+    def __call__(
+        self, logits_APV: Tensor, alive: list[_Row], *, masks: int
+    ) -> Iterator[tuple[list[int], dict[int, list[int]]]]:
+        """Of each row, the choices behind its 0, 1, ... drafts, and by the number confirmed what is accepted behind.
 
-    def _all_places(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor | None, Tensor]:
+        The last `masks` places are those of the blocks of masks, the others those of pending tokens.
+        """
+        A, P, _ = logits_APV.shape
+        own, block, E = P - masks, self.k - 1, masks // (self.k - 1) if masks else 1
+        ends = [row.ends(self.settings.blocks) for row in alive]
+        choose = self._all_places if self.at_once else self._place_by_place
+        chosen_AP, probs_AP, first_AV = choose(logits_APV, alive, own, ends)
+        columns = [chosen_AP]
+        if probs_AP is not None:
+            probs_AEK = probs_AP[:, None, own - 1 :]
+            if E > 1:
+                first = [[own - 1 - len(r.drafts) + end for end in _padded(e, E)] for r, e in zip(alive, ends, strict=True)]
+                first_AE = probs_AP.gather(1, torch.tensor(first, device=probs_AP.device))
+                probs_AEK = torch.cat([first_AE[..., None], probs_AP[:, own:].view(A, E, block)], -1)
+            columns.append(accept_confident_prefix(probs_AEK.flatten(0, 1), threshold=self.threshold).view(A, E))
+        if self.draw_single:
+            columns.append(_draw(first_AV, alive, [row.end for row in alive])[:, None])
+        host = torch.cat(columns, 1).tolist() if len(columns) > 1 else chosen_AP.tolist()  # a step's one wait
+        for row, row_ends, values in zip(alive, ends, host, strict=True):
+            chosen = values[own - 1 - len(row.drafts) : own]
+            lengths = [self.k] * E if probs_AP is None else values[P : P + E]
+            room = row.limit - len(row.tokens)
+            blocks = {}
+            for place, end in enumerate(row_ends):
+                start = own + place * block
+                blocks[end] = values[start : start + min(lengths[place], room) - 1]
+            if self.draw_single and not blocks[0]:
+                chosen[0] = values[-1]
+            yield chosen, blocks
+
+    def _all_places(
+        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         scores_APV = self.confadapt(None, logits_APV)
         for processor in self.processors:
             scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
-        first = self.k - scores_APV.shape[1]
-        chosen_AP = _draw(scores_APV, alive, first=first) if self.draw_all else scores_APV.argmax(-1)
-        block = (slice(None), slice(-self.k, None))
-        probs_AK = self.confadapt.confidence(chosen_AP[block], block) if self.threshold > 0 else None
-        return chosen_AP, probs_AK, scores_APV[:, -self.k]
+        if self.draw_all:
+            E = (scores_APV.shape[1] - own) // (self.k - 1) if self.k > 1 else 0
+            positions = [
+                [row.end - own + 1 + place for place in range(own)]
+                + [len(row.tokens) + end + place for end in _padded(row_ends, E) for place in range(1, self.k)]
+                for row, row_ends in zip(alive, ends, strict=True)
+            ]
+            chosen_AP = _draw(scores_APV, alive, positions)
+        else:
+            chosen_AP = scores_APV.argmax(-1)
+        probs_AP = self.confadapt.confidence(chosen_AP) if self.threshold > 0 else None
+        return chosen_AP, probs_AP, scores_APV[:, own - 1]
 
-    def _place_by_place(self, logits_APV: Tensor, alive: list[_Row]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _place_by_place(
+        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Left to right, each place with the tokens before it: what processors that read `input_ids` need."""
         chosen_AP = logits_APV.new_zeros(logits_APV.shape[:2], dtype=torch.long)
         probs_AP = torch.zeros_like(chosen_AP, dtype=torch.float32)
         first_AV = torch.zeros_like(logits_APV[:, 0], dtype=torch.float32)
         history_BL = self.text.tensor(room=self.k)
         for place in range(logits_APV.shape[1]):
-            offset = place - (logits_APV.shape[1] - self.k)  # in the block; before 0, behind a draft
+            offset = place - own + 1  # in the block; before 0, behind a draft
             for length, members in self.text.by_length(alive, offset).items():
                 rows = [alive[member] for member in members]
                 indices = [row.index for row in rows]
                 scores_MV = self._processed(history_BL[:, :length], logits_APV[:, place], alive)[indices]
-                picked_M = _draw(scores_MV, rows, first=offset) if self.draw_all else scores_MV.argmax(-1)
+                positions = [row.end + offset for row in rows]
+                picked_M = _draw(scores_MV, rows, positions) if self.draw_all else scores_MV.argmax(-1)
                 chosen_AP[members, place] = picked_M
                 probs_AP[members, place] = self.confadapt.confidence(picked_M, indices)
                 if offset >= 0:
                     history_BL[indices, length] = picked_M
                 if offset == 0:
                     first_AV[members] = scores_MV
-        return chosen_AP, probs_AP[:, -self.k :], first_AV
+        return chosen_AP, probs_AP, first_AV
 
     def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row]) -> Tensor:
         """Scores [B, V] of the whole batch, in which processors may count rows; rows that ended have zeros."""
@@ -646,17 +763,19 @@ class _Choice:
         return scores_BV
 
 
-def _draw(scores: Tensor, rows: list[_Row], *, first: int) -> Tensor:
-    """Tokens drawn from softmax(scores) [A, V] or [A, P, V] by the Gumbel trick; `first` is their first place's offset.
+def _padded(ends: range, count: int) -> list[int]:
+    return [*ends, *[ends[-1]] * (count - len(ends))]
+
+
+def _draw(scores: Tensor, rows: list[_Row], positions: list[int] | list[list[int]]) -> Tensor:
+    """Tokens for `positions` drawn from softmax(scores) [A, V] or [A, P, V] by the Gumbel trick.
 
     A mask's distribution and the model's own at the same position meet the same noise, so that drafts agree with what
     verification draws as often as the two distributions do.
     """
     keys = torch.tensor([row.noise_key for row in rows], device=scores.device)
-    ends = torch.tensor([row.end + first for row in rows], device=scores.device)
-    if scores.ndim == 3:
-        keys, ends = keys[:, None], ends[:, None] + torch.arange(scores.shape[1], device=scores.device)
-    return (scores + _gumbel(keys, ends, scores.shape[-1])).argmax(-1)
+    places = torch.tensor(positions, device=scores.device)
+    return (scores + _gumbel(keys.view(-1, *[1] * (places.ndim - 1)), places, scores.shape[-1])).argmax(-1)
 
 
 def _gumbel(keys: Tensor, positions: Tensor, size: int) -> Tensor:
@@ -748,6 +867,7 @@ class _Request:
     confadapt: float | None
     mtp_k: int | None
     verify: bool | None
+    mtp_blocks: int | None
     mtp_token_id: int | None
     tokenizer: PreTrainedTokenizerBase | None
     streamer: BaseStreamer | None
@@ -760,6 +880,7 @@ class _Settings:
     k: int
     threshold: float
     verify: bool
+    blocks: int
     mask_token_id: int
     barred_token_ids: tuple[int, ...]
 
@@ -785,14 +906,23 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
     verify = value("verify", False)
     if not isinstance(verify, bool):
         raise ValueError(f"verify must be True or False, got {verify!r}.")
+    blocks = _checked_blocks(value("mtp_blocks", 1), verify=verify)
     threshold = _checked_threshold(value("confadapt", 0.0))
-    return _Settings(k, threshold, verify, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
+    return _Settings(k, threshold, verify, min(blocks, k), mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 
 def _checked_k(k: Any) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"mtp_k must be a whole number >= 1, got {k!r}; 1 decodes one token per pass.")
     return k
+
+
+def _checked_blocks(blocks: Any, *, verify: bool) -> int:
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise ValueError(f"mtp_blocks must be a whole number >= 1, got {blocks!r}; 1 lays one block of masks per pass.")
+    if blocks > 1 and not verify:
+        raise ValueError(f"mtp_blocks={blocks} lays masks where drafts may be rejected; pass verify=True, or leave it out.")
+    return blocks
 
 
 def _checked_threshold(threshold: Any) -> float:
