@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def add_gated_adapter(
         wanted = "attention or MLP layers" if target_modules is None else ", ".join(target_modules)
         raise ValueError(f"{type(model).__name__} has no linear layer among {wanted}; name some in target_modules.")
     model.requires_grad_(False)
+    _keep_differentiable(model)
     embedding = model.get_input_embeddings()
     mask_token = torch.tensor([model.config.mtp["mask_token_id"]], device=embedding.weight.device)
     with gathered([embedding.weight]), torch.no_grad():
@@ -63,6 +65,27 @@ def add_gated_adapter(
     adapter.mtp = model.config.mtp
     adapter.base = (model.config._name_or_path, base_fingerprint(model, adapter.names, gathered=gathered))
     return adapter.to(row.device).attach(model)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Bitsandbytes packs 4-bit weights for some CPUs at the first evaluation; gradients are silently wrong from then on."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(f"{name} is packed for inference on this CPU and cannot be trained through; load the model anew.")
+        module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def declared_adapted(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a quantised base counts as one with adapters, as it is: transformers knows PEFT's alone."""
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
 
 
 def split_adapter(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from importlib import metadata
@@ -143,7 +144,7 @@ def _public_name(base: str) -> str:
     return Path(base).name if Path(base).is_dir() else base
 
 
-def _save_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """In LoRA's format, but not under LoRA's name: transformers would load an `adapter_config.json` ungated."""
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
@@ -191,11 +192,12 @@ def write_card(
     """Render the model card into `folder`/README.md."""
     base = provenance["base_model"]
     is_repo_id = not Path(base).is_dir()
+    relation = "adapter" if provenance["settings"].get("adapter_only") else "finetune"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_repo_id else None,
-        base_model_relation="finetune" if is_repo_id else None,
+        base_model_relation=relation if is_repo_id else None,
         datasets=[dataset_name] if dataset_name else None,
         tags=sorted({"mtp", "trl", "custom_generate", f"arxiv:{PAPER['id']}", *tags}),
     )

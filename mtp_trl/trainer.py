@@ -8,6 +8,7 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,7 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
-from .gated_adapter import MaskGated, split_adapter
+from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics
@@ -98,17 +99,18 @@ class MTPDistillTrainer(DistillationTrainer):
         elif not is_peft_model(student):
             teacher = frozen_teacher(student, load, tokenizer, args)
         hub.set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
-        super().__init__(
-            model=student,
-            teacher_model=teacher,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
+        with declared_adapted(student) if args.exact else nullcontext():
+            super().__init__(
+                model=student,
+                teacher_model=teacher,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
         # completions made on policy are plain samples of the model, one token at a time
         self.generation_config.mtp_k = 1
         attach_decoder(self.model)

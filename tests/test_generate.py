@@ -595,18 +595,31 @@ def exact_distribution(model, prompt: list[int], *, tokens: int, top_k: int, tem
     return outcomes
 
 
-@pytest.mark.parametrize("options", [{"mtp_k": 1}, {"mtp_k": 3, "verify": True}, {"mtp_k": 6, "confadapt": 1.0}])
-def test_sampling_is_exact_in_distribution(tiny_model, options):
-    """3,000 continuations of three tokens against the enumerated distribution, at the 1 % level, with a fixed seed."""
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mtp_k": 1},
+        {"mtp_k": 3, "verify": True},
+        {"mtp_k": 3, "verify": True, "mtp_blocks": 3},
+        {"mtp_k": 6, "confadapt": 1.0},
+    ],
+)
+def test_sampling_is_exact_in_distribution(tiny_model, options, exact):
+    """20,000 continuations of three tokens against the enumerated distribution, at the 1 % level, with a fixed seed."""
     model, prompt = tiny_model("llama", context=0.5, logit_scale=1.5), prompts()[1]
     sampling = {"top_k": 3, "temperature": 1.2}
     expected = exact_distribution(model, prompt, tokens=3, **sampling)
-    sampling |= {"do_sample": True, "num_return_sequences": 3000, "eos_token_id": None, "max_new_tokens": 3}
+    if exact:  # the distribution stays the base's
+        for update in add_gated_adapter(model, rank=4, alpha=8).updates:
+            torch.nn.init.normal_(update.lora_B, std=0.3, generator=torch.Generator().manual_seed(0))
+    draws = 20_000
+    sampling |= {"do_sample": True, "num_return_sequences": draws, "eos_token_id": None, "max_new_tokens": 3}
     torch.manual_seed(0)
     output = decode(model, [prompt], **sampling, **options)
     observed = Counter(map(tuple, output.sequences[:, len(prompt) :].tolist()))
     assert set(observed) <= set(expected)
-    statistic, freedom = chi_square(observed, expected, 3000)
+    statistic, freedom = chi_square(observed, expected, draws)
     assert freedom == 26
     assert statistic < 45.6  # the 99th percentile at 26 degrees of freedom
 

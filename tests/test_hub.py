@@ -97,8 +97,8 @@ def test_a_pushed_model_comes_back_by_its_id_and_decodes_alike(run_program, stub
     assert not [file for file in files if "__pycache__" in file or "optimizer" in file or "checkpoint" in file]
 
 
-def provenance(base: str, tmp_path: Path) -> dict:
-    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, ntp_coef=0.5)
+def provenance(base: str, tmp_path: Path, **changes) -> dict:
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **(changes or {"ntp_coef": 0.5}))
     return hub.provenance(base_model=base, args=args, mask_token="<|mtp|>")
 
 
@@ -111,6 +111,20 @@ def test_a_card_names_its_base_and_its_limits(tmp_path):
     assert "## Limits" in text
     assert '"ntp_coef": 0.5' in text
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_a_card_of_exact_mode_says_what_is_exact_and_how_to_use_it(tmp_path, adapter_only):
+    facts = provenance("org/base", tmp_path, exact=True, adapter_only=adapter_only)
+    text = hub.write_card(tmp_path, model_name="exact", provenance=facts, repo_id="me/exact").read_text()
+    assert "every word of it remains the base" in text
+    assert "confadapt=0.5" in text
+    assert "Training changes the model" not in text
+    assert ("base_model_relation: adapter" in text) == adapter_only
+    assert ('custom_generate="me/exact", trust_remote_code=True' in text) == adapter_only
+    assert ('from_pretrained("me/exact", trust_remote_code=True)' in text) != adapter_only
+    assert "{%" not in text
+    assert "\n\n\n" not in text
 
 
 def test_a_base_in_a_folder_is_not_presented_as_a_hub_model(tmp_path):

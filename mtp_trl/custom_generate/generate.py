@@ -87,6 +87,7 @@ __all__ = [
 PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
 PAPER_MASK_TOKENS = "<|mtp_special_token_"  # their mask tokens; the first is the one that is fed
 SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
+STATIC_SLOT_MULTIPLE = 256  # with static shapes all slots are read: calls of about the same length share a graph
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,13 +434,15 @@ class _CachedForward(_Forward):
         super().__init__(model, settings, arguments)
         self.blocks = settings.blocks
         self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
+        self.static = config.cache_implementation == "static"
         self.trash = self.scratch + max(row.limit for row in rows)
-        self.placement = _Placement(slots=self.trash + 1)
+        multiple = STATIC_SLOT_MULTIPLE if self.static else 1
+        self.placement = _Placement(slots=-(-(self.trash + 1) // multiple) * multiple)
         self.layers = [_RowOffsetLayer(self.placement) for _ in _cache_layers(model)]
         self.cache = Cache(layers=self.layers)
-        self.attention = _Attention(model, slots=self.trash + 1 - self.scratch, scratch=self.scratch, block=settings.k - 1)
+        text_slots = self.placement.slots - self.scratch
+        self.attention = _Attention(model, slots=text_slots, scratch=self.scratch, block=settings.k - 1)
         self.rows = rows
-        self.static = config.cache_implementation == "static"
         self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
         self.compile_config = config.compile_config
 
@@ -1108,7 +1111,7 @@ def _read_adapter(path: str, model: PreTrainedModel, *, source: tuple[str, str |
 
 
 def base_fingerprint(
-    model: PreTrainedModel, names: Sequence[str], *, gathered: Callable[[list[Tensor]], Any] = nullcontext
+    model: PreTrainedModel, names: Sequence[str], *, gathered: Callable[[list[Any]], Any] = nullcontext
 ) -> str | None:
     """A hash of the first and last rows of the named layers' weights, in bfloat16: equal however the base was loaded.
 
@@ -1118,7 +1121,8 @@ def base_fingerprint(
     digest = hashlib.sha256()
     for name in sorted(names):
         weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is None or weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
+        plain = weight is not None and type(weight.data) is Tensor and weight.dtype in (torch.float32, torch.bfloat16)
+        if not plain or weight.is_meta:
             return None
         with gathered([weight]):
             ends = weight.detach()[[0, -1]].to("cpu", torch.bfloat16)
@@ -1183,6 +1187,8 @@ class MaskGatedAdapter(nn.Module):
         base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
         source: repository and revision it was read from.
     """
+
+    updates: Any  # a ModuleList of _LowRankUpdate, in the order of `names`
 
     def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
         """`shapes`: (inputs, outputs) of each adapted layer, by its name in the model."""
@@ -1307,7 +1313,7 @@ class MaskGatedAdapter(nn.Module):
         return adapter
 
 
-def linear_features(layer: nn.Module) -> tuple[int, int] | None:
+def linear_features(layer: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, of a quantised one or of GPT-2's transposed one; None of any other module."""
     if hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features

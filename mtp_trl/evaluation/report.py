@@ -65,11 +65,13 @@ class Report:
         """One sentence to read the numbers by."""
         facts = self.provenance
         versions = facts["versions"]
+        trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
+        blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, up to {self.max_new_tokens} new tokens; "
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
-            "same: share of answers that are token for token theirs. "
+            f"same: share of answers that are token for token theirs{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
             f"transformers {versions['transformers']}; `{facts['command']}`."
         )
@@ -107,7 +109,7 @@ def terminal_table(report: Report) -> Table:
     for i, name in enumerate(report.header):
         table.add_column(name.replace(" ", "\n"), justify="left" if i == 0 else "right", vertical="bottom")
     for row, cells in zip(report.rows, report.cells, strict=True):
-        style = "bold" if row.setting.kind == "verified" else ""
+        style = "bold" if row.setting.kind in ("verified", "tree") else ""
         table.add_row(*(Text(cell.replace(" ± ", "±"), no_wrap=True) for cell in cells), style=style)
     return table
 
@@ -205,6 +207,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "static": {"label": "static blocks", "color": "#999999", "marker": "s", "linestyle": ":"},
     "confadapt": {"label": "ConfAdapt", "color": "#0072B2", "marker": "o", "linestyle": "-"},
     "verified": {"label": "verified", "color": "#D55E00", "marker": "D", "linestyle": "none"},
+    "tree": {"label": "verified, several blocks", "color": "#CC79A7", "marker": "^", "linestyle": "none"},
     "plain": {"label": "student, k=1", "color": "#000000", "marker": "*", "linestyle": "none"},
 }
 
@@ -232,7 +235,7 @@ def _draw(axes: "Axes", rows: list[Row], *, label: str, color: str, marker: str,
     )
     for row, estimate in zip(rows, estimates, strict=True):
         setting, point = row.setting, (row.tokens_per_pass, 100 * estimate.value)
-        name = f"k={setting.k}" if setting.k is not None else f"{setting.threshold:g}" if setting.threshold else ""
+        name = f"k={setting.k}" if setting.kind == "static" else "" if setting.threshold is None else f"{setting.threshold:g}"
         if name:
             axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=7.5, color=color)
 

@@ -13,14 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import Estimate, mean_with_error, paired_difference, ratio_of_sums, share_identical
 
-Kind = Literal["base", "plain", "static", "confadapt", "verified"]
+Kind = Literal["base", "plain", "static", "confadapt", "verified", "tree"]
 # Whether the answer (text without special tokens) to problem i is right.
 Scorer = Callable[[int, str], bool]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `base` is the model before adaptation, plain greedy; the others are the student's."""
+    """One way to decode. `base` is the model before adaptation, plain greedy; the others are the student's.
+
+    `tree` is verified decoding with `k` blocks of masks per pass.
+    """
 
     kind: Kind
     k: int | None = None
@@ -35,6 +38,7 @@ class Setting:
             "static": f"static k={self.k}",
             "confadapt": f"ConfAdapt {self.threshold:g}" if self.threshold is not None else "",
             "verified": f"verified {self.threshold:g}" if self.threshold is not None else "",
+            "tree": f"{self.k} blocks {self.threshold:g}" if self.threshold is not None else "",
         }[self.kind]
 
     @property
@@ -46,18 +50,26 @@ class Setting:
             return {"mtp_k": 1, "verify": False}
         if self.kind == "static":
             return {"mtp_k": self.k, "confadapt": 0.0, "verify": False}
+        if self.kind == "tree":
+            return {"confadapt": self.threshold, "verify": True, "mtp_blocks": self.k}
         return {"confadapt": self.threshold, "verify": self.kind == "verified"}
 
 
 def decoding_settings(
-    *, ks: Iterable[int] = (), confadapt: Iterable[float] = (), verified: Iterable[float] = (), base: bool = True
+    *,
+    ks: Iterable[int] = (),
+    confadapt: Iterable[float] = (),
+    verified: Iterable[float] = (),
+    trees: Iterable[tuple[int, float]] = (),
+    base: bool = True,
 ) -> list[Setting]:
-    """The usual table: base and student at k=1, then static blocks, ConfAdapt and verified thresholds."""
+    """The usual table: base and student at k=1, then static blocks, ConfAdapt and verified thresholds, (blocks, threshold)."""
     settings = [Setting("base")] if base else []
     settings.append(Setting("plain"))
     settings += [Setting("static", k=k) for k in ks]
     settings += [Setting("confadapt", threshold=threshold) for threshold in confadapt]
     settings += [Setting("verified", threshold=threshold) for threshold in verified]
+    settings += [Setting("tree", k=blocks, threshold=threshold) for blocks, threshold in trees]
     return settings
 
 
@@ -115,7 +127,7 @@ def evaluate_decoding(
     base: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Decode all prompts greedily in every setting and aggregate.
+    """Decode all prompts greedily in every setting and aggregate. Settings take turns, so that their speeds compare.
 
     Args:
         model: the student, with the multi-token `generate` bound to it.
@@ -132,18 +144,18 @@ def evaluate_decoding(
         ValueError: no prompts, no k=1 setting, a base setting without a base, or a tokenizer without a pad token.
     """
     _check(tokenizer, prompts, settings, base)
-    records: dict[Setting, list[Record]] = {}
+    records: dict[Setting, list[Record]] = {setting: [] for setting in settings}
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=len(settings) * len(prompts))
-        for setting in settings:
-            bar.update(task, description=setting.label)
-            answers: list[Record] = []
-            for start in range(0, len(prompts), batch_size):
-                batch = prompts[start : start + batch_size]
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            for setting, answers in records.items():
+                bar.update(task, description=setting.label)
                 answers += _decode_batch(model, base, tokenizer, batch, setting=setting, max_new_tokens=max_new_tokens)
                 bar.advance(task, len(batch))
-            records[setting] = answers if scorer is None else _scored(answers, scorer)
+    if scorer is not None:
+        records = {setting: _scored(answers, scorer) for setting, answers in records.items()}
     return Sweep(records, aggregate(records), batch_size, max_new_tokens)
 
 

@@ -1,0 +1,206 @@
+"""What a training step costs: the paper's interleaved layout, full fine-tuning and exact mode, on one model, side by side.
+
+Each way makes one optimizer step after another on the same texts, in turns, so that the speeds compare on a machine that
+others use too; the table has medians. Peak memory is that of a process of its own for each way.
+
+    python benchmarks/train.py                          # 19M parameters, for a CPU
+    python benchmarks/train.py --hidden 2048 --layers 16 --heads 32 --vocabulary 128256 --length 512 --dtype bfloat16
+
+The layouts draw the same number of places for each clean token: the paper's regions stand at an even stride over the
+whole text with one k per step, ours anywhere in the completion with a k of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtp_trl import MTPDistillConfig
+from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
+from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.regions import Regions, row_generator, sample_regions
+from mtp_trl.self_distillation import Batch, Reader, Tokens, WholeRows, distillation_pass
+
+WAYS = {"interleaved": "full, the paper's interleaved layout", "full": "full fine-tuning", "exact": "exact mode"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`places` carry loss; `peak_mb` is memory beyond what the process used before it built anything."""
+
+    way: str
+    seconds: float
+    clean_per_second: float
+    places_per_second: float
+    peak_mb: float
+    trainable: int
+
+
+class Way:
+    """One way to train, ready for `step`."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        torch.manual_seed(0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = LlamaConfig(
+            vocab_size=options.vocabulary,
+            hidden_size=options.hidden,
+            intermediate_size=options.hidden * 8 // 3,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            tie_word_embeddings=True,
+            max_position_embeddings=4 * options.length,
+        )
+        model = LlamaForCausalLM(config).to(device, getattr(torch, options.dtype))
+        model.config.mtp = {"mask_token_id": options.vocabulary - 1, "k_max": options.k_max, "barred_token_ids": []}
+        self.tokens = Tokens(
+            mask_id=options.vocabulary - 1,
+            pad_id=0,
+            barred=torch.tensor([options.vocabulary - 1], device=device),
+            eos=torch.tensor([1], device=device),
+        )
+        self.slots = options.length // (2 * options.k_max) * (options.k_max // 2)
+        self.args = MTPDistillConfig(
+            "unused", k_max=options.k_max, slots_per_row=self.slots, use_cpu=device == "cpu", bf16=False, report_to="none"
+        )
+        if options.checkpointing:
+            model.gradient_checkpointing_enable()
+        self.reader: Reader
+        if name == "exact":
+            add_gated_adapter(model, rank=options.rank, alpha=2 * options.rank)
+            self.reader = MaskGated(model, with_teacher=True)
+        else:
+            teacher = copy.deepcopy(model).requires_grad_(False).eval()
+            self.reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
+        self.model = model.train()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.count = 0
+
+    def regions(self) -> Regions:
+        """The paper's, at an even stride with one k; or independent ones. The slots are the same in number."""
+        rows, length, k_max = self.options.rows, self.options.length, self.options.k_max
+        if self.name != "interleaved":
+            generators = [row_generator(0, self.count, row) for row in range(rows)]
+            first, last = [length // 3] * rows, [length - 2] * rows
+            return sample_regions(first, last, k_min=2, k_max=k_max, slots=self.slots, generators=generators)
+        number = length // (2 * k_max)
+        size = 1 + self.slots // number
+        anchors = torch.arange(number) * 2 * k_max + self.count % (2 * k_max)
+        return Regions(anchors.clamp(max=length - 2).expand(rows, -1), torch.full((rows, number), size))
+
+    def step(self) -> tuple[float, int]:
+        """One optimizer step: seconds, and places that carry loss."""
+        generator = torch.Generator().manual_seed(self.count)
+        rows, length = self.options.rows, self.options.length
+        clean = torch.randint(3, self.options.vocabulary - 1, (rows, length), generator=generator).to(self.model.device)
+        lengths = torch.full((rows,), length, device=clean.device)
+        batch = Batch(clean, lengths // 3, lengths, self.regions())
+        self._wait()
+        started = time.perf_counter()
+        output = distillation_pass(self.reader, batch, self.tokens, self.args, objective="hard")
+        (output.loss / output.sums["drawn"]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._wait()
+        self.count += 1
+        places = int(output.sums["drawn"]) - (rows * batch.regions.size_BR.shape[1] if self.name == "exact" else 0)
+        return time.perf_counter() - started, places
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_mb(name: str, options: argparse.Namespace) -> float:
+    """Peak memory of three steps in this process, beyond what it used before: allocated on CUDA, resident on a CPU."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    way = Way(name, options)
+    for _ in range(3):
+        way.step()
+    if way.model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    ways = [Way(name, options) for name in WAYS]
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    places: dict[str, list[int]] = {name: [] for name in WAYS}
+    for turn in range(options.steps + 2):
+        for way in ways:
+            duration, count = way.step()
+            if turn >= 2:  # the first steps allocate
+                seconds[way.name].append(duration)
+                places[way.name].append(count)
+            print(f"\rstep {turn + 1} of {options.steps + 2}, {WAYS[way.name]:<40}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    rows = []
+    for way in ways:
+        median = statistics.median(seconds[way.name])
+        alone = subprocess.run(
+            [sys.executable, *sys.argv, "--peak", way.name], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+        rows.append(
+            Row(
+                way=WAYS[way.name],
+                seconds=median,
+                clean_per_second=options.rows * options.length / median,
+                places_per_second=statistics.median(places[way.name]) / median,
+                peak_mb=float(alone.split()[-1]),
+                trainable=sum(p.numel() for p in way.parameters),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| training | s per step | clean tokens per s | supervised places per s | speed | peak memory, MB | trainable |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row.way} | {row.seconds:.3f} | {row.clean_per_second:,.0f} | {row.places_per_second:,.0f} | "
+        f"{rows[0].seconds / row.seconds:.2f}x | {row.peak_mb:,.0f} | {row.trainable / 1e6:.2f}M |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"rows": 8, "length": 160, "k_max": 16, "hidden": 384, "layers": 6, "heads": 6, "vocabulary": 16384, "rank": 32}
+    for name, value in {**sizes, "steps": 12}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--peak", choices=list(WAYS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak_mb(options.peak, options))
+        return
+    rows = measure(options)
+    facts = run_facts()
+    print(table(rows))
+    print(f"\n{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`")
+    if options.output is not None:
+        write_atomically(
+            options.output, json.dumps({"rows": [asdict(row) for row in rows], "provenance": facts}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
