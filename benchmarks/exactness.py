@@ -9,7 +9,9 @@ decoding of the base; where bfloat16 differs, says how near a tie the first diff
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,44 @@ def difference(
     return Difference(problem, place, first - second, step)
 
 
+def load(name: str, dtype: str, **options: Any) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iterator[Row]:
+    """Verified decoding in every batch size and with every number of blocks, against the base one by one."""
+    tokenizer, new = load_tokenizer(options.model), options.max_new_tokens
+    judge, base = load(options.base, "float32"), load(options.base, dtype)
+    student = load(options.model, dtype, trust_remote_code=True)
+    barred = {"suppress_tokens": student.config.mtp["barred_token_ids"]}
+    own = [decode(base, tokenizer, [prompt], new, **barred)[0][0] for prompt in track(prompts, f"base, {dtype}")]
+    for size, blocks in itertools.product(options.batches, options.blocks):
+        texts, passes = [], 0
+        settings = {"confadapt": options.threshold, "verify": True, "mtp_blocks": blocks}
+        for start in track(range(0, len(prompts), size), f"verified, {dtype}, batch {size}, {blocks} block(s)"):
+            found, count = decode(student, tokenizer, prompts[start : start + size], new, **settings)
+            texts, passes = texts + found, passes + count
+        differences = [
+            difference(judge, tokenizer, i, prompts[i], own[i], text) for i, text in enumerate(texts) if text != own[i]
+        ]
+        tokens, same = sum(map(len, texts)), len(texts) - len(differences)
+        yield Row(dtype, size, blocks, options.threshold, len(texts), same, tokens, tokens / passes, differences)
+
+
+def sentence(row: Row) -> str:
+    worst = max((abs(d.gap) / d.step for d in row.differences), default=0.0)
+    apart = f"; where they part, the base's logits differ by at most {worst:.2f} steps of bfloat16" if row.differences else ""
+    return (
+        f"{row.dtype}, batch {row.batch_size}, {row.blocks} block(s) of masks, threshold {row.threshold}: "
+        f"{row.identical} of {row.problems} texts identical ({row.tokens:,} tokens, {row.tokens_per_pass:.2f} per pass){apart}"
+    )
+
+
 def main() -> None:
+    def integers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("base")
@@ -87,56 +126,24 @@ def main() -> None:
     parser.add_argument("--template", default="{}", help="what a prompt is put into")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--max-new-tokens", type=int, default=192)
-    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--batches", type=integers, default=[1, 16])
+    parser.add_argument("--blocks", type=integers, default=[1], help="mtp_blocks")
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--threshold", type=float, default=0.5)
-    parser.add_argument("--blocks", default="1", help="mtp_blocks, several separated by commas")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
 
-    tokenizer = load_tokenizer(options.model)
     task = load_task(options.data, limit=options.problems, prompt=options.prompt_column)
     template = options.template.replace("\\n", "\n")
     prompts = [template.format(prompt) for prompt in task.prompts]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).to(device).eval()
     rows = []
     for dtype in options.dtypes.split(","):
-        base = AutoModelForCausalLM.from_pretrained(options.base, dtype=DTYPES[dtype]).to(device).eval()
-        student = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=DTYPES[dtype])
-        student = student.to(device).eval()
-        barred = {"suppress_tokens": student.config.mtp["barred_token_ids"]}
-        own: list[list[int]] = []
-        for prompt in track(prompts, f"base, {dtype}"):
-            own += decode(base, tokenizer, [prompt], options.max_new_tokens, **barred)[0]
-        for size in map(int, options.batches.split(",")):
-            for blocks in map(int, options.blocks.split(",")):
-                texts, passes = [], 0
-                settings = {"confadapt": options.threshold, "verify": True, "mtp_blocks": blocks}
-                for start in track(range(0, len(prompts), size), f"verified, {dtype}, batch {size}, {blocks} blocks"):
-                    batch = prompts[start : start + size]
-                    found, count = decode(student, tokenizer, batch, options.max_new_tokens, **settings)
-                    texts, passes = texts + found, passes + count
-                differences = [
-                    difference(judge, tokenizer, i, prompts[i], own[i], text) for i, text in enumerate(texts) if text != own[i]
-                ]
-                tokens = sum(map(len, texts))
-                same = len(texts) - len(differences)
-                rows.append(Row(dtype, size, blocks, options.threshold, len(texts), same, tokens, tokens / passes, differences))
-                worst = max((abs(d.gap) / d.step for d in differences), default=0.0)
-                print(
-                    f"{task.title}, {dtype}, batch {size}, {blocks} block(s) of masks, threshold {options.threshold}: "
-                    f"{same} of {len(texts)} texts identical ({tokens} tokens, {tokens / passes:.2f} per pass)"
-                    + (
-                        f"; logits of the first different tokens differ by at most {worst:.2f} steps of bfloat16"
-                        if differences
-                        else ""
-                    )
-                )
+        for row in compare(options, prompts, dtype):
+            rows.append(row)
+            print(f"{task.title}, {sentence(row)}", flush=True)
     if options.output is not None:
-        facts = run_facts() | {"base_model": Path(options.base).name, "data": Path(options.data).name}
-        text = json.dumps({"rows": [asdict(row) for row in rows], "provenance": facts}, indent=2) + "\n"
-        write_atomically(options.output, text)
+        results = {"rows": [asdict(row) for row in rows], "provenance": run_facts()}
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

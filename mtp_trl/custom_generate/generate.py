@@ -1120,9 +1120,10 @@ def base_fingerprint(
     """
     digest = hashlib.sha256()
     for name in sorted(names):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        plain = weight is not None and type(weight.data) is Tensor and weight.dtype in (torch.float32, torch.bfloat16)
-        if not plain or weight.is_meta:
+        weight: Any = getattr(model.get_submodule(name), "weight", None)
+        if weight is None or weight.is_meta or type(weight.data) is not Tensor:
+            return None
+        if weight.dtype not in (torch.float32, torch.bfloat16):
             return None
         with gathered([weight]):
             ends = weight.detach()[[0, -1]].to("cpu", torch.bfloat16)
