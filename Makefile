@@ -1,4 +1,4 @@
-# make demo     adapt the bundled model live, evaluate it, show one coloured answer (about 8 minutes on 2 CPU cores)
+# make demo     adapt the bundled model live, evaluate it, show one coloured answer (about 7 minutes on 2 CPU cores)
 # make test     the whole test suite, offline
 # make quality  ruff and mypy
 # Each target first sets up .venv; a second run reuses it.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,13 +106,22 @@ def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iter
         yield Row(dtype, size, blocks, options.threshold, len(texts), same, tokens, tokens / passes, differences)
 
 
-def sentence(row: Row) -> str:
-    worst = max((abs(d.gap) / d.step for d in row.differences), default=0.0)
-    apart = f"; where they part, the base's logits differ by at most {worst:.2f} steps of bfloat16" if row.differences else ""
-    return (
-        f"{row.dtype}, batch {row.batch_size}, {row.blocks} block(s) of masks, threshold {row.threshold}: "
-        f"{row.identical} of {row.problems} texts identical ({row.tokens:,} tokens, {row.tokens_per_pass:.2f} per pass){apart}"
-    )
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    lines = [
+        "| dtype | batch | blocks of masks | tokens per pass | identical texts | gap where they part, bfloat16 steps |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in (Row(**values) for values in results["rows"]):
+        gaps = [abs(d["gap"]) / d["step"] for d in map(dict, row.differences)]
+        apart = f"median {statistics.median(gaps):.2f}, largest {max(gaps):.2f}" if gaps else "-"
+        lines.append(
+            f"| {row.dtype} | {row.batch_size} | {row.blocks} | {row.tokens_per_pass:.2f} | "
+            f"{row.identical} of {row.problems} | {apart} |"
+        )
+    facts = results["provenance"]
+    lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -139,10 +149,11 @@ def main() -> None:
     rows = []
     for dtype in options.dtypes.split(","):
         for row in compare(options, prompts, dtype):
-            rows.append(row)
-            print(f"{task.title}, {sentence(row)}", flush=True)
+            rows.append(asdict(row))
+            print(f"{task.title}: {row.identical} of {row.problems} texts identical ({dtype})", flush=True)
+    results = {"rows": rows, "provenance": run_facts()}
+    print(table(results))
     if options.output is not None:
-        results = {"rows": [asdict(row) for row in rows], "provenance": run_facts()}
         write_atomically(options.output, json.dumps(results, indent=2) + "\n")
 
 

@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,7 +167,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
     lines = [
         "| training | s per step | clean tokens per s | supervised places per s | speed | peak memory, MB | trainable |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -176,7 +179,8 @@ def table(rows: list[Row]) -> str:
         f"{rows[0].seconds / row.seconds:.2f}x | {row.peak_mb:,.0f} | {row.trainable / 1e6:.2f}M |"
         for row in rows
     ]
-    return "\n".join(lines)
+    lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -192,14 +196,10 @@ def main() -> None:
     if options.peak:
         print(peak_mb(options.peak, options))
         return
-    rows = measure(options)
-    facts = run_facts()
-    print(table(rows))
-    print(f"\n{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`")
+    results = {"rows": [asdict(row) for row in measure(options)], "provenance": run_facts()}
+    print(table(results))
     if options.output is not None:
-        write_atomically(
-            options.output, json.dumps({"rows": [asdict(row) for row in rows], "provenance": facts}, indent=2) + "\n"
-        )
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

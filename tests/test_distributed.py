@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 on CPU in two real processes: the mask row, the loss and the saved model are those of one process."""
+"""ZeRO-3 and DDP on CPU in two real processes: the mask row, the loss and the saved model are those of one process."""
 
 import json
 import os
@@ -54,8 +54,10 @@ def train(run_program, script: Path, source: Path, folder: Path, *, exact: bool,
 
 
 # with a spare row for the mask token, and with a matrix that has to grow
-@pytest.mark.parametrize(("rows", "exact"), [(768, False), (766, False), (768, True)])
-def test_two_sharded_processes_equal_one(run_program, tmp_path, rows, exact):
+@pytest.mark.parametrize(
+    ("rows", "exact", "sharded"), [(768, False, True), (766, False, True), (768, True, True), (768, True, False)]
+)
+def test_two_processes_equal_one(run_program, tmp_path, rows, exact, sharded):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -74,7 +76,7 @@ def test_two_sharded_processes_equal_one(run_program, tmp_path, rows, exact):
     }))  # fmt: skip
     one, two = (
         train(run_program, script, tmp_path / "source", tmp_path / name, exact=exact, processes=processes, zero=config)
-        for name, processes, config in (("one", 1, None), ("two", 2, zero))
+        for name, processes, config in (("one", 1, None), ("two", 2, zero if sharded else None))
     )
     assert one[0] == pytest.approx(two[0], rel=1e-4)
     assert one[1].keys() == two[1].keys()
