@@ -96,6 +96,9 @@ def split_adapter(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> tupl
     return tensors, {name: value for name, value in state_dict.items() if not name.startswith("mtp_adapter.")}
 
 
+_OF_THE_CACHE = ".kv_b_proj"  # latent attention (DeepSeek): expands all cached latents, not the columns of a pass
+
+
 def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
     head = model.get_output_embeddings()
     has_experts = any("expert" in name for name, _ in model.named_modules())
@@ -107,7 +110,7 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
         if target_modules is not None:
             chosen = name.rsplit(".", 1)[-1] in target_modules
         else:
-            chosen = name.startswith(attention) or not has_experts
+            chosen = (name.startswith(attention) or not has_experts) and not name.endswith(_OF_THE_CACHE)
         if chosen:
             yield name, module
 
@@ -175,13 +178,21 @@ class MaskGated:
 
     def _behind_text(self, layout: Layout, ids_XT: Tensor) -> Tensor:
         slots = slice(layout.clean_length, None)
-        hidden = self.student.base_model(
-            input_ids=ids_XT[:, slots],
-            position_ids=layout.positions_XT[:, slots],
-            attention_mask=self._masks(layout, queries=slots),
-            past_key_values=self.prefix,
-            use_cache=False,
-        ).last_hidden_state
+        try:
+            hidden = self.student.base_model(
+                input_ids=ids_XT[:, slots],
+                position_ids=layout.positions_XT[:, slots],
+                attention_mask=self._masks(layout, queries=slots),
+                past_key_values=self.prefix,
+                use_cache=False,
+            ).last_hidden_state
+        except RuntimeError as error:
+            if self.student.is_gradient_checkpointing and not self.prefix.layers[0].was_read:
+                raise ValueError(
+                    f"{type(self.student).__name__} does not let layers read the text's keys and values under gradient "
+                    "checkpointing; set gradient_checkpointing=False."
+                ) from error
+            raise
         return torch.cat([self.text_BNH, hidden], 1).flatten(0, 1)
 
     def _masks(self, layout: Layout, **columns: slice) -> Tensor | dict[str, Tensor]:
@@ -193,8 +204,9 @@ class _ReadOnlyLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
+        self.keys, self.values, self.is_initialized, self.was_read = keys, values, True, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The text's and the slots' own, [B, heads, N + S, D]."""
+        self.was_read = True
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)

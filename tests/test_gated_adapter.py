@@ -17,7 +17,10 @@ from mtp_trl.regions import pack_regions, row_generator, sample_regions, student
 
 BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
-PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss"]
+PACKED = [
+    "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite", "phi3",
+    "olmo2", "gpt2", "deepseek_v3",
+]  # fmt: skip
 RECURRENT = ["falcon_h1", "qwen3_next"]
 
 
@@ -58,6 +61,10 @@ def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, ar
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
+    if checkpointing and architecture == "gpt2":
+        with pytest.raises(ValueError, match="set gradient_checkpointing=False"):
+            MaskGated(model, with_teacher=True).read_student(layout_of(model)[2])
+        return
     clean, regions, layout = layout_of(model)
     reader = MaskGated(model, with_teacher=True)
     hidden = reader.read_student(layout)
@@ -357,6 +364,32 @@ def test_nothing_changes_before_training(tiny_model):
 def test_experts_are_left_alone_by_default(tiny_model):
     assert all("self_attn" in name for name in add_gated_adapter(tiny_model("mixtral"), rank=2, alpha=2).names)
     assert any("mlp" in name for name in add_gated_adapter(tiny_model("llama"), rank=2, alpha=2).names)
+
+
+def test_layers_that_see_the_whole_cache_are_left_alone_and_refused(tiny_model):
+    model = tiny_model("deepseek_v3")
+    assert not any("kv_b_proj" in name for name in add_gated_adapter(model, rank=2, alpha=2).names)
+    model = tiny_model("deepseek_v3")
+    add_gated_adapter(model, rank=2, alpha=2, target_modules=["kv_b_proj"])
+    with model.mtp_adapter.acting_on(2), pytest.raises(ValueError, match=r"kv_b_proj gives .*adapt other modules"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize("objective", ["hard", "soft", "reward", "reward_literal", "ground_truth"])
+def test_every_objective_trains_the_adapter(tmp_path, objective):
+    from mtp_trl import MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    arguments = exact_arguments(
+        tmp_path, objective=objective, max_steps=16, muon=True, save_strategy="no", num_eval_prompts=0, exact_rank=16
+    )
+    trainer = MTPDistillTrainer(
+        BASE, arguments, load_dataset("train", 64, 0), load_dataset("test", 8, 0),
+        processing_class=AutoTokenizer.from_pretrained(BASE),
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 def test_target_modules_that_are_not_there_are_refused(tiny_model):

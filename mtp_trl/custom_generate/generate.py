@@ -1209,7 +1209,7 @@ class MaskGatedAdapter(nn.Module):
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
         """Act in `model` from now on, as its submodule `mtp_adapter`."""
         for name, update in zip(self.names, self.updates, strict=True):
-            hook = functools.partial(self._adapt, update)
+            hook = functools.partial(self._adapt, name, update)
             self._hooks.append(model.get_submodule(name).register_forward_hook(hook))
         self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
@@ -1249,7 +1249,9 @@ class MaskGatedAdapter(nn.Module):
         elif fingerprint not in (None, actual):
             raise ValueError(f"{expected}, and these weights differ from it; {remedy}")
 
-    def _adapt(self, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _adapt(self, name: str, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if output.ndim != 3:  # experts' tokens, or keys of the whole cache: which of them are masks cannot be told
+            raise ValueError(f"{name} gives {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
         return self._where_gated(output, lambda part, columns: update(part, inputs[0][:, columns]))
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
