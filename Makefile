@@ -7,27 +7,27 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
 
 .PHONY: demo test quality clean
 .DELETE_ON_ERROR:
 
-demo: $(STAMP)
+demo: $(VENV)/.demo
 	$(VENV)/bin/mtp-trl demo
 
 # One thread per worker: the models are tiny, and two processes with two threads each fight over two cores.
-test: $(STAMP)
+test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-quality: $(STAMP)
+quality: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-$(STAMP): pyproject.toml setup.cfg constraints.txt
+# A stamp for each extra: what the demo needs is a fraction of what the tests need.
+$(VENV)/.%: pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mtp-trl needs Python >= 3.11, %s is %d.%d; name another one: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:
