@@ -30,12 +30,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two texts part: the base's float32 logits of the two tokens, and the step of bfloat16 at their size."""
+    """Where two texts part: the gap of the base's logits of the two tokens in float32, and its change in `dtype`."""
 
     problem: int
     token: int
     gap: float
-    step: float
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,27 @@ def decode(model: PreTrainedModel, tokenizer: Any, prompts: list[str], new: int,
         **options,
     )
     answers = output.sequences[:, encoded["input_ids"].shape[1] :].tolist()
-    end = tokenizer.eos_token_id
-    texts = [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    lengths = [next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer)) for answer in answers]
+    texts = [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
     return texts, int(output.forward_passes.sum()) if hasattr(output, "forward_passes") else 0
 
 
 @torch.no_grad()
 def difference(
-    base: PreTrainedModel, tokenizer: Any, problem: int, prompt: str, own: list[int], other: list[int]
+    judge: PreTrainedModel, base: PreTrainedModel, ids: list[int], problem: int, own: list[int], other: list[int]
 ) -> Difference:
-    """How the base in float32 ranks the two tokens at which the texts part."""
+    """How the base ranks the two tokens at which the texts part, in float32 and in the dtype under test."""
     place = next(i for i, pair in enumerate(zip([*own, -1], [*other, -1], strict=False)) if pair[0] != pair[1])
-    ids = torch.tensor([tokenizer(prompt)["input_ids"] + own[:place]], device=base.device)
-    logits = base(input_ids=ids).logits[0, -1].float()
-    first, second = (logits[text[place]].item() if place < len(text) else -torch.inf for text in (own, other))
-    step = torch.finfo(torch.bfloat16).eps * 2.0 ** torch.tensor(abs(first)).log2().floor().item()
-    return Difference(problem, place, first - second, step)
+    text = torch.tensor([ids + own[:place]], device=base.device)
+    if place in (len(own), len(other)):  # one text goes on where the other ends at the longest length
+        return Difference(problem, place, float("inf"), 0.0)
+    gaps = []
+    for model in (judge, base):
+        logits = model(input_ids=text).logits[0, -1].float()
+        gaps.append((logits[own[place]] - logits[other[place]]).item())
+    return Difference(problem, place, gaps[0], gaps[1] - gaps[0])
 
 
 def load(name: str, dtype: str, **options: Any) -> PreTrainedModel:
@@ -100,7 +105,9 @@ def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iter
             found, count = decode(student, tokenizer, prompts[start : start + size], new, **settings)
             texts, passes = texts + found, passes + count
         differences = [
-            difference(judge, tokenizer, i, prompts[i], own[i], text) for i, text in enumerate(texts) if text != own[i]
+            difference(judge, base, tokenizer(prompts[i])["input_ids"], i, own[i], text)
+            for i, text in enumerate(texts)
+            if text != own[i]
         ]
         tokens, same = sum(map(len, texts)), len(texts) - len(differences)
         yield Row(dtype, size, blocks, options.threshold, len(texts), same, tokens, tokens / passes, differences)
@@ -109,15 +116,17 @@ def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iter
 def table(results: dict[str, Any]) -> str:
     """Markdown, of what the JSON holds."""
     lines = [
-        "| dtype | batch | blocks of masks | tokens per pass | identical texts | gap where they part, bfloat16 steps |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| dtype | batch | blocks of masks | tokens per pass | identical texts | gap where they part | changed by rounding |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in (Row(**values) for values in results["rows"]):
-        gaps = [abs(d["gap"]) / d["step"] for d in map(dict, row.differences)]
-        apart = f"median {statistics.median(gaps):.2f}, largest {max(gaps):.2f}" if gaps else "-"
+        parts = [
+            f"median {statistics.median(sizes):.3f}, largest {max(sizes):.3f}" if sizes else "-"
+            for sizes in ([abs(d[name]) for d in map(dict, row.differences)] for name in ("gap", "rounding"))
+        ]
         lines.append(
             f"| {row.dtype} | {row.batch_size} | {row.blocks} | {row.tokens_per_pass:.2f} | "
-            f"{row.identical} of {row.problems} | {apart} |"
+            f"{row.identical} of {row.problems} | {parts[0]} | {parts[1]} |"
         )
     facts = results["provenance"]
     lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]

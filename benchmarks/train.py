@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ WAYS = {"interleaved": "full, the paper's interleaved layout", "full": "full fin
 
 @dataclass(frozen=True)
 class Row:
-    """`places` carry loss; `peak_mb` is memory beyond what the process used before it built anything."""
+    """`places` are those drawn for the loss; `peak_mb` is memory beyond what the process used before it built anything."""
 
     way: str
     seconds: float
@@ -103,7 +102,7 @@ class Way:
         return Regions(anchors.clamp(max=length - 2).expand(rows, -1), torch.full((rows, number), size))
 
     def step(self) -> tuple[float, int]:
-        """One optimizer step: seconds, and places that carry loss."""
+        """One optimizer step: seconds, and places drawn for the loss (in exact mode not the first of each block)."""
         generator = torch.Generator().manual_seed(self.count)
         rows, length = self.options.rows, self.options.length
         clean = torch.randint(3, self.options.vocabulary - 1, (rows, length), generator=generator).to(self.model.device)
@@ -117,7 +116,7 @@ class Way:
         self.optimizer.zero_grad(set_to_none=True)
         self._wait()
         self.count += 1
-        places = int(output.sums["drawn"]) - (rows * batch.regions.size_BR.shape[1] if self.name == "exact" else 0)
+        places = int(output.sums["drawn"]) - (int((batch.regions.size_BR > 0).sum()) if self.name == "exact" else 0)
         return time.perf_counter() - started, places
 
     def _wait(self) -> None:
@@ -127,13 +126,19 @@ class Way:
 
 def peak_mb(name: str, options: argparse.Namespace) -> float:
     """Peak memory of three steps in this process, beyond what it used before: allocated on CUDA, resident on a CPU."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = resident_mb()
     way = Way(name, options)
     for _ in range(3):
         way.step()
     if way.model.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return resident_mb() - before
+
+
+def resident_mb() -> float:
+    """Peak resident memory of this process. Not getrusage's, which on Linux starts from the parent's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def measure(options: argparse.Namespace) -> list[Row]:

@@ -119,6 +119,7 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     """Answer a prompt in the terminal, with a colour for each forward pass."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument("prompt", help="text to complete, as it stands")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
     parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
     parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
     parser.add_argument(
@@ -135,6 +136,7 @@ def _show(parser: argparse.ArgumentParser) -> Command:
         run_show(
             options.model,
             options.prompt,
+            base=options.base,
             confadapt=options.confadapt,
             mtp_k=options.k,
             verify=options.verify,

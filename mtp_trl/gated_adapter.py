@@ -64,7 +64,7 @@ def add_gated_adapter(
             update.lora_A.uniform_(-bound, bound, generator=generator)
     adapter.mtp = model.config.mtp
     adapter.base = (model.config._name_or_path, base_fingerprint(model, adapter.names, gathered=gathered))
-    return adapter.to(row.device).attach(model)
+    return adapter.attach(model)
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
@@ -89,8 +89,13 @@ def declared_adapted(model: PreTrainedModel) -> Iterator[None]:
 
 
 def split_adapter(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapter's tensors by their names in its file, and the rest, of a state dict gathered from sharded parameters."""
+    """The adapter's tensors by their names in its file, and the rest, of the state dict that a run saves.
+
+    ZeRO-3 gathers the adapter with everything else; elsewhere a state dict has no adapter, whose parameters are then whole.
+    """
     adapter: MaskGatedAdapter = model.mtp_adapter
+    if not any(name.startswith("mtp_adapter.") for name in state_dict):
+        return {name: parameter.detach() for name, parameter in adapter.by_file_name().items()}, state_dict
     own = {id(parameter): f"mtp_adapter.{name}" for name, parameter in adapter.named_parameters()}
     tensors = {name: state_dict[own[id(parameter)]] for name, parameter in adapter.by_file_name().items()}
     return tensors, {name: value for name, value in state_dict.items() if not name.startswith("mtp_adapter.")}
@@ -119,6 +124,11 @@ def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "layer_idx"):
         return False
     return "past_key_values" in inspect.signature(module.forward).parameters
+
+
+_HIDDEN = (
+    "{} does not let its layers read the text's keys and values under gradient checkpointing; set gradient_checkpointing=False."
+)
 
 
 class MaskGated:
@@ -187,13 +197,16 @@ class MaskGated:
                 use_cache=False,
             ).last_hidden_state
         except RuntimeError as error:
-            if self.student.is_gradient_checkpointing and not self.prefix.layers[0].was_read:
-                raise ValueError(
-                    f"{type(self.student).__name__} does not let layers read the text's keys and values under gradient "
-                    "checkpointing; set gradient_checkpointing=False."
-                ) from error
+            if self._text_is_hidden() and not isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(_HIDDEN.format(type(self.student).__name__)) from error
             raise
+        if self._text_is_hidden():
+            raise ValueError(_HIDDEN.format(type(self.student).__name__))
         return torch.cat([self.text_BNH, hidden], 1).flatten(0, 1)
+
+    def _text_is_hidden(self) -> bool:
+        checkpointing = self.student.is_gradient_checkpointing and self.student.training
+        return checkpointing and not self.prefix.layers[0].was_read
 
     def _masks(self, layout: Layout, **columns: slice) -> Tensor | dict[str, Tensor]:
         return attention_masks(self.student.config, layout, self.student.dtype, **columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
     """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
 
     Raises:
-        ValueError: for a model that has adapters already.
+        ValueError: for a model that has adapters already, and under FSDP.
     """
+    if args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("exact mode does not work under FSDP, which flattens its adapter; use DDP or DeepSpeed ZeRO.")
     if is_peft_model(student):
         raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
     shape: dict[str, Any] = {

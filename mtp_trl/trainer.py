@@ -249,7 +249,19 @@ class MTPDistillTrainer(DistillationTrainer):
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
+        if not torch.is_grad_enabled():
+            self._rest_adapter()
         return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As upstream; after backward, which recomputes layers, an exact mode's adapter rests again."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._rest_adapter()
+        return loss
+
+    def _rest_adapter(self) -> None:
+        if self.args.exact:
+            causal_lm(self.accelerator.unwrap_model(self.model)).mtp_adapter.gate = 0
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Muon with AdamW where the configuration says so."""
@@ -319,7 +331,7 @@ class MTPDistillTrainer(DistillationTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
         adapter = None
-        if self.args.exact and state_dict is not None:  # gathered from shards, the adapter's among them
+        if self.args.exact and state_dict is not None:
             adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
         try:
@@ -332,6 +344,12 @@ class MTPDistillTrainer(DistillationTrainer):
             self.args.hub_token = token
         if self.args.should_save:
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
+
+    def _load_best_model(self) -> None:
+        if self.args.exact and not self.is_deepspeed_enabled:
+            hub.load_adapter(causal_lm(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.args.exact:  # the base is there as it always was

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mtp_trl.word_problems
@@ -181,6 +182,9 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     )  # fmt: skip
     trainer = MTPDistillTrainer(folder, args, load_dataset("train", 32, 0), processing_class=tokenizer)
     before = digest(trainer.model)
+    some = torch.tensor([[0, 25, 31, 42, 17]])
+    with torch.no_grad():
+        logits = trainer.model(some).logits
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert trainable
     assert all(name.startswith("mtp_adapter.") for name in trainable)
@@ -189,6 +193,8 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert digest(trainer.model) == before
+    with torch.no_grad():
+        assert torch.equal(trainer.model(some).logits, logits)  # nothing of the adapter acts outside the decoder
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
     assert digest(again) == before
     assert again.generation_config.verify is True
@@ -292,6 +298,57 @@ def test_a_second_adapter_replaces_the_first(tmp_path):
     alone = [drafts(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), name) for name in ("one", "two")]
     assert alone[0] != alone[1]
     assert [drafts(both, name) for name in ("one", "two", "one")] == [alone[0], alone[1], alone[0]]
+
+
+def test_an_adapter_written_anew_is_read_anew(tmp_path):
+    ids, texts = torch.tensor([[0, 25, 31, 42]]), []
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    options = {"custom_generate": str(tmp_path), "trust_remote_code": True, "confadapt": 0.0, "verify": False}
+    for seed in (1, 2):
+        trained(BASE, tmp_path, adapter_only=True, seed=seed, max_steps=1)
+        texts.append(model.generate(ids, max_new_tokens=16, **options).tolist())
+    assert texts[0] != texts[1]
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
+    """By the highest and by the lowest loss, of which one at most is the last checkpoint."""
+    from mtp_trl import MTPDistillTrainer
+    from mtp_trl.word_problems import load_dataset
+
+    steps = set()
+    for highest in (True, False):
+        arguments = exact_arguments(
+            tmp_path / str(highest), load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1,
+            max_steps=3, metric_for_best_model="eval_loss", greater_is_better=highest, num_eval_prompts=0,
+            adapter_only=True, muon=True,
+        )  # fmt: skip
+        trainer = MTPDistillTrainer(
+            BASE, arguments, load_dataset("train", 32, 0), load_dataset("test", 4, 0),
+            processing_class=AutoTokenizer.from_pretrained(BASE),
+        )  # fmt: skip
+        trainer.train()
+        folder = Path(trainer.state.best_model_checkpoint)
+        steps.add(folder.name)
+        best = load_file(folder / "custom_generate" / "mtp_adapter.safetensors")
+        for name, value in trainer.model.mtp_adapter.by_file_name().items():
+            assert torch.equal(best[name], value)
+    assert steps - {"checkpoint-3"}
+
+
+def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys):
+    from mtp_trl.cli import main
+    from mtp_trl.evaluation.models import load_student
+
+    trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
+    student, _ = load_student(tmp_path / "adapter", base=BASE)
+    ids = torch.tensor([[0, 25, 31, 42]])
+    own = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).generate(ids, max_new_tokens=12)
+    assert torch.equal(student.generate(ids, max_new_tokens=12), own)
+    assert student.config.mtp["k_max"] == 6
+    assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?", "--base", BASE, "--max-new-tokens", "8"]) == 0
+    assert "forward passes" in capsys.readouterr().out
+    assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?"]) == 2
+    assert "name it with --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from tokenizers import Tokenizer, decoders, models
+from torch._dynamo.backends.common import aot_autograd
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -236,6 +238,15 @@ def test_blocks_behind_every_end_save_passes(tiny_model):
     assert passes[1] < passes[0]
 
 
+def test_blocks_of_masks_as_a_default_bind_verified_decoding_alone(tiny_model):
+    model, rows = tiny_model("llama", context=0.3), prompts(4)
+    plain = decode(model, rows, confadapt=0.3)
+    several = decode(model, rows, verify=True, mtp_blocks=8, max_new_tokens=40)
+    model.generation_config.mtp_blocks = 8
+    assert decode(model, rows, confadapt=0.3).block_lengths == plain.block_lengths
+    assert decode(model, rows, verify=True, max_new_tokens=40).block_lengths == several.block_lengths
+
+
 def test_processors_that_read_the_text_take_one_block(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(4)
     options = {"mtp_k": 6, "verify": True, "max_new_tokens": 40, "repetition_penalty": 1.3}
@@ -259,14 +270,36 @@ def test_static_shapes_change_nothing(tiny_model, architecture, options):
     assert output.block_lengths == expected.block_lengths
 
 
+def with_random_adapter(model):
+    """In exact mode, with an adapter that changes what the masks say."""
+    adapter = add_gated_adapter(model, rank=2, alpha=4)
+    noise = torch.Generator().manual_seed(5)
+    for update in adapter.updates:
+        torch.nn.init.normal_(update.lora_B, std=0.3, generator=noise)
+    torch.nn.init.normal_(adapter.mask_row.weight, generator=noise)
+    return model
+
+
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact):
+def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact, verify):
     model, rows = tiny_model("llama", context=0.3), prompts(3)
+    options = {"mtp_k": 4, "verify": verify, "confadapt": 0.1, "eos_token_id": None, "max_new_tokens": 40}
     if exact:
-        add_gated_adapter(model, rank=2, alpha=4)
-    options = {"mtp_k": 4, "verify": True, "eos_token_id": None, "max_new_tokens": 40}
+        without = decode(model, rows, **options)
+        with_random_adapter(model)
     expected = decode(model, rows, **options)
-    compiled = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend="aot_eager")
+    if exact:
+        assert expected.block_lengths != without.block_lengths or not torch.equal(expected.sequences, without.sequences)
+    seen = {}
+
+    def inspect_graph(graph, inputs):
+        found = torch._guards.TracingContext.get().fw_metadata
+        seen["static"] = set(found.static_input_indices)
+        seen["written"] = {i for i, info in enumerate(found.input_info) if info.mutates_data}
+        return make_boxed_func(graph.forward)
+
+    compiled = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=aot_autograd(fw_compiler=inspect_graph))
     compiled._compile_all_devices = True
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -276,6 +309,8 @@ def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact):
     assert not counters["graph_break"]
     assert torch.equal(output.sequences, expected.sequences)
     assert output.block_lengths == expected.block_lengths
+    assert len(seen["written"]) == 4  # keys and values of two layers, at fixed addresses: else no CUDA graphs
+    assert seen["written"] <= seen["static"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
@@ -738,6 +773,8 @@ REFUSED = {
     "mtp_blocks=0": ({"mtp_blocks": 0, "verify": True}, "mtp_blocks must be a whole number >= 1, got 0"),
     "mtp_blocks=True": ({"mtp_blocks": True, "verify": True}, "mtp_blocks must be a whole number >= 1, got True"),
     "mtp_blocks without verify": ({"mtp_blocks": 2}, "pass verify=True"),
+    "cache_implementation": ({"cache_implementation": "offloaded"}, "keeps its own cache"),
+    "paged cache": ({"cache_implementation": "paged"}, "keeps its own cache"),
     "verify=1": ({"verify": 1}, "verify must be True or False, got 1"),
     "mtp_token_id": ({"mtp_token_id": 5}, "contradicts config.mtp"),
     "num_beams": ({"num_beams": 2, "verify": True}, "num_beams=2 .*GenerationMixin.generate"),

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.custom_generate.generate import base_fingerprint
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
 from mtp_trl.mask_token import add_mask_token
 from mtp_trl.regions import pack_regions, row_generator, sample_regions
@@ -68,6 +69,13 @@ def test_an_adapter_trains_on_a_quantised_base_and_decodes_its_text(tmp_path, ki
     assert torch.equal(base.generate(**ids, **options), own)
     drafts = trainer.model.generate(**ids, confadapt=0.0, verify=False, max_new_tokens=24)
     assert torch.equal(base.generate(**ids, **options, verify=False), drafts)
+
+
+def test_packed_weights_are_not_taken_for_the_bases(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=kind, dtype=torch.float32)
+    assert base_fingerprint(model, ["model.layers.0.mlp.up_proj"]) is None
 
 
 def test_gradients_through_four_bits_are_those_of_the_dequantised_weights():

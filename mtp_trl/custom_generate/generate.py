@@ -41,8 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from os import PathLike
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +79,7 @@ __all__ = [
     "MTPGenerateOutput",
     "MaskGatedAdapter",
     "accept_confident_prefix",
+    "attach_adapter",
     "attach_decoder",
     "generate",
 ]
@@ -167,7 +167,7 @@ def generate(
 
     Args:
         inputs: prompts, int64 [B, L], padded on the left; `attention_mask` tells tokens from padding.
-        generation_config: may carry `confadapt`, `mtp_k` and `verify`, as the model's own may.
+        generation_config: may carry `confadapt`, `mtp_k`, `verify` and `mtp_blocks`, as the model's own may.
         model: bound by `from_pretrained` and `attach_decoder`.
         confadapt: probability in [0, 1] that every token of an accepted block must reach; 0 accepts whole blocks
             (static k). None: the repository's default, else static k.
@@ -196,6 +196,7 @@ def generate(
         negative_prompt_attention_mask=negative_prompt_attention_mask,
         **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "past_key_values", "position_ids")},
     )
+    _refuse_cache(kwargs.get("cache_implementation"))  # transformers would leave for paged decoding
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     request = _Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer)
     with _eval_mode(model):
@@ -217,6 +218,19 @@ def attach_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Make `model.generate` this module's. Of a PEFT model its base is bound, which `PeftModel.generate` calls."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.generate = functools.partial(generate, model=base)
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, repository: str) -> PreTrainedModel:
+    """Put the adapter of an adapter-only repository on its base for good: `config.mtp` then names the mask token.
+
+    Raises:
+        ValueError: the adapter was trained on another base.
+    """
+    _use_adapter_of(repository, model, {})
+    model.config.mtp = _within_vocabulary(model.mtp_adapter.mtp, model)
+    for name, default in model.mtp_adapter.defaults.items():
+        setattr(model.generation_config, name, default)
     return model
 
 
@@ -371,13 +385,13 @@ def _forward_pass(
     arguments = frozenset(inspect.signature(model.forward).parameters)
     if "position_ids" in arguments and _keeps_keys_and_values(model):
         return _CachedForward(model, settings, arguments, rows, config)
+    if settings.blocks > 1:
+        raise ValueError(f"mtp_blocks={settings.blocks} needs the cache that {type(model).__name__} cannot have; leave it out.")
     warnings.warn(
         f"{type(model).__name__} has layers whose state cannot forget the masks again (recurrent layers), or takes no "
         "position_ids: it is decoded correctly but without a cache, which is slow for long texts.",
         stacklevel=2,
     )
-    if settings.blocks > 1:
-        raise ValueError(f"mtp_blocks={settings.blocks} needs the cache that {type(model).__name__} cannot have; leave it out.")
     return _UncachedForward(model, settings, arguments)
 
 
@@ -416,9 +430,10 @@ class _Forward:
 
 
 class _CachedForward(_Forward):
-    """Feeds what is not cached yet. In every row slot = position, padding writes to a slot that nobody reads.
+    """Feeds what is not cached yet. In every row slot = position, and padding writes to a slot that nobody reads.
 
-    Blocks of masks that stand beside each other share positions, so they write to scratch slots before the text's.
+    Blocks of masks that stand beside each other share positions: they write to scratch slots, which then come first, and
+    slot = scratch + position.
     With `cache_implementation="static"` every step but the first has the same shapes and runs compiled where
     transformers would compile.
     """
@@ -485,8 +500,8 @@ class _CachedForward(_Forward):
         text = list(range(row.committed, row.end))
         ids, positions, anchors = row.pending + self.masks * blocks, list(text), list(text)
         slots = [self.scratch + position for position in text]
+        ends = row.ends(self.blocks)
         for block in range(blocks):
-            ends = row.ends(self.blocks)
             end = len(row.tokens) + ends[block] if block < len(ends) else row.limit  # a block too many is padding
             for place in range(self.k - 1):
                 inside = end + place < row.limit
@@ -573,14 +588,10 @@ class _RowOffsetLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         index, top = self.placement.index(key_states.shape[1], key_states.device), self.placement.top
-        self.flat_keys.index_copy_(0, index, key_states.reshape(-1, self.k_head_dim))
-        self.flat_values.index_copy_(0, index, value_states.reshape(-1, self.v_head_dim))
+        # One index names row, head and slot in the memory's flat view.
+        self.keys.flatten(0, 2).index_copy_(0, index, key_states.reshape(-1, self.k_head_dim))
+        self.values.flatten(0, 2).index_copy_(0, index, value_states.reshape(-1, self.v_head_dim))
         return self.keys.narrow(2, 0, top), self.values.narrow(2, 0, top)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate, and keep the memory's flat view, in which one index names row, head and slot."""
-        super().lazy_initialization(key_states, value_states)
-        self.flat_keys, self.flat_values = self.keys.flatten(0, 2), self.values.flatten(0, 2)
 
     def replace_row(self, target: int) -> None:
         """The last row takes the place of row `target`."""
@@ -909,9 +920,12 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
     verify = value("verify", False)
     if not isinstance(verify, bool):
         raise ValueError(f"verify must be True or False, got {verify!r}.")
-    blocks = _checked_blocks(value("mtp_blocks", 1), verify=verify)
+    blocks = _checked_blocks(value("mtp_blocks", 1))
+    if request.mtp_blocks is not None and blocks > 1 and not verify:
+        raise ValueError(f"mtp_blocks={blocks} lays masks where drafts may be rejected; pass verify=True, or leave it out.")
     threshold = _checked_threshold(value("confadapt", 0.0))
-    return _Settings(k, threshold, verify, min(blocks, k), mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
+    blocks = min(blocks, k) if verify else 1  # a default for verified decoding says nothing about other calls
+    return _Settings(k, threshold, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 
 def _checked_k(k: Any) -> int:
@@ -920,11 +934,9 @@ def _checked_k(k: Any) -> int:
     return k
 
 
-def _checked_blocks(blocks: Any, *, verify: bool) -> int:
+def _checked_blocks(blocks: Any) -> int:
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         raise ValueError(f"mtp_blocks must be a whole number >= 1, got {blocks!r}; 1 lays one block of masks per pass.")
-    if blocks > 1 and not verify:
-        raise ValueError(f"mtp_blocks={blocks} lays masks where drafts may be rejected; pass verify=True, or leave it out.")
     return blocks
 
 
@@ -1043,7 +1055,16 @@ def _refuse_arguments(model: PreTrainedModel, **arguments: Any) -> None:
             raise ValueError(f"{name}= does not go with multi-token decoding: {_PLAIN}.")
 
 
+def _refuse_cache(implementation: str | None) -> None:
+    if implementation not in (None, "dynamic", "static", "hybrid"):
+        raise ValueError(
+            f"cache_implementation={implementation!r} does not go with multi-token decoding, which keeps its own cache; "
+            "leave it out, or pass 'static' for shapes that compile."
+        )
+
+
 def _refuse_generation_config(config: GenerationConfig) -> None:
+    _refuse_cache(config.cache_implementation)
     for name, nothing in _UNSUPPORTED.items():
         if (value := getattr(config, name, None)) is not None and value != nothing:
             raise ValueError(f"{name}={value!r} does not go with multi-token decoding: {_PLAIN}.")
@@ -1071,24 +1092,25 @@ def _adapter_repository() -> str | None:
 
     transformers loads the function from there and keeps the name to itself, so it is read from the call that is waiting.
     """
-    frame: FrameType | None = sys._getframe(2)  # of the caller of `generate`
-    if frame is None or frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+    frame = sys._getframe(2)  # of the caller of `generate`
+    if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
         return None
-    repository = frame.f_locals["custom_generate"]
-    return str(repository) if isinstance(repository, str | PathLike) else None
+    return str(frame.f_locals["custom_generate"])
 
 
 def _use_adapter_of(repository: str, model: PreTrainedModel, hub_options: dict[str, Any]) -> None:
-    """Attach the adapter of an adapter-only repository, unless it is there already or the repository has none."""
+    """Attach the adapter of an adapter-only repository in place of another, unless the repository has none."""
     attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
-    if attached is not None and attached.source == (repository, hub_options.get("revision")):
-        return
     path = cached_file(repository, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
-    if path is None:  # a repository that ships this decoder with whole weights: its masks are the model's own
+    # The cached file's name holds the commit; a local file may be written anew.
+    source = (repository, path and f"{Path(path).resolve()} {Path(path).stat().st_mtime_ns}")
+    if attached is not None and attached.source == source:
         return
+    adapter = None if path is None else _read_adapter(path, model, source=source)
     if attached is not None:
         attached.detach(model)
-    _read_adapter(path, model, source=(repository, hub_options.get("revision")))
+    if adapter is not None:
+        adapter.attach(model)
 
 
 def _mask_gated_adapter(model: PreTrainedModel) -> MaskGatedAdapter | None:
@@ -1097,7 +1119,8 @@ def _mask_gated_adapter(model: PreTrainedModel) -> MaskGatedAdapter | None:
     if attached is not None or not (getattr(model.config, "mtp", None) or {}).get("exact"):
         return attached
     source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
-    return _read_adapter(cached_file(source[0], ADAPTER_FILE, revision=source[1]), model, source=source)
+    path = cached_file(source[0], ADAPTER_FILE, revision=source[1])
+    return _read_adapter(path, model, source=source).attach(model)
 
 
 def _read_adapter(path: str, model: PreTrainedModel, *, source: tuple[str, str | None]) -> MaskGatedAdapter:
@@ -1107,7 +1130,7 @@ def _read_adapter(path: str, model: PreTrainedModel, *, source: tuple[str, str |
     adapter = MaskGatedAdapter.from_tensors(tensors, metadata)
     adapter.source = source
     adapter.check_base(model)
-    return adapter.to(model.device, model.dtype).attach(model)
+    return adapter.to(model.dtype)
 
 
 def base_fingerprint(
@@ -1121,7 +1144,7 @@ def base_fingerprint(
     digest = hashlib.sha256()
     for name in sorted(names):
         weight: Any = getattr(model.get_submodule(name), "weight", None)
-        if weight is None or weight.is_meta or type(weight.data) is not Tensor:
+        if weight is None or weight.is_meta or type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor:
             return None
         if weight.dtype not in (torch.float32, torch.bfloat16):
             return None
@@ -1186,7 +1209,7 @@ class MaskGatedAdapter(nn.Module):
         mtp: `config.mtp` of the model it was trained in.
         defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
         base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
-        source: repository and revision it was read from.
+        source: the repository and which version of its file it was read from.
     """
 
     updates: Any  # a ModuleList of _LowRankUpdate, in the order of `names`
@@ -1209,8 +1232,10 @@ class MaskGatedAdapter(nn.Module):
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
         """Act in `model` from now on, as its submodule `mtp_adapter`."""
         for name, update in zip(self.names, self.updates, strict=True):
-            hook = functools.partial(self._adapt, name, update)
-            self._hooks.append(model.get_submodule(name).register_forward_hook(hook))
+            layer, hook = model.get_submodule(name), functools.partial(self._adapt, name, update)
+            update.to(layer.weight.device)  # layers may be spread over devices
+            self._hooks.append(layer.register_forward_hook(hook))
+        self.mask_row.to(model.get_input_embeddings().weight.device)
         self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
         return self

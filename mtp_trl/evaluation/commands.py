@@ -37,7 +37,7 @@ def run_eval(
         ValueError: a threshold outside [0, 1], a block below 2, a model that was not adapted.
     """
     _check(ks, thresholds)
-    student, tokenizer = load_student(model)
+    student, tokenizer = load_student(model, base=base)
     settings = decoding_settings(ks=ks, confadapt=thresholds, verified=thresholds if verify else (), base=base is not None)
     sweep = evaluate_decoding(
         student,
@@ -71,6 +71,7 @@ def run_show(
     model: str,
     prompt: str,
     *,
+    base: str | None = None,
     confadapt: float | None,
     mtp_k: int | None,
     verify: bool | None,
@@ -78,7 +79,7 @@ def run_show(
     html: Path | None,
 ) -> None:
     """Answer one prompt greedily and print it with a colour for each forward pass; None means the folder's default."""
-    student, tokenizer = load_student(model)
+    student, tokenizer = load_student(model, base=base)
     encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
     with torch.inference_mode():
         output = student.generate(

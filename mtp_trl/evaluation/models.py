@@ -3,20 +3,44 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+
+from ..custom_generate import generate as decoder
 
 
-def load_student(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An adapted model with the multi-token `generate` it carries, and its tokenizer.
 
+    Args:
+        base: the model below an adapter-only repository; by default the one that the adapter names.
+
     Raises:
-        ValueError: the model was never adapted.
+        ValueError: the model was never adapted, or the base of an adapter cannot be loaded or is another one.
     """
+    if _file(name, "config.json") is None and (adapter := _file(name, decoder.ADAPTER_FILE)) is not None:
+        return _load_base_with(name, adapter, base), load_tokenizer(name)
     model = _load(name, trust_remote_code=True)
     if not hasattr(model.config, "mtp"):
         raise ValueError(f"{name} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
     return model, load_tokenizer(name)
+
+
+def _file(name: str | Path, file: str) -> str | None:
+    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+    return path
+
+
+def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrainedModel:
+    if base is None:
+        with safe_open(adapter, framework="pt") as file:
+            base = file.metadata()["base_model_name_or_path"]
+    try:
+        model = load_base(base)
+    except OSError as error:
+        raise ValueError(f"{name} is an adapter alone, and its base {base!r} cannot be loaded; name it with --base.") from error
+    return decoder.attach_adapter(decoder.attach_decoder(model), str(name))
 
 
 def load_base(name: str | Path) -> PreTrainedModel:
