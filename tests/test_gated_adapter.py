@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mtp_trl.word_problems
-from mtp_trl import attach_decoder
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer, attach_decoder
+from mtp_trl.cli import main
+from mtp_trl.evaluation.models import load_student
 from mtp_trl.forward import can_pack
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
 from mtp_trl.regions import pack_regions, row_generator, sample_regions, student_forced_ids, suffix_regions
+from mtp_trl.word_problems import load_dataset
 
 BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
@@ -170,9 +173,6 @@ def digest(model) -> str:
 
 
 def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
-    from mtp_trl import MTPDistillConfig, MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
     folder = BASE
     tokenizer = AutoTokenizer.from_pretrained(folder)
     args = MTPDistillConfig(
@@ -210,8 +210,6 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
 
 
 def exact_arguments(folder, **changes):
-    from mtp_trl import MTPDistillConfig
-
     options = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "k_max": 6, "slots_per_row": 24,
         "max_steps": 2, "exact": True, "exact_rank": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
@@ -220,14 +218,14 @@ def exact_arguments(folder, **changes):
     return MTPDistillConfig(**(options | changes))
 
 
-def trained(model, folder, **changes):
-    from mtp_trl import MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
+def trainer_for(model, folder, evaluated: int = 0, **changes) -> MTPDistillTrainer:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    trainer = MTPDistillTrainer(
-        model, exact_arguments(folder, **changes), load_dataset("train", 32, 0), processing_class=tokenizer
-    )
+    sets = load_dataset("train", 64, 0), load_dataset("test", evaluated, 0) if evaluated else None
+    return MTPDistillTrainer(model, exact_arguments(folder, **changes), *sets, processing_class=tokenizer)
+
+
+def trained(model, folder, **changes) -> MTPDistillTrainer:
+    trainer = trainer_for(model, folder, **changes)
     trainer.train()
     trainer.save_model()
     return trainer
@@ -265,20 +263,9 @@ def test_an_adapter_alone_decodes_on_the_base_as_it_is(tmp_path, base, request):
         assert torch.equal(model.generate(**inputs, **options, confadapt=confadapt, verify=False), expected)
     assert torch.equal(model.generate(**inputs), plain)  # the base's own decoding is as it was
 
-    resumed = trained_from(folder, tmp_path)
+    resumed = trainer_for(folder, tmp_path / "resumed", adapter_only=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
     assert weights(resumed.model.mtp_adapter) == weights(trainer.model.mtp_adapter)
-
-
-def trained_from(folder, tmp_path):
-    from mtp_trl import MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
-    arguments = exact_arguments(tmp_path / "resumed", adapter_only=True)
-    trainer = MTPDistillTrainer(
-        folder, arguments, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(BASE)
-    )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
-    return trainer
 
 
 def weights(adapter) -> dict[str, list[float]]:
@@ -312,19 +299,13 @@ def test_an_adapter_written_anew_is_read_anew(tmp_path):
 
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     """By the highest and by the lowest loss, of which one at most is the last checkpoint."""
-    from mtp_trl import MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
     steps = set()
     for highest in (True, False):
-        arguments = exact_arguments(
-            tmp_path / str(highest), load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1,
+        trainer = trainer_for(
+            BASE, tmp_path / str(highest), evaluated=4, load_best_model_at_end=True, eval_strategy="steps",
+            eval_steps=1, save_steps=1,
             max_steps=3, metric_for_best_model="eval_loss", greater_is_better=highest, num_eval_prompts=0,
             adapter_only=True, muon=True,
-        )  # fmt: skip
-        trainer = MTPDistillTrainer(
-            BASE, arguments, load_dataset("train", 32, 0), load_dataset("test", 4, 0),
-            processing_class=AutoTokenizer.from_pretrained(BASE),
         )  # fmt: skip
         trainer.train()
         folder = Path(trainer.state.best_model_checkpoint)
@@ -336,9 +317,6 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
 
 
 def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys):
-    from mtp_trl.cli import main
-    from mtp_trl.evaluation.models import load_student
-
     trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
     student, _ = load_student(tmp_path / "adapter", base=BASE)
     ids = torch.tensor([[0, 25, 31, 42]])
@@ -395,14 +373,7 @@ def test_a_mask_of_another_id_is_refused(tmp_path):
 
 def test_resuming_with_another_shape_is_refused(tmp_path):
     trained(BASE, tmp_path / "out", save_steps=1)
-    from mtp_trl import MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
-    arguments = exact_arguments(tmp_path / "other")
-    arguments.exact_rank = 8
-    trainer = MTPDistillTrainer(
-        BASE, arguments, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(BASE)
-    )
+    trainer = trainer_for(BASE, tmp_path / "other", exact_rank=8)
     with pytest.raises(ValueError, match=r"has rank 4, .* this run 8"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
@@ -434,16 +405,17 @@ def test_layers_that_see_the_whole_cache_are_left_alone_and_refused(tiny_model):
 
 @pytest.mark.parametrize("objective", ["hard", "soft", "reward", "reward_literal", "ground_truth"])
 def test_every_objective_trains_the_adapter(tmp_path, objective):
-    from mtp_trl import MTPDistillTrainer
-    from mtp_trl.word_problems import load_dataset
-
-    arguments = exact_arguments(
-        tmp_path, objective=objective, max_steps=16, muon=True, save_strategy="no", num_eval_prompts=0, exact_rank=16
+    trainer = trainer_for(
+        BASE,
+        tmp_path,
+        evaluated=8,
+        objective=objective,
+        max_steps=16,
+        muon=True,
+        save_strategy="no",
+        num_eval_prompts=0,
+        exact_rank=16,
     )
-    trainer = MTPDistillTrainer(
-        BASE, arguments, load_dataset("train", 64, 0), load_dataset("test", 8, 0),
-        processing_class=AutoTokenizer.from_pretrained(BASE),
-    )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
