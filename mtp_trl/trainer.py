@@ -89,13 +89,13 @@ class MTPDistillTrainer(DistillationTrainer):
         teacher = None
         causal = causal_lm(student)
         check_attention_backend(causal)
-        mask_id = add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
+        add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if args.exact:
             make_exact(student, peft_config, args)
             peft_config = None
         elif peft_config is not None:
-            peft_config = with_mask_row(peft_config, causal, mask_id)
+            peft_config = with_mask_row(peft_config, causal, causal.config.mtp["mask_token_id"])
         elif not is_peft_model(student):
             teacher = frozen_teacher(student, load, tokenizer, args)
         hub.set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
@@ -114,20 +114,22 @@ class MTPDistillTrainer(DistillationTrainer):
         # completions made on policy are plain samples of the model, one token at a time
         self.generation_config.mtp_k = 1
         attach_decoder(self.model)
-        barred = causal.config.mtp["barred_token_ids"]
-        device = self.accelerator.device
-        self._tokens = Tokens(
-            mask_id=mask_id,
-            pad_id=tokenizer.pad_token_id,
-            barred=torch.tensor(barred, device=device),
-            eos=torch.tensor(self.eos_token_ids, device=device),
-        )
+        self._tokens = self._known_tokens(causal)
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             check_output_logits(causal_lm(self.model))
         if not can_pack(causal):
             logger.info("This architecture takes one row per region (it has layers that cannot skip tokens).")
+
+    def _known_tokens(self, model: PreTrainedModel) -> Tokens:
+        device, mtp = self.accelerator.device, model.config.mtp
+        return Tokens(
+            mask_id=mtp["mask_token_id"],
+            pad_id=self._tokenizer.pad_token_id,
+            barred=torch.tensor(mtp["barred_token_ids"], device=device),
+            eos=torch.tensor(self.eos_token_ids, device=device),
+        )
 
     # ---- data ----
 

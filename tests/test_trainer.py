@@ -102,6 +102,17 @@ def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
     assert with_teacher == [False, False, True, True]
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_mixed_precision_is_that_of_the_configuration(tmp_path, tokenizer, bf16):
+    """The pass goes around `model.forward`, which is what accelerate wraps."""
+    trainer = MTPDistillTrainer(model(), arguments(tmp_path, bf16=bf16, max_steps=1), rows(), processing_class=tokenizer)
+    seen = set()
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
 def test_gradient_checkpointing_changes_no_loss(tmp_path, tokenizer):
     outcomes = []
     for checkpointing in (False, True):
