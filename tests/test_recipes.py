@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mtp_trl import word_problems
+from mtp_trl.evaluation.models import load_student
 from mtp_trl.launch import train
 from mtp_trl.recipe import RecipeError, accumulation_steps, locate, read_recipe
 from mtp_trl.word_problems import train_problems
@@ -257,6 +258,11 @@ def test_dry_run(path, model, data, tmp_path):
         small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
         options += ["--model_config", json.dumps(values["model_config"] | small), "--dataset_num_proc", "1"]
     train(read_recipe(recipe, options))
+    if values.get("adapter_only"):
+        saved, _ = load_student(tmp_path / "out", base=str(model))
+        assert saved.config.mtp["k_max"] == values["k_max"]
+        assert saved.generation_config.verify
+        return
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.num_parameters() > 0
     mtp = getattr(saved.config, "mtp", None)
