@@ -35,7 +35,7 @@ def test_a_row_beyond_the_last_token_is_used(tied):
     assert torch.equal(after[others], before[others])
     assert not torch.equal(after[mask_id], before[mask_id])
     assert model.config.mtp == {
-        "mask_token": MASK_TOKEN, "mask_token_id": 100, "k_max": 8, "barred_token_ids": [100]
+        "mask_token": MASK_TOKEN, "mask_token_id": 100, "k_max": 8, "barred_token_ids": [100], "base_vocab_size": 128,
     }  # fmt: skip
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
 
@@ -51,6 +51,7 @@ def test_a_full_matrix_grows_to_a_multiple_of_64_and_every_new_row_is_barred(tie
     assert torch.equal(model.get_input_embeddings().weight[:128], before)
     assert torch.equal(model.get_output_embeddings().weight[:128], head_before)
     assert model.config.mtp["barred_token_ids"] == list(range(128, 192))
+    assert model.config.mtp["base_vocab_size"] == 128
 
 
 @pytest.mark.parametrize("reserved", ["<|reserved_special_token_{}|>", "<unused{}>"])

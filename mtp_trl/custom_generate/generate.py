@@ -704,7 +704,7 @@ class _Choice:
         chosen_AP, probs_AP, first_AV = choose(logits_APV, alive, own, ends)
         columns = [chosen_AP]
         if probs_AP is not None:
-            probs_AEK = probs_AP[:, None, own - 1 :]
+            probs_AEK = probs_AP[:, None, -self.k :]
             if E > 1:
                 first = [[own - 1 - len(r.drafts) + end for end in _padded(e, E)] for r, e in zip(alive, ends, strict=True)]
                 first_AE = probs_AP.gather(1, torch.tensor(first, device=probs_AP.device))
@@ -731,8 +731,8 @@ class _Choice:
         scores_APV = self.confadapt(None, logits_APV)
         for processor in self.processors:
             scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
+        E = (scores_APV.shape[1] - own) // max(self.k - 1, 1)
         if self.draw_all:
-            E = (scores_APV.shape[1] - own) // (self.k - 1) if self.k > 1 else 0
             positions = [
                 [row.end - own + 1 + place for place in range(own)]
                 + [len(row.tokens) + end + place for end in _padded(row_ends, E) for place in range(1, self.k)]
@@ -741,7 +741,10 @@ class _Choice:
             chosen_AP = _draw(scores_APV, alive, positions)
         else:
             chosen_AP = scores_APV.argmax(-1)
-        probs_AP = self.confadapt.confidence(chosen_AP) if self.threshold > 0 else None
+        probs_AP = None
+        if self.threshold > 0:
+            read = (slice(None), slice(0 if E > 1 else own - 1, None))  # a single block begins at the last pending token
+            probs_AP = self.confadapt.confidence(chosen_AP[read], read)
         return chosen_AP, probs_AP, scores_APV[:, own - 1]
 
     def _place_by_place(
