@@ -26,10 +26,15 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
     """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
 
     Raises:
-        ValueError: for a model that has adapters already, and under FSDP.
+        ValueError: for a model that has adapters already, under FSDP, and where ZeRO-3 would not gather the adapter.
     """
     if args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError("exact mode does not work under FSDP, which flattens its adapter; use DDP or DeepSpeed ZeRO.")
+    zero = None if args.deepspeed_plugin is None else args.deepspeed_plugin.hf_ds_config
+    if zero is not None and zero.is_zero3():
+        gathers = "stage3_gather_16bit_weights_on_model_save"
+        if not zero.get_value(f"zero_optimization.{gathers}", False):
+            raise ValueError(f"exact mode's adapter is saved whole; set {gathers} to true in the DeepSpeed configuration.")
     if is_peft_model(student):
         raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
     shape: dict[str, Any] = {

@@ -4,9 +4,11 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -16,10 +18,12 @@ from mtp_trl.cli import main
 from mtp_trl.evaluation.models import load_student
 from mtp_trl.forward import can_pack
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
+from mtp_trl.models import make_exact
 from mtp_trl.regions import pack_regions, row_generator, sample_regions, student_forced_ids, suffix_regions
 from mtp_trl.word_problems import load_dataset
 
 BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
+ZERO_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
 PACKED = [
     "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite", "phi3",
@@ -376,6 +380,19 @@ def test_resuming_with_another_shape_is_refused(tmp_path):
     trainer = trainer_for(BASE, tmp_path / "other", exact_rank=8)
     with pytest.raises(ValueError, match=r"has rank 4, .* this run 8"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_plugin_args": {}}, "does not work under FSDP"),
+        ({"deepspeed_plugin": SimpleNamespace(hf_ds_config=ZERO_3)}, "set stage3_gather_16bit_weights_on_model_save to true"),
+    ],
+)
+def test_shards_that_would_not_be_saved_whole_are_refused(tiny_model, changes, message):
+    arguments = SimpleNamespace(**{"fsdp_plugin_args": None, "deepspeed_plugin": None} | changes)
+    with pytest.raises(ValueError, match=message):
+        make_exact(tiny_model("llama"), None, arguments)
 
 
 def test_nothing_changes_before_training(tiny_model):
