@@ -85,6 +85,7 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
     parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
+    parser.add_argument("--blocks", type=int, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
@@ -106,6 +107,7 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
             ks=options.static,
             thresholds=options.thresholds,
             verify=options.verify,
+            blocks=options.blocks,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             output=options.output,

@@ -75,10 +75,10 @@ def naive_greedy(folder, prompt, *, barred):
 
 
 def test_every_exact_decoding_equals_a_naive_greedy_loop(folders, tmp_path):
-    evaluate(folders, tmp_path / "out")
+    evaluate(folders, tmp_path / "out", blocks=3)
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    exact = [answer for answer in answers if answer["decoding"] in ("base, k=1", "student, k=1", "verified 0")]
-    assert len(exact) == 9
+    exact = [answer for answer in answers if answer["decoding"] in ("base, k=1", "student, k=1", "verified 0", "3 blocks 0")]
+    assert len(exact) == 12
     barred = load_student(folders / "student")[0].config.mtp["barred_token_ids"]
     prompts = load_task("word_problems", limit=3).prompts
     for answer in exact:

@@ -23,6 +23,7 @@ def run_eval(
     ks: Sequence[int],
     thresholds: Sequence[float],
     verify: bool,
+    blocks: int = 1,
     batch_size: int,
     max_new_tokens: int,
     output: Path | None,
@@ -30,6 +31,7 @@ def run_eval(
     """Decode a task at k=1, in static blocks and at every threshold, also verified with `verify`; print the table.
 
     Args:
+        blocks: with `verify` and more than 1, the thresholds also with so many blocks of masks in each pass.
         base: a model whose plain decoding the others are compared with; none by default.
         output: a folder for Markdown, JSON, answers and plot; nothing is written without one.
 
@@ -38,7 +40,9 @@ def run_eval(
     """
     _check(ks, thresholds)
     student, tokenizer = load_student(model, base=base)
-    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=thresholds if verify else (), base=base is not None)
+    verified = thresholds if verify else ()
+    trees = [(blocks, threshold) for threshold in verified] if blocks > 1 else ()
+    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
     sweep = evaluate_decoding(
         student,
         tokenizer,
