@@ -174,8 +174,8 @@ def generate(
         mtp_k: largest block; 1 is plain decoding. None: the block size trained.
         verify: return exactly the model's own text. None: the repository's default, else False.
         mtp_blocks: with `verify`, how many of the places at which the drafts may end get a block of masks of their own:
-            `mtp_k` covers all. More tokens per pass for wider passes, so it pays where a pass costs the same at any width
-            (a GPU at batch 1). None: 1. Logits processors that read the text take 1.
+            `mtp_k` covers all. More tokens per pass for wider passes, so it pays where wide passes cost little more.
+            None: 1. Logits processors that read the text take 1.
         mtp_token_id: the mask token, for checkpoints that carry no `config.mtp`; with `tokenizer` it is found by name.
         tokenizer: needed for `stop_strings`.
 
