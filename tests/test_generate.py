@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import math
+import os
+import random
 import shutil
 import sys
 from collections import Counter
@@ -1138,6 +1140,101 @@ def test_a_peft_model_decodes_with_its_adapter(tiny_model):
     assert torch.equal(wrapped.generate(**padded(rows), verify=True, **options), greedy(model, rows))
     with wrapped.disable_adapter():
         assert torch.equal(wrapped.generate(**padded(rows), confadapt=0.4, **options), plain)
+
+
+# --- anything at all --------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "confadapt": [0.0, 0.3, 0.9, 1.0, 1, -0.1, 2, "0.5", True],
+    "mtp_k": [1, 2, 3, 8, 8, "auto", 0, -1, "8", 10**6],
+    "verify": [True, True, False, 1],
+    "mtp_blocks": [1, 2, 3, 100, 0],
+    "max_new_tokens": [1, 2, 5, 9, 9, 0, -3],
+    "min_new_tokens": [1, 4, 20],
+    "do_sample": [True, False],
+    "temperature": [0.3, 1.0, 3.0, 0.0, -1.0],
+    "top_k": [0, 1, 5, 200],
+    "top_p": [0.1, 0.9, 1.0, 1.5],
+    "min_p": [0.1, 2.0],
+    "repetition_penalty": [1.0, 1.5, -1.0],
+    "no_repeat_ngram_size": [0, 2],
+    "bad_words_ids": [[[5], [6, 7]], [[]]],
+    "suppress_tokens": [[4, 5, 6], [*BARRED, 2], list(range(2, 64))],
+    "eos_token_id": [1, [30, 31], [*range(40, 60)], [], -1],
+    "pad_token_id": [0, 30, None],
+    "num_return_sequences": [1, 2, 3],
+    "num_beams": [1, 1, 1, 2],
+    "use_cache": [True, True, True, False],
+    "cache_implementation": ["static", "dynamic", "dynamic", "quantized"],
+    "return_dict_in_generate": [True, False],
+    "output_scores": [True, False],
+    "output_logits": [True, False],
+    "max_time": [0.0, 10.0],
+    "max_length": [3, 20],
+    "stop_strings": ["b", ["ab", "zz"]],
+    "tokenizer": [tiny_tokenizer(), tiny_tokenizer(), None],
+    "guidance_scale": [1.0, 1.5],
+    "mtp_token_id": [MASK, MASK, 3, -5],
+    "forced_eos_token_id": [1],
+    "typical_p": [0.5, 1.0],
+    "exponential_decay_length_penalty": [(2, 1.5)],
+    "sequence_bias": [{(5,): 3.0, (6, 7): -2.0}],
+    "renormalize_logits": [True],
+    "encoder_no_repeat_ngram_size": [2],
+}
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.filterwarnings("ignore")
+def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
+    """MTP_FUZZ=2500 makes 10,000 calls of it."""
+    rng = random.Random(part)
+    tried, decoded, refused = int(os.environ.get("MTP_FUZZ", "150")), 0, Counter()
+    for number in range(tried):
+        if number % 50 == 0:
+            model = tiny_model(["llama", "mistral", "qwen3_next", "gpt_oss"][part], seed=number, context=0.3)
+        names = rng.sample(list(VALUES), rng.randint(1, 7))
+        options = {name: rng.choice(VALUES[name]) for name in names}
+        batch = padded(prompts(rng.choice([1, 1, 2, 3]), seed=number))
+        try:
+            output = generate(**batch, model=model, **{"max_new_tokens": 9, **options})
+        except ValueError as error:
+            refused[str(error).split(" ")[0]] += 1
+            continue
+        except Exception as error:
+            raise AssertionError(f"{options} with rows of {batch['attention_mask'].sum(1).tolist()}") from error
+        ids = output if torch.is_tensor(output) else output.sequences
+        pads = {options.get("pad_token_id"), PAD, EOS}
+        new = set(ids[:, batch["input_ids"].shape[1] :].flatten().tolist()) - pads
+        assert not new & set(BARRED), options
+        assert ids.shape[1] <= batch["input_ids"].shape[1] + max(1, options.get("max_new_tokens", 9)), options
+        decoded += 1
+    assert decoded > tried / 5
+    assert len(refused) > 5
+
+
+# --- spread and offloaded ---------------------------------------------------------------------------------------------
+
+LAYERS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("offloaded", [[], ["model.layers.1"], ["model.embed_tokens", "model.layers.0", "lm_head"]])
+def test_a_device_map_with_layers_on_disk_decodes_alike(tiny_model, tmp_path, offloaded, exact):
+    model, rows = tiny_model("llama", context=0.3), prompts(3)
+    model.save_pretrained(tmp_path / "model")
+    device_map = {layer: "disk" if layer in offloaded else "cpu" for layer in LAYERS} if offloaded else "auto"
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )  # fmt: skip
+    assert any(weight.is_meta for weight in spread.parameters()) == bool(offloaded)
+    if exact:
+        adapter = with_random_adapter(model).mtp_adapter
+        decoder.MaskGatedAdapter.from_tensors(adapter.by_file_name(), adapter.metadata()).attach(spread)
+    for options in ({"confadapt": 0.3}, {"verify": True}, {"mtp_k": 1}):
+        expected, output = decode(model, rows, **options), decode(spread, rows, **options)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert output.block_lengths == expected.block_lengths
 
 
 # --- publication ------------------------------------------------------------------------------------------------------

@@ -225,6 +225,8 @@ def generate(
         **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "cache_params", "position_ids")},
     )
     _refuse_cache(kwargs.get("cache_implementation"))  # transformers would leave for paged decoding
+    if kwargs.get("eos_token_id", 0) == []:  # none at all; transformers would look at the first
+        kwargs["eos_token_id"] = None
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     if synced_gpus is None:  # as in GenerationMixin.generate
         synced_gpus = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and dist.get_world_size() > 1
@@ -289,6 +291,9 @@ def _decode(
     rows = _rows(input_ids, model_kwargs.get("attention_mask"), max_length=stops.max_length, seed=seed)
     if request.streamer is not None and len(rows) > 1:
         raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
+
+    # A block that is longer than all that may come would be masks for nothing.
+    settings = replace(settings, k=min(settings.k, max(row.limit - row.prompt_length for row in rows)))
 
     text = _Text(input_ids, rows, pad_token_id=_pad_token_id(generation_config))
     choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
@@ -490,6 +495,12 @@ def _continues_from_states(model: PreTrainedModel) -> bool:
     return hasattr(sys.modules[type(model).__module__], "create_recurrent_attention_mask")
 
 
+def _execution_device(layer: Any) -> torch.device:
+    """Where a layer computes: weights that are offloaded, by accelerate, are brought there."""
+    offloaded = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return layer.weight.device if offloaded is None else torch.device(offloaded)
+
+
 class _Forward:
     """Logits of a step at the places that are read: behind every pending token that matters, and at the masks.
 
@@ -501,6 +512,7 @@ class _Forward:
 
     def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], *, synced: bool) -> None:
         self.model = model
+        self.device = _execution_device(model.get_input_embeddings())
         self.call: Callable[..., Any] = model
         self.mask = settings.mask_token_id
         self.longest = settings.k
@@ -535,7 +547,7 @@ class _Forward:
 
     def keep_company(self) -> None:
         """Where weights are gathered from all processes: pass after pass, until every process has decoded its rows."""
-        ids = torch.full((1, 1), self.mask, device=self.model.device)
+        ids = torch.full((1, 1), self.mask, device=self.device)
         while self._somebody_works(False):
             with nullcontext() if self.adapter is None else self.adapter.acting_on(int(self.longest > 1)):
                 self.call(input_ids=ids, **self.constants)
@@ -544,7 +556,7 @@ class _Forward:
         """Asked before every pass of every process."""
         if not self.synced:
             return False
-        count = torch.tensor(int(working), device=self.model.device)
+        count = torch.tensor(int(working), device=self.device)
         dist.all_reduce(count)
         return bool(count)
 
@@ -598,7 +610,7 @@ class _CachedForward(_Forward):
         width = masks + pending
         fed = self.rows if self.keeps_rows else alive
         columns = [self.columns(row, width, blocks, k) if not row.done else self.padding(width) for row in fed]
-        ids, positions, slots, anchors = torch.tensor(columns, device=self.model.device).unbind(1)
+        ids, positions, slots, anchors = torch.tensor(columns, device=self.device).unbind(1)
         last = self.scratch + max(min(row.end + k - 1, row.limit) for row in alive)
         top = self.placement.slots if whole else min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
         self.placement.place(slots, top=top)
@@ -795,7 +807,7 @@ class _RecurrentForward(_Forward):
             columns.append([padding + part if before else part + padding for part, padding in parts])
             real.append([0] * len(pad) + [1] * count)
             is_mask.append([False] * len(tokens) + [True] * masks + [False] * len(pad))
-        ids, positions_AW, slots_AW, anchors_AW = torch.tensor(columns, device=self.model.device).unbind(1)
+        ids, positions_AW, slots_AW, anchors_AW = torch.tensor(columns, device=self.device).unbind(1)
         last = max(min(self.read[row.index] + len(tokens) + masks, row.limit) for row, tokens in zip(alive, fed, strict=True))
         top = min(-(-max(last, 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
         self.placement.place(slots_AW, top=top)
@@ -938,8 +950,9 @@ class _Attention:
             )
         # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1.
         self.dtype = model.dtype if config._attn_implementation == "eager" else None
-        self.slots_T = torch.arange(slots, device=model.device)  # of the text; scratch slots lie before them
-        place_S = torch.arange(scratch, device=model.device)
+        device = _execution_device(model.get_input_embeddings())
+        self.slots_T = torch.arange(slots, device=device)  # of the text; scratch slots lie before them
+        place_S = torch.arange(scratch, device=device)
         self.hidden_SS = (place_S[:, None] // max(block, 1) != place_S // max(block, 1)) | (place_S > place_S[:, None])
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
@@ -1443,8 +1456,8 @@ def _mask_ids_by_name(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
 
 
 def _pad_token_id(config: GenerationConfig) -> int:
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    return next((int(token) for token in (config.pad_token_id, eos) if token is not None), 0)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return next((int(token) for token in (config.pad_token_id, *ends) if token is not None), 0)
 
 
 def _with_stop_strings(
@@ -1687,9 +1700,9 @@ class MaskGatedAdapter(nn.Module):
         """Act in `model` from now on, as its submodule `mtp_adapter`."""
         for name, update in zip(self.names, self.updates, strict=True):
             layer, hook = model.get_submodule(name), functools.partial(self._adapt, name, update)
-            update.to(layer.weight.device)  # layers may be spread over devices
+            update.to(_execution_device(layer))  # layers may be spread over devices
             self._hooks.append(layer.register_forward_hook(hook))
-        self.mask_row.to(model.get_input_embeddings().weight.device)
+        self.mask_row.to(_execution_device(model.get_input_embeddings()))
         self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
         return self
