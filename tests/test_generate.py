@@ -704,6 +704,26 @@ def test_a_conversation_goes_on_from_its_cache(tiny_model, architecture, options
         }
 
 
+@pytest.mark.parametrize("stop", [{"eos_token_id": list(range(20, 40))}, {"stopping_criteria": [StopsAtMultiple(3)]}])
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_cache_of_rows_that_ended_covers_what_all_have(tiny_model, verify, stop):
+    model, rows, past = tiny_model("llama", context=0.3), prompts(4), DynamicCache()
+    options = {"mtp_k": 8, "verify": verify, "pad_token_id": PAD, **stop}
+    output = decode(model, rows, past_key_values=past, **options)
+    ended = texts(output, rows)
+    assert len({len(text) for text in ended}) > 1
+    assert past.get_seq_length() <= 9 + min(map(len, ended))
+    width = output.sequences.shape[1] - 9
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in ended])
+    batch = {
+        "input_ids": torch.cat([output.sequences, torch.full((4, 1), 50)], 1),
+        "attention_mask": torch.cat([padded(rows)["attention_mask"], mask, torch.ones(4, 1, dtype=torch.long)], 1),
+    }
+    options |= {"max_new_tokens": 8, "do_sample": False}
+    again = generate(**batch, model=model, past_key_values=past, **options)
+    assert torch.equal(again, generate(**batch, model=model, **options))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
 def test_a_cache_passes_to_transformers_and_back(tiny_model, architecture):
     model, rows = tiny_model(architecture, context=0.5), prompts(3)

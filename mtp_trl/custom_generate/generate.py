@@ -18,6 +18,8 @@ first step: the whole prompt is pending.
 
                   so that a step that rejects drafts has new ones all the same; the blocks do not see each other
 
+Where layers are recurrent, their states stay behind tokens that are certain, and what comes after these is fed again.
+
 Verified text is exactly the model's own, one token per pass: greedy, or sampled with noise that depends on (seed,
 prompt, position) and on nothing else.
 
@@ -425,7 +427,7 @@ class _Scores:
         """`count` new tokens of a row, which were chosen at the places from `first` on."""
         for kept, source in ((self.logits, logits_APV), (self.scores, scores_APV)):
             if kept is not None:
-                kept[row.index] += source[member, first : first + count].float().unbind(0)
+                kept[row.index] += source[member, first : first + count].to(torch.float32, copy=True).unbind(0)
 
     def by_token(self, kept: list[list[Tensor]] | None, *, pad: int) -> tuple[Tensor, ...] | None:
         """[B, V] of each generated token."""
@@ -699,7 +701,8 @@ class _CachedForward(_Forward):
     def store(self, past: Cache) -> None:
         """Hand back the columns that are cached in all rows."""
         columns = [[*row.real, *[True] * (len(row.tokens) - row.prompt_length)] for row in self.rows]
-        cached = min(len(row.real) - row.prompt_length + row.committed for row in self.rows)
+        # A stop may have cut a row shorter than what is cached of it.
+        cached = min(len(row.real) - row.prompt_length + min(row.committed, len(row.tokens)) for row in self.rows)
         past.layers = _cache_layers(self.model)
         for theirs, layer in zip(past.layers, self.layers, strict=True):
             keys, values = (
