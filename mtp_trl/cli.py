@@ -173,7 +173,7 @@ def _serve(parser: argparse.ArgumentParser) -> Command:
             confadapt=options.confadapt,
             mtp_k=options.k,
             verify=options.verify,
-            fixed_width=options.fixed_width,
+            fixed_width=options.fixed_width or None,
         )
 
     return command

@@ -93,7 +93,7 @@ def next_drafts(
     last_B = output_BD.gather(1, scheduled.real_B[:, None].clamp(max=output_BD.shape[1] - 1)).long().clamp(min=0)
     tokens_BK = torch.cat([last_B, blocks.tokens_BK[:, 1:]], 1)
     probs_BK = (logits_RV[blocks.rows_BK, tokens_BK].float() - blocks.normalisers_BK).exp()
-    accepted_B = accept_confident_prefix(probs_BK.where(blocks.read_BK, -1.0), threshold=threshold)
+    accepted_B = accept_confident_prefix(probs_BK.where(blocks.read_BK, -1.0) - threshold, threshold=0.0)
     return torch.cat([((accepted_B - 1) * whole_B)[:, None], tokens_BK[:, 1:]], 1)
 
 

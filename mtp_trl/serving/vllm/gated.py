@@ -15,7 +15,7 @@ from ...custom_generate.generate import MaskGatedAdapter
 from .settings import Served, adapter_file
 
 
-def attach_adapter(model: nn.Module, served: Served, *, max_tokens: int) -> None:
+def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     """Let the adapter act in a loaded model, before it is compiled; everything but masks stays as it is, bit for bit.
 
     Which tokens are masks is written to a buffer before every pass, outside what vLLM compiles or captures in graphs.

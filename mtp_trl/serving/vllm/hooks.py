@@ -33,7 +33,7 @@ def check_version() -> None:
         raise ValueError(f"vLLM {version} is not {TESTED}.x, whose model runner this plugin was tested with; {_REMEDY}.")
 
 
-def install(proposer: type) -> None:
+def install(proposer: type[Any]) -> None:
     """Let `proposer` objects see the logits of a step: `runner.drafter.sample` stands around `runner._sample`.
 
     Raises:
@@ -42,19 +42,17 @@ def install(proposer: type) -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     original = GPUModelRunner._sample
-    if getattr(original, "by_mtp_trl", False):
+    if original.__module__ == __name__:
         return
     if (parameters := list(inspect.signature(original).parameters)) != ["self", "logits", "spec_decode_metadata"]:
         raise ValueError(f"vLLM's model runner samples from {parameters}, which this plugin does not know; {_REMEDY}.")
 
-    @functools.wraps(original)
     def sample(self: Any, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         drafter = getattr(self, "drafter", None)
         if not isinstance(drafter, proposer) or logits is None:
             return original(self, logits, spec_decode_metadata)
         return drafter.sample(self, logits, spec_decode_metadata, functools.partial(original, self))
 
-    sample.by_mtp_trl = True
     GPUModelRunner._sample = sample
     _mend_expansion()
 
@@ -64,9 +62,7 @@ def _mend_expansion() -> None:
     from vllm.v1.sample import rejection_sampler
 
     values, ends = torch.tensor([0.5, 2.0]), torch.tensor([2, 3], dtype=torch.int32)
-    if torch.get_default_device().type != "cpu" or not _is_cpu():
-        return
-    if rejection_sampler.expand_batch_to_tokens(values, ends, 3).tolist() != [0.5, 0.5, 2.0]:
+    if _is_cpu() and rejection_sampler.expand_batch_to_tokens(values, ends, 3).tolist() != [0.5, 0.5, 2.0]:
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
