@@ -60,7 +60,7 @@ class MTPProposer:
         self.settings = [self._settings(request, runner) for request in batch.req_ids]
         self.drafts = None
         if metadata is None or len(metadata.draft_token_ids) == 0:
-            return sampler(logits_RV, metadata)
+            return sampler(logits_RV, None)  # on CPUs top_k and top_p fail where there are requests but no drafts
 
         scheduled = Scheduled.of(
             metadata.draft_token_ids,
