@@ -404,8 +404,11 @@ def test_canary_the_proposer():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_canary_the_sampler_stops_at_a_mask(temperature):
     """A draft that the model is sure of, masks, whose logits are -inf, and a token behind them that nobody may see."""
+    from vllm.platforms import current_platform
     from vllm.v1.sample.rejection_sampler import rejection_sample
 
+    if current_platform.is_cpu():
+        current_platform.register_triton_kernel_overrides()  # as its worker does
     mask, vocabulary = 7, 8
     logits = torch.full((4, vocabulary), -50.0)
     logits[range(4), [3, 4, 5, 2]] = 50.0
