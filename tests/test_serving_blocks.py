@@ -265,7 +265,7 @@ def test_other_heads_are_refused(tiny_model, tmp_path):
 
 
 def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtp_trl.serving.vllm.serve._servable", lambda model, config: model)
+    monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model: model)
     tiny_model("llama").save_pretrained(tmp_path)
     command = serve_command(str(tmp_path), ["--port", "8001"], confadapt=0.0, mtp_k=None, verify=False, fixed_width=None)
     assert command[1:5] == [

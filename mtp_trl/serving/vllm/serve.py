@@ -49,7 +49,7 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     settings = Settings(mtp["k_max"], 0.0, verify=True).with_options(chosen, k_max=mtp["k_max"])
     if settings.k < 2:
         raise ValueError(f"--k {settings.k} is plain decoding: start vLLM without this plugin.")
-    flags = [f"--model={_servable(model, config)}", f"--served-model-name={model}"]
+    flags = [f"--model={servable(model)}", f"--served-model-name={model}"]
     if any(option.split("=")[0] == "--served-model-name" for option in vllm_options):
         del flags[1]
     flags.append(f"--speculative-config={json.dumps(speculative_config(settings.k))}")
@@ -63,7 +63,7 @@ def speculative_config(k: int) -> dict[str, Any]:
     return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 2 * (k - 1)}
 
 
-def _servable(model: str, config: Any) -> str:
+def servable(model: str) -> str:
     """The model, or a copy of the same function with wider heads where vLLM's attention lacks its head size (CPUs)."""
     from vllm.platforms import current_platform
 
@@ -71,6 +71,7 @@ def _servable(model: str, config: Any) -> str:
         return model
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+    config = AutoConfig.from_pretrained(model)
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wider = min((size for size in sizes if size > head_dim), default=None)
