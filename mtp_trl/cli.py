@@ -160,6 +160,7 @@ def _serve(parser: argparse.ArgumentParser) -> Command:
         action=argparse.BooleanOptionalAction,
         help="return exactly the model's own text (default: the model's, else yes)",
     )
+    parser.add_argument("--adapter", metavar="REPO", help="exact mode: an adapter published alone, for the base named as model")
     parser.add_argument("--fixed-width", action="store_true", help="draft as many tokens in every pass (full CUDA graphs)")
     parser.epilog = "Any other option is vLLM's: --port 8001 --max-model-len 4096. A request may carry its own values."
     parser.set_defaults(overrides=[])
@@ -173,6 +174,7 @@ def _serve(parser: argparse.ArgumentParser) -> Command:
             confadapt=options.confadapt,
             mtp_k=options.k,
             verify=options.verify,
+            adapter=options.adapter,
             fixed_width=options.fixed_width or None,
         )
 

@@ -1,5 +1,6 @@
 """The plugin's pure parts, without vLLM: what was scheduled, reading blocks, acceptance, proposals, settings, heads."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,7 +112,10 @@ def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] |
     words = {"mask_token_id": MASK, "barred_token_ids": [MASK], "k_max": K} | (mtp or {})
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            model="folder", hf_config=SimpleNamespace(mtp=words), try_get_generation_config=lambda: defaults or {}
+            model="folder",
+            hf_config=SimpleNamespace(mtp=words),
+            try_get_generation_config=lambda: defaults or {},
+            get_vocab_size=lambda: V,
         ),
         additional_config={"mtp_trl": options},
         speculative_config=SimpleNamespace(num_speculative_tokens=6, rejection_sample_method="standard"),
@@ -210,6 +214,31 @@ def test_a_model_without_a_mask_token_is_refused():
     config.model_config.hf_config = SimpleNamespace()
     with pytest.raises(ValueError, match="no mask token"):
         Served.of(config)
+
+
+def test_an_adapter_alone_brings_its_own_words(tmp_path):
+    file = tmp_path / "custom_generate" / "mtp_adapter.safetensors"
+    file.parent.mkdir()
+    words = {"mask_token_id": 29, "barred_token_ids": [29], "k_max": 6, "exact": True}
+    save_file({"mask_row": torch.zeros(4)}, file, metadata={"mtp": json.dumps(words), "defaults": '{"confadapt": 0.5}'})
+    config = vllm_config(adapter=str(tmp_path))
+    config.model_config.hf_config = SimpleNamespace()  # the base knows of no mask
+    served = Served.of(config)
+    assert (served.mask_token_id, served.adapter) == (29, str(tmp_path))
+    assert served.defaults == Settings(6, 0.5, verify=True)
+    config.model_config.get_vocab_size = lambda: 29
+    with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
+        Served.of(config)
+
+
+def test_what_is_compiled_without_the_adapter_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(hooks, "check_version", lambda: None)
+    monkeypatch.setattr(hooks, "install", lambda proposer: None)
+    plain, exact = vllm_config(), vllm_config(mtp={"exact": True})
+    before = dict(exact.additional_config)
+    for config in (plain, exact):
+        MTPProposer(config)
+    assert plain.additional_config == before != exact.additional_config
 
 
 @pytest.mark.parametrize(("version", "message"), [(None, "not installed"), ("0.33.1", "is not 0.32.x"), ("1.32.0", "is not")])

@@ -242,12 +242,32 @@ def test_verified_under_pressure(plain, exact, tmp_path_factory):
 
 
 def test_verified_in_compiled_graphs(plain, exact, tmp_path_factory):
-    """The gate of exact mode is read inside what vLLM compiles, and written outside."""
-    engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": False, **speculative()}
-    output = run_engine(tmp_path_factory, engine, {"greedy": job(GREEDY)})
+    """The gate of exact mode is read inside what vLLM compiles, and written outside.
+
+    The plain base comes first, so that its graphs are in vLLM's cache: they must not be taken for those with the adapter.
+    """
+    compiled = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": False}
+    assert tokens(run_engine(tmp_path_factory, compiled, {"greedy": job(GREEDY)}), "greedy") == tokens(plain, "greedy")
+    output = run_engine(tmp_path_factory, compiled | speculative(), {"greedy": job(GREEDY)})
     assert tokens(output, "greedy") == tokens(plain, "greedy")
     drafts, accepted = (output["metrics"][f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
     assert 1 + accepted / drafts > 1.5
+
+
+def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
+    base, alone = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    for file in exact.iterdir():
+        if file.is_file():
+            (base / file.name).write_bytes(file.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    del config["mtp"]
+    (base / "config.json").write_text(json.dumps(config))
+    (alone / ADAPTER_FILE).parent.mkdir()
+    (alone / ADAPTER_FILE).write_bytes((exact / ADAPTER_FILE).read_bytes())
+    engine = {"model": str(base), "max_model_len": 512, "max_num_seqs": 16, **speculative(adapter=str(alone))}
+    output = run_engine(tmp_path_factory, engine, {"greedy": job(GREEDY)})
+    assert tokens(output, "greedy") == tokens(plain, "greedy")
+    assert output["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import __version__
 from . import hooks
 from .blocks import Scheduled, accept_all, next_drafts, proposals, read_blocks
 from .gated import attach_adapter
@@ -32,6 +33,9 @@ class MTPProposer:
         hooks.check_version()
         self.served = Served.of(vllm_config)
         _refuse(vllm_config, exact=self.served.adapter is not None)
+        if self.served.adapter is not None:
+            # What vLLM compiled for the plain base has no adapter in it: its cache tells models by their configuration.
+            vllm_config.additional_config = (vllm_config.additional_config or {}) | {"mtp_trl_gated": __version__}
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.barred: Tensor | None = None
         self.settings: list[Settings] = []

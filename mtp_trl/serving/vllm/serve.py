@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from . import hooks
 from .heads import pad_heads
-from .settings import SECTION, Settings
+from .settings import SECTION, Settings, adapter_words
 
 PROPOSER = "mtp_trl.serving.vllm.proposer.MTPProposer"
 _FILLED_IN = ("--model", "--speculative-config", "-sc", "--additional-config")
@@ -41,8 +41,8 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     for option in vllm_options:
         if option.split("=")[0] in _FILLED_IN:
             raise ValueError(f"{option.split('=')[0]} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
-    config = AutoConfig.from_pretrained(model)
-    mtp = getattr(config, "mtp", None)
+    adapter = options.get("adapter")
+    mtp = getattr(AutoConfig.from_pretrained(model), "mtp", None) if adapter is None else adapter_words(adapter)[0]
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
     chosen = {name: value for name, value in options.items() if value is not None}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import cached_file
 
 from ...custom_generate.generate import ADAPTER_FILE
 
@@ -65,18 +69,27 @@ class Served:
             ValueError: a model that was not adapted, unknown options, values out of range.
         """
         model = vllm_config.model_config
-        mtp = getattr(model.hf_config, "mtp", None)
+        options = dict((vllm_config.additional_config or {}).get(SECTION, {}))
+        fill, adapter = options.pop("fixed_width", False), options.pop("adapter", None)
+        if unknown := set(options) - set(OPTIONS):
+            known = ", ".join((*OPTIONS, "fixed_width", "adapter"))
+            raise ValueError(f"additional_config's {SECTION!r} has no option {', '.join(sorted(unknown))}; it takes {known}.")
+        mtp: dict[str, Any] | None
+        if adapter is not None:
+            mtp, repository = adapter_words(adapter)
+        else:
+            mtp, repository = getattr(model.hf_config, "mtp", None), model.try_get_generation_config() or {}
+            adapter = model.model if mtp and mtp.get("exact") else None
         if mtp is None:
             raise ValueError(
                 f"{model.model} has no mask token (`mtp` in config.json): serve a model that mtp-trl adapted, or leave the "
                 "speculative configuration out."
             )
-        options = dict((vllm_config.additional_config or {}).get(SECTION, {}))
-        fill = options.pop("fixed_width", False)
-        if unknown := set(options) - set(OPTIONS):
-            known = ", ".join((*OPTIONS, "fixed_width"))
-            raise ValueError(f"additional_config's {SECTION!r} has no option {', '.join(sorted(unknown))}; it takes {known}.")
-        repository = model.try_get_generation_config() or {}
+        if mtp["mask_token_id"] >= (rows := model.get_vocab_size()):
+            raise ValueError(
+                f"The mask token is {mtp['mask_token_id']}, and {model.model} has {rows} tokens: serve the model that was "
+                "saved with the adapter."
+            )
         options = {name: repository[name] for name in OPTIONS if repository.get(name) is not None} | options
         k_max = int(mtp["k_max"])
         defaults = Settings(k_max, 0.0, verify=True).with_options(options, k_max=k_max)
@@ -87,7 +100,7 @@ class Served:
             width=vllm_config.speculative_config.num_speculative_tokens,
             fill=bool(fill),
             defaults=defaults,
-            adapter=model.model if mtp.get("exact") else None,
+            adapter=adapter,
         )
 
     def of_request(self, sampling_params: Any) -> Settings:
@@ -108,7 +121,7 @@ def is_plain_greedy(sampling_params: Any) -> bool:
     """
     p = sampling_params
     return (
-        p.temperature == 0
+        p.temperature < 1e-5  # vLLM's bound
         and p.presence_penalty == p.frequency_penalty == 0
         and p.repetition_penalty == 1
         and p.min_tokens == 0
@@ -118,9 +131,14 @@ def is_plain_greedy(sampling_params: Any) -> bool:
     )
 
 
+def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base."""
+    with safe_open(adapter_file(repository), framework="pt") as file:
+        metadata = file.metadata()
+    return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
+
+
 def adapter_file(repository: Path | str) -> str:
     """The adapter's file in a folder or on the Hub."""
-    from transformers.utils import cached_file
-
     path: str = cached_file(str(repository), ADAPTER_FILE)
     return path
