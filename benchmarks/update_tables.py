@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import exactness  # noqa: E402
+import serve  # noqa: E402
 import train  # noqa: E402
 
 from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa: E402
@@ -26,6 +27,8 @@ def table(name: str) -> str:
         return exactness.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
+    if "time_to_first_token" in results["rows"][0]:
+        return serve.table(results)
     return markdown(from_json(text))
 
 
