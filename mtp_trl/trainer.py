@@ -20,10 +20,10 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from . import hub
+from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class MTPDistillTrainer(DistillationTrainer):
+class MTPDistillTrainer(NothingLost):
     """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
 
     Args:
@@ -243,14 +243,21 @@ class MTPDistillTrainer(DistillationTrainer):
         return run
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward."""
+        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on all ranks when it is on one.
+        """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
-        sums, self._last_pass = self._last_pass.sums, None
+        sums = {**self._last_pass.sums, "not_finite": 1.0 - loss.detach().isfinite().float()}
+        self._last_pass = None
         flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
+        if totals.pop("not_finite") and self.model.training:
+            self._refuse("loss")
         if not torch.is_grad_enabled():
             self._rest_adapter()
         return loss

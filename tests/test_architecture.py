@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mtp_trl"
 # Lower layers know nothing of higher ones. A name stands for the module or sub-package directly under mtp_trl.
 LAYER = {
     "custom_generate": 0,
+    "checkpoints": 1,
     "config": 1,
     "data": 1,
     "forward": 1,

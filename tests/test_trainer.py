@@ -57,6 +57,10 @@ def test_the_upstream_seams_are_where_they_were():
         "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
         "create_model_card": ["self", "model_name", "dataset_name", "tags"],
         "_save": ["self", "output_dir", "state_dict"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_get_output_dir": ["self", "trial"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
     }
     for name, parameters in signatures.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters
