@@ -26,6 +26,7 @@ LAYER = {
     "regions": 1,
     "self_distillation": 1,
     "word_problems": 1,
+    "estimate": 2,
     "evaluation": 2,
     "hub": 2,
     "recipe": 2,
