@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from .guard import DRIFT_ACTIONS
 from .mask_token import MASK_TOKEN
 from .objective import OBJECTIVES
 
@@ -31,6 +32,11 @@ class MTPDistillConfig(DistillationConfig):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
             Weight of KL(teacher, student) on the completion's own tokens, which keeps single-token quality.
+        drift_limit (`float`, *optional*):
+            Largest KL(base, student) in nats per token that single-token prediction may reach, on the evaluation set where
+            there is one. In exact mode there is no drift.
+        drift_action (`str`, *optional*, defaults to `"warn"`):
+            What happens beyond it: `"warn"`, `"stop"` (after a checkpoint) or `"raise_ntp_coef"` (to 0.1, then doubled).
         mask_token (`str`, *optional*, defaults to `"<|mtp|>"`):
             String of the mask token where one has to be added.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -73,6 +79,8 @@ class MTPDistillConfig(DistillationConfig):
     )
     reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
     ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
+    drift_limit: float | None = field(default=None, metadata={"help": "Largest KL to the base in nats per clean token."})
+    drift_action: str = field(default="warn", metadata={"help": f"Beyond it: one of {', '.join(DRIFT_ACTIONS)}."})
     mask_token: str = field(default=MASK_TOKEN, metadata={"help": "String of the mask token to add."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
     column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
@@ -112,6 +120,12 @@ class MTPDistillConfig(DistillationConfig):
             raise ValueError(
                 f"exact mode leaves the text's own predictions to the frozen base, so ntp_coef={self.ntp_coef} has nothing "
                 "to train; set it to 0."
+            )
+        if self.drift_action not in DRIFT_ACTIONS:
+            raise ValueError(f"drift_action must be one of {', '.join(DRIFT_ACTIONS)}, got {self.drift_action!r}.")
+        if self.drift_limit is not None and (self.exact or self.drift_limit < 0):
+            raise ValueError(
+                f"drift_limit={self.drift_limit} must be >= 0, and unset in exact mode, where the text is the base's own."
             )
         if self.adapter_only and not self.exact:
             raise ValueError("adapter_only=True saves the adapter of exact mode; set exact=True, or use peft_config for LoRA.")

@@ -189,7 +189,8 @@ def _saved_for_backward(model: PreTrainedModel, rows: int, columns: int, keys: i
 def _largest_layer(model: PreTrainedModel) -> int:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack]
-    return max(sum(p.numel() for p in module.parameters()) for module in [model.get_input_embeddings(), *layers])
+    sizes = [sum(p.numel() for p in module.parameters()) for module in [model.get_input_embeddings(), *layers]]
+    return int(max(sizes))
 
 
 def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, processes: int) -> Setup:

@@ -29,6 +29,7 @@ from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
+from .guard import DriftGuard
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics
@@ -107,7 +108,7 @@ class MTPDistillTrainer(NothingLost):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                callbacks=callbacks,
+                callbacks=[DriftGuard(held_out=args.eval_strategy != "no"), *(callbacks or [])],
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
@@ -316,15 +317,17 @@ class MTPDistillTrainer(NothingLost):
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         ) as model:
-            for threshold in self.args.thresholds:
-                output = model.generate(
-                    **inputs,
-                    confadapt=threshold,
-                    max_new_tokens=self.max_completion_length,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                )
-                metrics[f"eval_decoding/acceleration_{threshold}"] = float(output.acceleration)
+            for verify, name in ((True, "verified"), (False, "acceleration")):
+                for threshold in self.args.thresholds:
+                    output = model.generate(
+                        **inputs,
+                        confadapt=threshold,
+                        verify=verify,
+                        max_new_tokens=self.max_completion_length,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                    )
+                    metrics[f"eval_decoding/{name}_{threshold}"] = float(output.acceleration)
         if self.accelerator.is_main_process:
             print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
         return metrics

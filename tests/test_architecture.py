@@ -18,6 +18,7 @@ LAYER = {
     "config": 1,
     "data": 1,
     "forward": 1,
+    "guard": 1,
     "gated_adapter": 1,
     "mask_token": 1,
     "models": 1,
