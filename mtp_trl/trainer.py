@@ -32,9 +32,9 @@ from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .guard import DriftGuard
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
-from .objective import block_metrics
+from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
-from .regions import Regions, compact_left_padding, row_generator, sample_regions
+from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
 from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class MTPDistillTrainer(NothingLost):
     _tag_names = ["trl", "mtp", "custom_generate"]
     _name = "MTP self-distillation"
     _paper = hub.PAPER
+    model_wrapped: Any  # upstream's
 
     def __init__(
         self,
@@ -115,6 +116,8 @@ class MTPDistillTrainer(NothingLost):
         # completions made on policy are plain samples of the model, one token at a time
         self.generation_config.mtp_k = 1
         attach_decoder(self.model)
+        if self.teacher_model is not None:  # its decoder never samples the mask token
+            attach_decoder(self.accelerator.unwrap_model(self.teacher_model))
         self._tokens = self._known_tokens(causal)
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
@@ -153,11 +156,12 @@ class MTPDistillTrainer(NothingLost):
             (prompt_lengths_B - 1).tolist(),
             (lengths_B - 2).tolist(),
             k_min=self.args.k_min,
-            k_max=self.args.k_max,
+            k_max=self._largest_block(),
             slots=self.args.slots_per_row,
             generators=self._row_generators(clean_BN, lengths_B),
         )
-        places = (regions.size_BR - int(self.args.exact)).clamp(min=0).sum()  # in exact mode place 1 is not trained
+        weight_BRK = drawn_places(regions.size_BR, self.args.k_max) * place_weights(self.args.k_max, self.args.place_decay)
+        places = weight_BRK[..., int(self.args.exact) :].sum()  # in exact mode place 1 is not trained
         counts = torch.stack([places.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
         drawn, clean = self.accelerator.reduce(counts.float(), "sum")
         return {
@@ -169,6 +173,26 @@ class MTPDistillTrainer(NothingLost):
             "num_items_in_batch": drawn,
             "num_clean_in_batch": clean,
         }
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Completions of bare prompts, by the student or by its teacher."""
+        if self.args.completions_by == "student" or self.args.exact:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.teacher_model is None:
+            with adapters_off(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(*args, **kwargs)
+        student = self.model_wrapped
+        self.model_wrapped = self.teacher_model
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model_wrapped = student
+
+    def _largest_block(self) -> int:
+        """Of the regions drawn at this step."""
+        steps = self.args.k_curriculum * self.state.max_steps
+        share = min(1.0, self.state.global_step / steps) if self.model.training and steps else 1.0
+        return int(self.args.k_min + round(share * (self.args.k_max - self.args.k_min)))
 
     def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
         texts = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
@@ -206,7 +230,7 @@ class MTPDistillTrainer(NothingLost):
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
-            loss = output.loss / drawn.clamp(min=1)
+            loss = output.loss / output.weight.clamp(min=1e-9)
             clean = (batch.lengths_B - batch.prompt_lengths_B).sum()
         else:
             loss = output.loss / num_items_in_batch
