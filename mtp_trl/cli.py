@@ -43,6 +43,23 @@ def _train(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _estimate(parser: argparse.ArgumentParser) -> Command:
+    """Say how much GPU memory a recipe takes, before anything but the model's config is read."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that share the ZeRO shards (default: 1)")
+    parser.add_argument("--memory", type=float, default=80, metavar="GIB", help="of each GPU (default: 80)")
+    parser.epilog = "Any other option is a recipe key with another value. The exit status is 1 when it does not fit."
+    parser.set_defaults(overrides=[])
+
+    def command(options: argparse.Namespace) -> int:
+        from .estimate import run_estimate
+
+        fits = run_estimate(options.recipe, options.overrides, processes=options.gpus, memory=options.memory)
+        return 0 if fits else 1
+
+    return command
+
+
 def _env(parser: argparse.ArgumentParser) -> Command:
     """Print versions and hardware, for bug reports."""
 
@@ -192,6 +209,7 @@ def _integers(text: str) -> list[int]:
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "demo": _demo,
     "train": _train,
+    "estimate": _estimate,
     "eval": _eval,
     "show": _show,
     "serve": _serve,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 1 << 28
+# Exit status of a program ended by SIGTERM, as shells report it.
+_STOPPED = 128 + signal.SIGTERM
 
 
 def run(path: str) -> str:
@@ -46,15 +49,17 @@ def main(path: Path, overrides: Sequence[str] = ()) -> int:
     from .recipe import RecipeError, read_recipe
 
     try:
-        train(read_recipe(path, overrides))
+        return train(read_recipe(path, overrides))
     except RecipeError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> int:
     """Load data and tokenizer, then the model, train, save, and push if the recipe says so.
+
+    Returns:
+        The exit status: 0, or 143 for a run that SIGTERM ended; it has saved a checkpoint and no model.
 
     Raises:
         ValueError: columns that are not there, too few rows for one optimizer step and the like, before weights load.
@@ -73,12 +78,17 @@ def train(recipe: Recipe) -> None:
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+    stopped_at = getattr(trainer, "stopped_at", None)  # trl.SFTTrainer has none
+    if stopped_at is not None:
+        trainer.accelerator.print(f"Stopped by SIGTERM; checkpoint-{stopped_at} is in {training.output_dir}.")
+        return _STOPPED
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Model saved to {training.output_dir}.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.arguments.dataset_name)
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
+    return 0
 
 
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

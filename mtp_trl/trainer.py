@@ -20,20 +20,21 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from . import hub
+from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
+from .guard import DriftGuard
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
-from .objective import block_metrics
+from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
-from .regions import Regions, compact_left_padding, row_generator, sample_regions
+from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
 from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class MTPDistillTrainer(DistillationTrainer):
+class MTPDistillTrainer(NothingLost):
     """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
 
     Args:
@@ -62,6 +63,7 @@ class MTPDistillTrainer(DistillationTrainer):
     _tag_names = ["trl", "mtp", "custom_generate"]
     _name = "MTP self-distillation"
     _paper = hub.PAPER
+    model_wrapped: Any  # upstream's
 
     def __init__(
         self,
@@ -107,13 +109,15 @@ class MTPDistillTrainer(DistillationTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                callbacks=callbacks,
+                callbacks=[DriftGuard(held_out=args.eval_strategy != "no"), *(callbacks or [])],
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
         # completions made on policy are plain samples of the model, one token at a time
         self.generation_config.mtp_k = 1
         attach_decoder(self.model)
+        if self.teacher_model is not None:  # its decoder never samples the mask token
+            attach_decoder(self.accelerator.unwrap_model(self.teacher_model))
         self._tokens = self._known_tokens(causal)
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
@@ -152,11 +156,12 @@ class MTPDistillTrainer(DistillationTrainer):
             (prompt_lengths_B - 1).tolist(),
             (lengths_B - 2).tolist(),
             k_min=self.args.k_min,
-            k_max=self.args.k_max,
+            k_max=self._largest_block(),
             slots=self.args.slots_per_row,
             generators=self._row_generators(clean_BN, lengths_B),
         )
-        places = (regions.size_BR - int(self.args.exact)).clamp(min=0).sum()  # in exact mode place 1 is not trained
+        weight_BRK = drawn_places(regions.size_BR, self.args.k_max) * place_weights(self.args.k_max, self.args.place_decay)
+        places = weight_BRK[..., int(self.args.exact) :].sum()  # in exact mode place 1 is not trained
         counts = torch.stack([places.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
         drawn, clean = self.accelerator.reduce(counts.float(), "sum")
         return {
@@ -168,6 +173,26 @@ class MTPDistillTrainer(DistillationTrainer):
             "num_items_in_batch": drawn,
             "num_clean_in_batch": clean,
         }
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Completions of bare prompts, by the student or by its teacher."""
+        if self.args.completions_by == "student" or self.args.exact:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.teacher_model is None:
+            with adapters_off(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(*args, **kwargs)
+        student = self.model_wrapped
+        self.model_wrapped = self.teacher_model
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model_wrapped = student
+
+    def _largest_block(self) -> int:
+        """Of the regions drawn at this step."""
+        steps = self.args.k_curriculum * self.state.max_steps
+        share = min(1.0, self.state.global_step / steps) if self.model.training and steps else 1.0
+        return int(self.args.k_min + round(share * (self.args.k_max - self.args.k_min)))
 
     def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
         texts = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
@@ -205,7 +230,7 @@ class MTPDistillTrainer(DistillationTrainer):
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
-            loss = output.loss / drawn.clamp(min=1)
+            loss = output.loss / output.weight.clamp(min=1e-9)
             clean = (batch.lengths_B - batch.prompt_lengths_B).sum()
         else:
             loss = output.loss / num_items_in_batch
@@ -243,14 +268,21 @@ class MTPDistillTrainer(DistillationTrainer):
         return run
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward."""
+        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on all ranks when it is on one.
+        """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
-        sums, self._last_pass = self._last_pass.sums, None
+        sums = {**self._last_pass.sums, "not_finite": 1.0 - loss.detach().isfinite().float()}
+        self._last_pass = None
         flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
+        if totals.pop("not_finite") and self.model.training:
+            self._refuse("loss")
         if not torch.is_grad_enabled():
             self._rest_adapter()
         return loss
@@ -309,15 +341,17 @@ class MTPDistillTrainer(DistillationTrainer):
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         ) as model:
-            for threshold in self.args.thresholds:
-                output = model.generate(
-                    **inputs,
-                    confadapt=threshold,
-                    max_new_tokens=self.max_completion_length,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                )
-                metrics[f"eval_decoding/acceleration_{threshold}"] = float(output.acceleration)
+            for verify, name in ((True, "verified"), (False, "acceleration")):
+                for threshold in self.args.thresholds:
+                    output = model.generate(
+                        **inputs,
+                        confadapt=threshold,
+                        verify=verify,
+                        max_new_tokens=self.max_completion_length,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                    )
+                    metrics[f"eval_decoding/{name}_{threshold}"] = float(output.acceleration)
         if self.accelerator.is_main_process:
             print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
         return metrics
