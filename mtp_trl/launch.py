@@ -53,8 +53,8 @@ def main(path: Path, overrides: Sequence[str] = ()) -> int:
     return 0
 
 
-def train(recipe: Recipe) -> None:
-    """Load data and tokenizer, then the model, train, save, and push if the recipe says so.
+def train(recipe: Recipe) -> Any:
+    """Load data and tokenizer, then the model, train, save, and push if the recipe says so; returns the trainer.
 
     Raises:
         ValueError: columns that are not there, too few rows for one optimizer step and the like, before weights load.
@@ -79,6 +79,7 @@ def train(recipe: Recipe) -> None:
         trainer.push_to_hub(dataset_name=recipe.arguments.dataset_name)
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
+    return trainer
 
 
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

@@ -102,6 +102,18 @@ def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
     assert with_teacher == [False, False, True, True]
 
 
+@pytest.mark.parametrize("options", [{"ground_truth_warmup": 1.0}, {"objective": "ground_truth"}], ids=lambda o: next(iter(o)))
+def test_the_next_token_term_acts_under_ground_truth_too(tmp_path, tokenizer, options):
+    outcomes = []
+    for coefficient in (0.0, 5.0):
+        args = arguments(tmp_path, ntp_coef=coefficient, max_steps=3, **options)
+        trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+        trainer.train()
+        outcomes.append(losses(trainer))
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-5)  # no distance from the teacher yet
+    assert outcomes[0][2] != pytest.approx(outcomes[1][2], rel=1e-3)
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_mixed_precision_is_that_of_the_configuration(tmp_path, tokenizer, bf16):
     """The pass goes around `model.forward`, which is what accelerate wraps."""
