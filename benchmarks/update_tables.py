@@ -1,5 +1,5 @@
 """Prints every table of the documents anew from its results: between `<!-- table:NAME -->` and `<!-- /table:NAME -->`
-goes docs/results/NAME.json. A test checks that nothing was forgotten.
+goes docs/results/NAME.json, or a folder of such files. A test checks that nothing was forgotten.
 
     python benchmarks/update_tables.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ablate  # noqa: E402
 import exactness  # noqa: E402
 import train  # noqa: E402
 
@@ -20,7 +21,10 @@ from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa
 
 def table(name: str) -> str:
     """A results file as Markdown, whichever program wrote it."""
-    text = (ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8")
+    folder = ROOT / "docs" / "results" / name
+    if folder.is_dir():
+        return ablate.table(folder)
+    text = folder.with_suffix(".json").read_text(encoding="utf-8")
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)

@@ -26,7 +26,7 @@ class MTPDistillConfig(DistillationConfig):
             `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
-            from a teacher that reads a rollout which is still noise.
+            from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, and `ntp_coef` with it.
         reward_floor (`float`, *optional*, defaults to `-20.0`):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
