@@ -91,12 +91,12 @@ def test_every_committed_cell_is_one_of_the_program_with_its_options(ablate):
 
 
 def test_one_option_differs_from_the_default(ablate):
-    """Apart from what defines another base of comparison: exact mode, LoRA, and AdamW's own learning rate."""
+    """Apart from another kind of adapter, and AdamW, which wants a learning rate of its own."""
     (default,) = ablate.cells(only=["default"], seeds=[0], changes={})
     for cell in ablate.cells(only=[], seeds=[0], changes={}):
-        base = default.options | (ablate.EXACT if cell.factor.startswith("exact ") else {})
-        changed = {name for name, value in cell.options.items() if base.get(name) != value}
-        assert len(changed) == 1 or cell.factor in ("default", "adapter", "optimizer", "exact rank"), cell.name
+        base = default.options | (ablate.FULL if cell.factor.startswith("full ") else {})
+        changed = {name for name, value in cell.options.items() if base.get(name) != value} - {"exact_alpha"}
+        assert len(changed) == 1 or cell.factor in ("default", "adapter", "optimizer"), cell.name
 
 
 def test_seeds_of_a_level_share_a_line(tmp_path, ablate):
