@@ -1,5 +1,5 @@
 """Prints every table of the documents anew from its results: between `<!-- table:NAME -->` and `<!-- /table:NAME -->`
-goes docs/results/NAME.json. A test checks that nothing was forgotten.
+goes docs/results/NAME.json, or a folder of such files. A test checks that nothing was forgotten.
 
     python benchmarks/update_tables.py
 """
@@ -12,16 +12,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ablate  # noqa: E402
 import exactness  # noqa: E402
 import serve  # noqa: E402
 import train  # noqa: E402
 
 from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa: E402
+from mtp_trl.evaluation.sweep import Row  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+RUNS = {
+    "tiny_exact": "exact mode, the demo",
+    "tiny_exact_long": "exact mode, longer",
+    "tiny": "full fine-tuning, as short",
+    "tiny_long": "full fine-tuning, longer",
+}
 
 
 def table(name: str) -> str:
     """A results file as Markdown, whichever program wrote it."""
-    text = (ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8")
+    if name == "summary":
+        return summary()
+    if (RESULTS / name).is_dir():
+        return ablate.table(RESULTS / name)
+    text = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
@@ -30,6 +44,28 @@ def table(name: str) -> str:
     if "time_to_first_token" in results["rows"][0]:
         return serve.table(results)
     return markdown(from_json(text))
+
+
+def summary() -> str:
+    """The runs of `RUNS`, a line each, from their results."""
+    lines = [
+        "| run | problems | k=1 vs base, points | verified: tokens per pass | 8 blocks | ConfAdapt within 1 point of k=1 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, label in RUNS.items():
+        rows = from_json((RESULTS / f"{name}.json").read_text(encoding="utf-8")).rows
+        kept = [row for row in rows if row.versus_plain is None or row.versus_plain.value >= -0.01]
+        (plain,) = (row for row in rows if row.setting.kind == "plain")
+        assert plain.versus_base is not None
+        drift = f"{100 * plain.versus_base.value:+.1f} ± {100 * plain.versus_base.standard_error:.1f}"
+        best = (_fastest(rows, "verified"), _fastest(rows, "tree"), _fastest(kept, "confadapt"))
+        lines.append(f"| {label} (`recipes/{name}.yaml`) | {plain.problems} | {drift} | " + " | ".join(best) + " |")
+    return "\n".join(lines)
+
+
+def _fastest(rows: list[Row], kind: str) -> str:
+    row = max((row for row in rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass)
+    return f"{row.tokens_per_pass:.2f} at {row.setting.threshold:g}"
 
 
 def updated() -> dict[Path, str]:

@@ -27,7 +27,7 @@ class MTPDistillConfig(DistillationConfig):
             `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
-            from a teacher that reads a rollout which is still noise.
+            from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, and `ntp_coef` with it.
         k_curriculum (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, over which the largest block drawn grows from `k_min` to `k_max`.
         place_decay (`float`, *optional*, defaults to `1.0`):

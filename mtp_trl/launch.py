@@ -49,17 +49,18 @@ def main(path: Path, overrides: Sequence[str] = ()) -> int:
     from .recipe import RecipeError, read_recipe
 
     try:
-        return train(read_recipe(path, overrides))
+        trainer = train(read_recipe(path, overrides))
     except RecipeError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2
+    return _STOPPED if _stopped(trainer) else 0
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe) -> Any:
     """Load data and tokenizer, then the model, train, save, and push if the recipe says so.
 
     Returns:
-        The exit status: 0, or 143 for a run that SIGTERM ended; it has saved a checkpoint and no model.
+        The trainer. One that SIGTERM ended has saved a checkpoint and no model.
 
     Raises:
         ValueError: columns that are not there, too few rows for one optimizer step and the like, before weights load.
@@ -78,17 +79,20 @@ def train(recipe: Recipe) -> int:
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
-    stopped_at = getattr(trainer, "stopped_at", None)  # trl.SFTTrainer has none
-    if stopped_at is not None:
-        trainer.accelerator.print(f"Stopped by SIGTERM; checkpoint-{stopped_at} is in {training.output_dir}.")
-        return _STOPPED
+    if _stopped(trainer):
+        trainer.accelerator.print(f"Stopped by SIGTERM; checkpoint-{trainer.stopped_at} is in {training.output_dir}.")
+        return trainer
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Model saved to {training.output_dir}.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.arguments.dataset_name)
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
-    return 0
+    return trainer
+
+
+def _stopped(trainer: Any) -> bool:
+    return getattr(trainer, "stopped_at", None) is not None  # trl.SFTTrainer has no such thing
 
 
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

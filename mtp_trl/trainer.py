@@ -248,7 +248,8 @@ class MTPDistillTrainer(NothingLost):
         """How student and teacher read a layout under this configuration."""
         student = causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-        with_teacher = self._objective() != "ground_truth" or not self.model.training
+        compared = self.args.objective != "ground_truth" or self.args.ntp_coef > 0 or not self.model.training
+        with_teacher = compared and self._objective() == self.args.objective  # it rests in the warm-up
         if self.args.exact:
             return MaskGated(student, with_teacher=with_teacher)
         return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)

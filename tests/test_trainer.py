@@ -160,6 +160,17 @@ def test_who_completes_bare_prompts(tmp_path, tokenizer, by, adapters):
     assert same[by != "teacher"] < 4
 
 
+def test_the_next_token_term_acts_on_ground_truth_as_well(tmp_path, tokenizer):
+    outcomes = []
+    for coefficient in (0.0, 5.0):
+        args = arguments(tmp_path, objective="ground_truth", ntp_coef=coefficient, max_steps=3)
+        trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+        trainer.train()
+        outcomes.append(losses(trainer))
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-5)  # no distance from the teacher yet
+    assert outcomes[0][2] != pytest.approx(outcomes[1][2], rel=1e-3)
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_mixed_precision_is_that_of_the_configuration(tmp_path, tokenizer, bf16):
     """The pass goes around `model.forward`, which is what accelerate wraps."""

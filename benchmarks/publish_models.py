@@ -1,0 +1,61 @@
+"""Makes the bundled adapted models out of runs of their recipes: bf16 weights, the decoder, provenance, nothing of the run.
+
+    python benchmarks/publish_models.py runs/tiny_long runs/tiny_exact_long   # models/tiny_long, models/tiny_exact_long
+    python benchmarks/publish_models.py                                       # the decoder of the package into all of them
+
+A test compares their decoder with the package's; the second line mends it.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mtp_trl.custom_generate import generate as decoder
+from mtp_trl.evaluation.models import load_tokenizer
+from mtp_trl.hub import PROVENANCE_FILE, write_atomically
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+
+
+def publish(run: Path, folder: Path) -> None:
+    """The model of a run as a folder that `from_pretrained(..., trust_remote_code=True)` loads."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16)  # plainly: without the run's decoder
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    load_tokenizer(run).save_pretrained(folder)
+    write_decoder(folder)
+    if (run / decoder.ADAPTER_FILE).is_file():
+        with safe_open(run / decoder.ADAPTER_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            save_file(tensors, folder / decoder.ADAPTER_FILE, metadata=file.metadata())
+    provenance = json.loads((run / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+
+
+def write_decoder(folder: Path) -> None:
+    (folder / "custom_generate").mkdir(exist_ok=True)
+    source = Path(str(decoder.__file__)).read_text(encoding="utf-8")
+    write_atomically(folder / "custom_generate" / "generate.py", source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*", help="output folders of recipes; none: decoders alone")
+    runs = parser.parse_args().runs
+    for run in runs:
+        publish(run, MODELS / run.name)
+    for folder in MODELS.iterdir():
+        write_decoder(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder.relative_to(MODELS.parent)}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
