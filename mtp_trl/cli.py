@@ -150,6 +150,66 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _push(parser: argparse.ArgumentParser) -> Command:
+    """Upload an adapted model to the Hub in one commit, with its decoder, defaults, provenance and card."""
+    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
+    parser.add_argument("repository", help="you/name; made if it is not there")
+    _publishing_options(parser)
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch (default: main)")
+    parser.add_argument("--message", default="Upload model", help="of the commit")
+
+    def command(options: argparse.Namespace) -> int:
+        from .publish import push
+
+        commit = push(
+            options.folder,
+            options.repository,
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.message,
+            adapter_only=options.adapter_only,
+            results=options.results,
+        )
+        print(commit)
+        return 0
+
+    return command
+
+
+def _export(parser: argparse.ArgumentParser) -> Command:
+    """Write what `push` would upload into a new folder."""
+    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    _publishing_options(parser)
+    parser.add_argument("--repository", metavar="NAME", help="what the card tells readers to load")
+
+    def command(options: argparse.Namespace) -> int:
+        from .publish import export
+
+        print(
+            export(
+                options.folder,
+                options.output,
+                repo_id=options.repository,
+                adapter_only=options.adapter_only,
+                results=options.results,
+            )
+        )
+        return 0
+
+    return command
+
+
+def _publishing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter-only", action="store_true", help="of an exact-mode model the adapter alone, without the base's weights"
+    )
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
+    )
+
+
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -163,6 +223,8 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "train": _train,
     "eval": _eval,
     "show": _show,
+    "export": _export,
+    "push": _push,
     "env": _env,
 }
 
