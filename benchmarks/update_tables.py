@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
+import calibration  # noqa: E402
 import exactness  # noqa: E402
 import train  # noqa: E402
 
@@ -24,6 +25,8 @@ def table(name: str) -> str:
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
+    if "max_drop" in results["rows"][0]:
+        return calibration.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
     return markdown(from_json(text))

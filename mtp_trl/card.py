@@ -126,7 +126,7 @@ def render_card(
         results_folder=RESULTS_FOLDER,
         calibration=None if evidence.calibration is None else evidence.calibration.markdown(),
     )
-    return str(card)
+    return str(card).rstrip() + "\n"
 
 
 def write_card(

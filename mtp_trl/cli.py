@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .evaluation.tasks import Task
 
 # Imports of torch, transformers and the like stay inside the commands, so that --help is instant.
 Command = Callable[[argparse.Namespace], int]
@@ -75,12 +79,7 @@ def _demo(parser: argparse.ArgumentParser) -> Command:
 def _eval(parser: argparse.ArgumentParser) -> Command:
     """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
-    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
-    parser.add_argument(
-        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    _data_options(parser)
     parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
     parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
@@ -92,17 +91,10 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
 
     def command(options: argparse.Namespace) -> int:
         from .evaluation.commands import run_eval
-        from .evaluation.tasks import load_task
 
-        task = load_task(
-            options.data,
-            limit=options.limit,
-            prompt=options.prompt_column,
-            completion=options.completion_column,
-        )
         run_eval(
             options.model,
-            task,
+            _task(options),
             base=options.base,
             ks=options.static,
             thresholds=options.thresholds,
@@ -115,6 +107,46 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
         return 0
 
     return command
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> Command:
+    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default."""
+    parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
+    _data_options(parser)
+    parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+
+    def command(options: argparse.Namespace) -> int:
+        from .evaluation.commands import run_calibrate
+
+        run_calibrate(
+            options.model,
+            _task(options),
+            max_drop=options.max_drop,
+            confidence=options.confidence,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        return 0
+
+    return command
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
+    parser.add_argument(
+        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+
+
+def _task(options: argparse.Namespace) -> "Task":
+    from .evaluation.tasks import load_task
+
+    return load_task(options.data, limit=options.limit, prompt=options.prompt_column, completion=options.completion_column)
 
 
 def _show(parser: argparse.ArgumentParser) -> Command:
@@ -222,6 +254,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "demo": _demo,
     "train": _train,
     "eval": _eval,
+    "calibrate": _calibrate,
     "show": _show,
     "export": _export,
     "push": _push,

@@ -169,6 +169,18 @@ def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     partial.replace(path)
 
 
+def write_decoding_defaults(folder: Path, *, confadapt: float, verify: bool) -> None:
+    """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter."""
+    path, adapter = folder / "generation_config.json", folder / decoder.ADAPTER_FILE
+    if adapter.is_file():
+        with safe_open(adapter, framework="pt") as file:
+            metadata = file.metadata() | {"defaults": json.dumps({"confadapt": confadapt, "verify": verify})}
+        _save_adapter(adapter, load_file(adapter), metadata)
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8")) | {"confadapt": confadapt, "verify": verify}
+        write_atomically(path, json.dumps(config, indent=2) + "\n")
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Read back what `write_decoder` wrote, into the adapter that `model` has.
 

@@ -1,6 +1,7 @@
 """A card says what its model is, what was measured and what was not; what data and people named is shown literally."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -97,3 +98,19 @@ def test_the_code_of_a_card_is_code(tmp_path, adapter_only):
     assert len(blocks) == (1 if adapter_only else 2)
     for block in blocks:
         compile(block, "card", "exec")
+
+
+def test_the_cards_in_the_repository_are_those_of_the_renderer():
+    """Mended by `python benchmarks/render_cards.py`."""
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("render_cards", root / "benchmarks" / "render_cards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cards = module.rendered()
+    assert set(cards) == set((root / "model_cards").glob("*.md"))
+    for path, text in cards.items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+    planned = cards[root / "model_cards" / "llama_exact.md"]
+    assert "has not been run yet" in planned
+    assert "Not yet run." in planned
+    assert not [line for line in planned.splitlines() if line.startswith("| ")]  # no table without results

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..hub import write_atomically
+from .sweep import Record
 
 CALIBRATION_FILE = "mtp_calibration.json"
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.84, 0.8, 0.7, 0.6, 0.5)
@@ -109,7 +110,6 @@ class Calibration:
 def calibrate(
     count: Callable[[float], Counts],
     *,
-    problems: int,
     measure: Measure,
     max_drop: float,
     confidence: float,
@@ -119,39 +119,55 @@ def calibrate(
 
     Args:
         count: decodes the problems at a threshold and compares; called for one threshold after the other until one fails.
-        problems: how many there are.
         measure: `accuracy` or `agreement` with the model's own text.
         max_drop: the bound on the loss, a share in (0, 1).
         confidence: that no accepted threshold breaks the bound, in (0, 1).
         thresholds: the order of the tests; sorted from strict to loose.
-
-    Raises:
-        ValueError: numbers out of range, or too few problems for any threshold to pass.
     """
-    for name, value in (("max_drop", max_drop), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is a share in (0, 1), got {value}.")
-    needed = problems_needed(max_drop=max_drop, confidence=confidence, measure=measure)
-    if problems < needed:
-        raise ValueError(
-            f"{problems} problems cannot show a loss under {max_drop:g} with {confidence:g} confidence, even if not one "
-            f"answer is lost: at least {needed} are needed, and two to five times as many to find a low threshold."
-        )
     chosen, steps = None, []
     for threshold in sorted(thresholds, reverse=True):
         counts = count(threshold)
         p_value = loss_p_value(counts, bound=max_drop, measure=measure)
-        steps.append(Step(threshold, counts, p_value, accepted=p_value <= 1 - confidence + 1e-12))
+        steps.append(Step(threshold, counts, p_value, accepted=p_value <= _level(confidence)))
         if not steps[-1].accepted:
             break
         chosen = threshold
     return chosen, steps
 
 
+def compare(answers: Sequence[Record], own: Sequence[Record]) -> Counts:
+    """A threshold's answers beside the model's own, which are scored where there is an answer key."""
+    pairs = list(zip(answers, own, strict=True))
+    if own[0].correct is None:
+        lost, gained = sum(answer.token_ids != mine.token_ids for answer, mine in pairs), 0
+    else:
+        lost = sum(bool(mine.correct and not answer.correct) for answer, mine in pairs)
+        gained = sum(bool(answer.correct and not mine.correct) for answer, mine in pairs)
+    tokens, passes = sum(len(answer.token_ids) for answer in answers), sum(answer.passes for answer in answers)
+    return Counts(len(pairs), lost, gained, tokens / passes)
+
+
+def check_size(problems: int, *, max_drop: float, confidence: float, measure: Measure) -> None:
+    """Raises ValueError for numbers out of range, and for too few problems for any threshold to pass."""
+    for name, value in (("max_drop", max_drop), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is a share in (0, 1), got {value}.")
+    needed = problems_needed(max_drop=max_drop, confidence=confidence, measure=measure)
+    if problems < needed:
+        raise ValueError(
+            f"{problems} different problems cannot show a loss under {max_drop:g} with {confidence:g} confidence, even if not "
+            f"one answer is lost: at least {needed} are needed, and two to five times as many to find a low threshold."
+        )
+
+
+def _level(confidence: float) -> float:
+    return 1 - confidence + 1e-12  # 1 - 0.95 is not 0.05
+
+
 def problems_needed(*, max_drop: float, confidence: float, measure: Measure) -> int:
     """The fewest problems with which a threshold that loses nothing passes."""
     problems = math.ceil(math.log(1 - confidence) / math.log1p(-max_drop))
-    while loss_p_value(Counts(problems, 0, 0, 1.0), bound=max_drop, measure=measure) > 1 - confidence + 1e-12:
+    while loss_p_value(Counts(problems, 0, 0, 1.0), bound=max_drop, measure=measure) > _level(confidence):
         problems += 1
     return problems
 
