@@ -80,10 +80,6 @@ class NothingLost(DistillationTrainer):
         if self.args.should_save:
             rotate_checkpoints(str(place.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # uploads run in the background: not from a folder that is about to be renamed
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _not_written(self, place: Path, error: Exception) -> str:
         free = shutil.disk_usage(place.parent).free / 2**20
         last = get_last_checkpoint(place.parent)

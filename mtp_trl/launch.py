@@ -85,7 +85,7 @@ def train(recipe: Recipe) -> Any:
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Model saved to {training.output_dir}.")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.arguments.dataset_name)
+        trainer.push_to_hub()
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
     return trainer
@@ -98,12 +98,13 @@ def _stopped(trainer: Any) -> bool:
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
     from trl import get_peft_config, get_quantization_config
 
+    from .hub import public_name
     from .trainer import MTPDistillTrainer
 
     model, training = recipe.model, recipe.training
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**options, **(training.model_init_kwargs or {})}
-    return MTPDistillTrainer(
+    trainer = MTPDistillTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=train_set,
@@ -112,6 +113,8 @@ def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    trainer.provenance["dataset"] = public_name(str(recipe.arguments.dataset_name))
+    return trainer
 
 
 def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

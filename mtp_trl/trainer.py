@@ -7,7 +7,9 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,12 +19,15 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
+from transformers.trainer_utils import HubStrategy
 from trl.models.utils import unwrap_model_for_generation
 
 from . import hub
+from .card import PAPER, TAGS, write_card
 from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
@@ -34,6 +39,7 @@ from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
+from .publish import in_background, push
 from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
 from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
@@ -60,9 +66,9 @@ class MTPDistillTrainer(NothingLost):
             weights load wherever that can be known.
     """
 
-    _tag_names = ["trl", "mtp", "custom_generate"]
+    _tag_names = list(TAGS)
     _name = "MTP self-distillation"
-    _paper = hub.PAPER
+    _paper = PAPER
     model_wrapped: Any  # upstream's
 
     def __init__(
@@ -399,11 +405,11 @@ class MTPDistillTrainer(NothingLost):
     ) -> None:
         """Writes README.md into the output folder."""
         if self.is_world_process_zero():
-            hub.write_card(
+            write_card(
                 self.args.output_dir,
                 model_name=model_name or Path(self.args.output_dir).name,
                 dataset_name=dataset_name,
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                tags=[tags] if isinstance(tags, str) else tags or (),
                 repo_id=self.hub_model_id,
                 provenance=self.provenance,
             )
@@ -417,23 +423,82 @@ class MTPDistillTrainer(NothingLost):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`]; adapters are merged first, so that the repository loads by itself."""
-        if not is_peft_model(self.model):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        if dataset_name := kwargs.get("dataset_name"):
+            self.provenance["dataset"] = hub.public_name(dataset_name)
+        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        folder = Path(self.args.output_dir) / "merged"
-        hub.save_merged(self.model, self._tokenizer, folder, self.provenance)
-        hub.write_card(
-            folder, model_name=self.hub_model_id.split("/")[-1], repo_id=self.hub_model_id, provenance=self.provenance,
-            tags=self._tag_names, **kwargs,
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._push_folder(
+            self.args.output_dir, commit_message, blocking=blocking, token=token, revision=revision, private=private,
+            tags=kwargs.get("tags"),
         )  # fmt: skip
-        return hub.upload(
-            folder, self.hub_model_id, commit_message=commit_message, token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision, blocking=blocking,
-        )  # fmt: skip
+
+    push_in_progress: Any  # the base class gives it no type
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As upstream, which sends neither decoder nor adapter, and sends `training_args.bin` with the token in it."""
+        if self._saving:  # uploads run in the background: not from a folder that is about to be renamed
+            return
+        running = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if running and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._push_folder(checkpoint_folder, message, blocking=False)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            send = functools.partial(
+                HfApi(token=self.args.hub_token).upload_folder,
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                commit_message=f"{message}, checkpoint",
+                revision=self.args.hub_revision,
+            )
+            jobs.append(in_background(send))
+        for job in jobs:
+            job.add_done_callback(_warn_if_failed)
+        self.push_in_progress = PushInProgress([*running, *jobs])
+
+    def _push_folder(
+        self,
+        folder: str,
+        message: str | None,
+        *,
+        blocking: bool,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        tags: str | list[str] | None = None,
+    ) -> Any:
+        merged = Path(self.args.output_dir) / "merged"
+        if is_peft_model(self.model):
+            hub.save_merged(self.model, self._tokenizer, merged, self.provenance)
+        return push(
+            merged if is_peft_model(self.model) else folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=message or "Upload model",
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            blocking=blocking,
+        )
+
+
+def _warn_if_failed(job: Future[Any]) -> None:
+    """A push that fails in the background must not end the training, nor pass without a word."""
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"A push during training failed, the next one makes up for it: {error}")
 
 
 def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str) -> Any:
