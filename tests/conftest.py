@@ -107,11 +107,14 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 _ARCHITECTURES["gemma3"] = _ARCHITECTURES["gemma3_text"]
 
 
-def _build(architecture: str, *, seed: int = 0, logit_scale: float = 3.0, context: float = 1.0) -> PreTrainedModel:
+def _build(
+    architecture: str, *, seed: int = 0, logit_scale: float = 3.0, context: float = 1.0, **changes: Any
+) -> PreTrainedModel:
     """A random causal LM: two layers, 64 tokens, a `config.mtp`, logits with standard deviation `logit_scale`.
 
     `context` below 1 makes all tokens' embeddings alike, so that the next token depends little on the text: then a mask
-    predicts about what the token itself would have, as in a trained model, and drafts are often right.
+    predicts about what the token itself would have, as in a trained model, and drafts are often right. `changes` are
+    configuration values.
     """
     sizes = {
         "vocab_size": VOCABULARY,
@@ -126,7 +129,7 @@ def _build(architecture: str, *, seed: int = 0, logit_scale: float = 3.0, contex
         "eos_token_id": EOS,
         "tie_word_embeddings": False,
     }
-    options = {**sizes, **_ARCHITECTURES[architecture]}
+    options = {**sizes, **_ARCHITECTURES[architecture], **changes}
     backend = options.pop("attn_implementation", "sdpa")
     model_type = "gemma3_text" if architecture == "gemma3" else architecture
     config = AutoConfig.for_model(model_type, **options)

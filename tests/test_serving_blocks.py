@@ -1,6 +1,8 @@
 """The plugin's pure parts, without vLLM: what was scheduled, reading blocks, acceptance, proposals, settings, heads."""
 
+import importlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -310,3 +312,18 @@ def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
         serve_command(str(tmp_path), ["--speculative-config={}"])
     with pytest.raises(ValueError, match="plain decoding"):
         serve_command(str(tmp_path), [], mtp_k=1)
+
+
+def test_the_benchmark_counts_tokens_and_compares_with_plain(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    serve = importlib.import_module("serve")
+    answers = [serve.Answer(sent=0.0, first=0.5, last=2.5, tokens=5), serve.Answer(sent=1.0, first=2.0, last=4.0, tokens=3)]
+    plain = serve.row("plain", 2, answers, None, [])
+    assert (plain.tokens_per_s, plain.speed) == (8 / 4, 1.0)
+    assert (plain.time_to_first_token, plain.time_per_token) == (0.75, 0.75)
+    faster = [serve.Answer(sent=0.0, first=0.5, last=1.0, tokens=8)]
+    ours = serve.row("verified", 2, faster, 2.5, [plain])
+    assert ours.speed == 4.0
+    facts = {"date": "today", "hardware": "CPU", "command": "serve.py", "versions": {"vllm": "0.32.0", "torch": "2.13.0"}}
+    results = {"rows": [vars(plain), vars(ours)], "requests": 2, "max_tokens": 8, "provenance": facts}
+    assert "| verified | 2 | 8 | 4.00x | 500 | 71.4 | 2.50 |" in serve.table(results)

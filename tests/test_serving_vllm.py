@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mtp_trl.custom_generate.generate import ADAPTER_FILE
+from mtp_trl.custom_generate.generate import ADAPTER_FILE, attach_decoder
 from mtp_trl.evaluation.models import load_student
 from mtp_trl.evaluation.sweep import Setting, evaluate_decoding
 from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.gated_adapter import add_gated_adapter
 from mtp_trl.serving.vllm import hooks
 from mtp_trl.serving.vllm.heads import pad_heads
 from mtp_trl.serving.vllm.serve import speculative_config
@@ -268,6 +270,49 @@ def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
     output = run_engine(tmp_path_factory, engine, {"greedy": job(GREEDY)})
     assert tokens(output, "greedy") == tokens(plain, "greedy")
     assert output["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+# vLLM's attention on CPUs takes no heads smaller than these.
+SIZES = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("qwen3", {}), ("mistral", {"sliding_window": 16}), ("gemma3", {"sliding_window": 16})]
+)
+def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tmp_path, tmp_path_factory):
+    """Norms of queries and keys, windows, scaled embeddings: masks must predict what they do in transformers."""
+    model = tiny_model(architecture, context=0.3, **SIZES, **changes)
+    model.config.mtp["exact"] = True
+    adapter = add_gated_adapter(model, rank=4, alpha=8)
+    with torch.no_grad():
+        for parameter in (adapter.mask_row.weight, *(update.lora_B for update in adapter.updates)):
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    adapter.detach(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / ADAPTER_FILE).parent.mkdir()
+    save_file(adapter.by_file_name(), tmp_path / ADAPTER_FILE, metadata=adapter.metadata())
+
+    prompts = [torch.randint(3, 60, (length,)).tolist() for length in range(5, 37)]
+    asked = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    lossy = {"extra_args": {"confadapt": 0.3, "verify": 0}}
+    jobs = {
+        name: job(asked | extra, [{"prompt_token_ids": prompt} for prompt in prompts])
+        for name, extra in {"one by one": ONE_BY_ONE, "verified": {}, "lossy": lossy}.items()
+    }
+    engine = {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 16}
+    output = run_engine(tmp_path_factory, engine | {"speculative_config": speculative_config(K)}, jobs)
+    assert tokens(output, "verified") == tokens(output, "one by one")
+
+    adapter.attach(model)
+    attach_decoder(model)
+    model.generation_config.eos_token_id = None
+    expected = []
+    for prompt in prompts:
+        first = model.generate(torch.tensor([prompt]), mtp_k=1, max_new_tokens=1)
+        answer = model.generate(first, confadapt=0.3, verify=False, max_new_tokens=39)
+        expected.append(answer[0, len(prompt) :].tolist())
+    assert expected != tokens(output, "one by one")
+    assert tokens(output, "lossy") == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------

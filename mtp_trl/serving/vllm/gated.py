@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...custom_generate.generate import MaskGatedAdapter
-from .settings import Served, adapter_file
+from .settings import adapter_file
 
 
-def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
+def attach_adapter(model: Any, adapter_repository: str, *, mask_token_id: int, max_tokens: int) -> None:
     """Let the adapter act in a loaded model, before it is compiled; everything but masks stays as it is, bit for bit.
 
     Which tokens are masks is written to a buffer before every pass, outside what vLLM compiles or captures in graphs.
@@ -23,22 +23,22 @@ def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     Raises:
         ValueError: the adapter updates a layer that the model does not have, or has in another shape.
     """
-    with safe_open(adapter_file(str(served.adapter)), framework="pt") as file:
+    with safe_open(adapter_file(adapter_repository), framework="pt") as file:
         adapter = MaskGatedAdapter.from_tensors(
             {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (not a dict)
             file.metadata(),
         )
-    embedding = _embedding(model)
+    embedding, scale = _embedding(model)
     like: dict[str, Any] = {"dtype": embedding.weight.dtype, "device": embedding.weight.device}
     gate_T1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
     with torch.no_grad():
         for layer, low_rH, high_Or in _fused_updates(model, adapter):
             _buffers(layer, mtp_gate=gate_T1, mtp_low=low_rH.to(**like), mtp_high=high_Or.to(**like))
             layer.register_forward_hook(_adapt)
-        _buffers(embedding, mtp_gate=gate_T1, mtp_row=adapter.mask_row.weight.to(**like))
+        _buffers(embedding, mtp_gate=gate_T1, mtp_row=(adapter.mask_row.weight / scale).to(**like))
     embedding.register_forward_hook(_embed)
     _buffers(model, mtp_gate=gate_T1)
-    model.mtp_mask_token_id = served.mask_token_id
+    model.mtp_mask_token_id = mask_token_id
     model.register_forward_pre_hook(_set_gate, with_kwargs=True)
 
 
@@ -64,10 +64,15 @@ def _buffers(module: nn.Module, **tensors: Tensor) -> None:
         module.register_buffer(name, tensor, persistent=False)
 
 
-def _embedding(model: nn.Module) -> Any:
+def _embedding(model: nn.Module) -> tuple[Any, float]:
+    """The input embedding, and what its output is multiplied by behind it: Gemma's scale, which transformers has inside."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    return next(m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead))
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            return module, float(getattr(parent, "normalizer", getattr(parent, "embed_scale", 1.0)))
+    raise ValueError(f"vLLM's {type(model).__name__} has no embedding of its tokens: it is not served in exact mode.")
 
 
 def _fused_updates(model: nn.Module, adapter: MaskGatedAdapter) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:

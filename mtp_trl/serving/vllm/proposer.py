@@ -46,7 +46,8 @@ class MTPProposer:
     def load_model(self, model: Any) -> None:
         """Called once the model is loaded and before it is compiled: exact mode's adapter goes on it."""
         if self.served.adapter is not None:
-            attach_adapter(model, self.served, max_tokens=self.max_tokens)
+            mask_token_id = self.served.mask_token_id
+            attach_adapter(model, self.served.adapter, mask_token_id=mask_token_id, max_tokens=self.max_tokens)
 
     def sample(self, runner: Any, logits_RV: Tensor, metadata: Any, sampler: Callable[[Tensor, Any], Any]) -> Any:
         """What `sampler` makes of the logits, and the next drafts of every request along the way.

@@ -59,7 +59,7 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
 
 
 def speculative_config(k: int) -> dict[str, Any]:
-    """VLLM's `speculative_config` for blocks of k: room for k - 1 drafts and k - 1 masks behind them."""
+    """The `speculative_config` for blocks of k: room for k - 1 drafts and k - 1 masks behind them."""
     return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 2 * (k - 1)}
 
 

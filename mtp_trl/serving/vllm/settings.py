@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -59,7 +58,7 @@ class Served:
     width: int  # tokens, drafts and masks, that vLLM schedules behind a request's last one
     fill: bool  # always so many
     defaults: Settings
-    adapter: Path | str | None  # exact mode: the folder or Hub id whose adapter acts at the masks
+    adapter: str | None  # exact mode: the folder or Hub id whose adapter acts at the masks
 
     @classmethod
     def of(cls, vllm_config: Any) -> Served:
@@ -138,7 +137,7 @@ def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
 
 
-def adapter_file(repository: Path | str) -> str:
+def adapter_file(repository: str) -> str:
     """The adapter's file in a folder or on the Hub."""
-    path: str = cached_file(str(repository), ADAPTER_FILE)
+    path: str = cached_file(repository, ADAPTER_FILE)
     return path
