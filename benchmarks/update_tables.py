@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import exactness  # noqa: E402
+import memory  # noqa: E402
 import train  # noqa: E402
 
 from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa: E402
@@ -24,6 +25,8 @@ def table(name: str) -> str:
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
+    if "gib" in results["rows"][0]:
+        return memory.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
     return markdown(from_json(text))

@@ -19,6 +19,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl.models.utils import unwrap_model_for_generation
 
@@ -26,7 +27,7 @@ from . import hub
 from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
-from .data import prepare_dataset
+from .data import column_names, prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .guard import DriftGuard
@@ -85,6 +86,7 @@ class MTPDistillTrainer(NothingLost):
         train_dataset = _prepared(train_dataset, tokenizer, args, "train")
         eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
         _check_one_step(train_dataset, args)
+        _check_generation(train_dataset, args)
 
         load = model_loader(model, args, quantization_config) if isinstance(model, str) else None
         student = load() if load else model
@@ -460,4 +462,13 @@ def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
             f"The training set has {len(dataset)} usable rows, fewer than the {needed} of one optimizer step "
             f"({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulation steps x "
             f"{args.world_size} processes); lower one of these or bring more data."
+        )
+
+
+def _check_generation(dataset: Any, args: MTPDistillConfig) -> None:
+    """Ranks whose texts end at different times would wait for each other's layers without end."""
+    completed = dataset is None or "completion_ids" in column_names(dataset)
+    if not completed and is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "ds3_gather_for_generation=False cannot complete bare prompts under ZeRO-3; set it to true, or bring completions."
         )

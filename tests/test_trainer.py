@@ -276,6 +276,13 @@ def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, token
         MTPDistillTrainer(str(tmp_path / "no_such_model"), arguments(tmp_path), rows(4), processing_class=tokenizer)
 
 
+def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("mtp_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    args = arguments(tmp_path, ds3_gather_for_generation=False)
+    with pytest.raises(ValueError, match="cannot complete bare prompts under ZeRO-3"):
+        MTPDistillTrainer("no_such_model", args, rows().select_columns(["prompt"]), processing_class=tokenizer)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
