@@ -88,7 +88,7 @@ def train(run_program, source, tmp_path):
         }  # fmt: skip
         command = ["-m", "accelerate.commands.launch"]
         if processes > 1:
-            command += ["--multi_gpu", "--num_processes", processes, "--main_process_port", 0, *launch]
+            command += [*(launch or ("--multi_gpu",)), "--num_processes", processes, "--main_process_port", 0]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = run_program([*command, script, json.dumps(options)], env=environment)
         assert done.returncode == 0, done.stderr[-8000:]
