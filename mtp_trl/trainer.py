@@ -384,13 +384,13 @@ class MTPDistillTrainer(NothingLost):
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
 
     def _load_best_model(self) -> None:
-        if self.args.exact and not self.is_deepspeed_enabled:
+        if self.args.exact and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             hub.load_adapter(causal_lm(self.model), self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.args.exact:  # the base is there as it always was
+        if self.args.exact and not self.is_fsdp_enabled:  # the base is there as it always was
             hub.load_adapter(causal_lm(self.model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

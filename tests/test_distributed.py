@@ -119,9 +119,8 @@ def deepspeed(name: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
-        ({}, None), ({}, "zero2"), ({"rows": 766}, "zero3"), ({}, "zero3_offload"), ({}, "fsdp2"),
-        ({"exact": True}, None), ({"exact": True}, "zero1"), ({"exact": True}, "zero2_offload"), ({"exact": True}, "zero3"),
-        ({"lora": True}, "zero3"),
+        ({}, None), ({}, "zero2"), ({"rows": 766}, "zero3"), ({}, "zero3_offload"), ({}, "fsdp2"), ({"lora": True}, "zero3"),
+        *(({"exact": True}, how) for how in (None, "zero1", "zero2_offload", "zero3", "fsdp2")),
     ],
     ids=str,
 )  # fmt: skip
@@ -141,9 +140,14 @@ def test_two_processes_equal_one(train, tmp_path, mode, how):
         assert any("lora_B" in name and value.abs().max() > 0 for name, value in weights.items()) or "rows" in mode
 
 
-def test_completions_made_on_policy_under_zero3_and_resumed(train, tmp_path):
-    """Ranks that generate texts of different lengths do not wait for each other, and a resumed run repeats the whole one."""
-    options = {"prompts_only": True, "deepspeed": deepspeed("zero3", tmp_path), "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("how", ["zero3", "fsdp2"])
+def test_what_is_sharded_is_resumed(train, tmp_path, how):
+    """Bare prompts completed under ZeRO-3, by ranks whose texts differ in length; exact mode under FSDP2."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    if how == "zero3":
+        options |= {"prompts_only": True, "deepspeed": deepspeed("zero3", tmp_path)}
+    else:
+        options |= {"exact": True, "launch": FSDP2}
     losses, weights = train(2, "whole", **options)
     again, resumed = train(2, "resumed", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert again == losses
