@@ -77,6 +77,7 @@ def train(recipe: Recipe) -> int:
     )
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
+    _show_progress(trainer)
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
     stopped_at = getattr(trainer, "stopped_at", None)  # trl.SFTTrainer has none
     if stopped_at is not None:
@@ -89,6 +90,16 @@ def train(recipe: Recipe) -> int:
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
     return 0
+
+
+def _show_progress(trainer: Any) -> None:
+    """In a terminal: bars with the time left, and a live table of the last log with acceleration and agreement by place."""
+    from transformers import ProgressCallback
+    from trl import RichProgressCallback
+
+    if sys.stdout.isatty() and not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RichProgressCallback)
 
 
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

@@ -17,6 +17,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,6 +30,7 @@ from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import column_names, prepare_dataset
+from .evaluation.show import block_texts, coloured
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .guard import DriftGuard
@@ -355,14 +358,19 @@ class MTPDistillTrainer(NothingLost):
                     )
                     metrics[f"eval_decoding/{name}_{threshold}"] = float(output.acceleration)
         if self.accelerator.is_main_process:
-            print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
+            Console().print(self._sample_blocks(output, inputs["input_ids"].shape[1]))
         return metrics
 
-    def _blocks_of_first_row(self, output: Any, start: int) -> str:
-        ids = output.sequences[0, start:]
-        blocks = ids[: sum(output.block_lengths[0])].cpu().split(output.block_lengths[0])
-        text = "|".join(self._tokenizer.decode(block) for block in blocks)
-        return f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}: {text}"
+    def _sample_blocks(self, output: Any, start: int) -> Table:
+        """The answers of the last threshold, a colour for each forward pass."""
+        table = Table(title=f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}", show_lines=True)
+        table.add_column("tokens per pass", justify="right")
+        table.add_column("answer, a block per pass")
+        for ids, lengths in zip(output.sequences[:, start:].tolist(), output.block_lengths, strict=True):
+            tokens = sum(lengths)
+            mean = tokens / max(1, len(lengths))
+            table.add_row(f"{mean:.2f}", coloured(block_texts(self._tokenizer, ids[:tokens], lengths)))
+        return table
 
     # ---- saving ----
 

@@ -231,7 +231,10 @@ def test_evaluation_is_repeatable_and_decodes(tmp_path, tokenizer, capsys):
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"]
     assert first["eval_decoding/acceleration_0.0"] == pytest.approx(6.0)  # static k = k_max, 12 tokens
-    assert "|" in capsys.readouterr().out
+    assert first["eval_decoding/verified_0.0"] <= first["eval_decoding/acceleration_0.0"]
+    shown = capsys.readouterr().out
+    assert "step 0, ConfAdapt 0.0" in shown
+    assert shown.count("6.00") == 4  # two evaluations of two answers
     assert {"eval_reward", "eval_agreement/place_2", "eval_drift/kl"} <= set(first)
 
 
