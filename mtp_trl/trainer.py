@@ -280,8 +280,9 @@ class MTPDistillTrainer(NothingLost):
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
-        sums = {**self._last_pass.sums, "not_finite": 1.0 - loss.detach().isfinite().float()}
-        self._last_pass = None
+        output, self._last_pass = self._last_pass, None
+        not_finite = 1.0 - (output.loss + output.prefix_kl).detach().isfinite().float()
+        sums = {**output.sums, "not_finite": not_finite}
         flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
