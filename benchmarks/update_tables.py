@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ablate  # noqa: E402
 import calibration  # noqa: E402
 import exactness  # noqa: E402
+import memory  # noqa: E402
 import serve  # noqa: E402
 import train  # noqa: E402
 
@@ -42,6 +43,8 @@ def table(name: str) -> str:
         return exactness.table(results)
     if "max_drop" in results["rows"][0]:
         return calibration.table(results)
+    if "gib" in results["rows"][0]:
+        return memory.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
     if "time_to_first_token" in results["rows"][0]:

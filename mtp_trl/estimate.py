@@ -102,8 +102,9 @@ def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
     compute_bytes = 2 if setup.autocast else max(2, setup.weight_bytes)
 
     shards = [setup.processes if setup.zero_stage >= stage else 1 for stage in (1, 2, 3)]  # states, gradients, weights
-    weights = (base * setup.weight_bytes + adapter * compute_bytes) / shards[2]
-    gradient_bytes = 2 if setup.master else max(2, setup.weight_bytes)
+    # adapters are kept in float32 where no DeepSpeed engine casts them
+    gradient_bytes = 2 if setup.master else _FLOAT32 if adapter else setup.weight_bytes
+    weights = (base * setup.weight_bytes + adapter * gradient_bytes) / shards[2]
     state_bytes = _FLOAT32 * (setup.moments + 1) if setup.master else gradient_bytes * setup.moments
     optimizer = trainable * state_bytes / shards[0]
     teacher = weights if setup.mode == "full" else 0.0

@@ -78,6 +78,7 @@ def train(recipe: Recipe) -> Any:
     )
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
+    _show_progress(trainer)
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
     if _stopped(trainer):
         trainer.accelerator.print(f"Stopped by SIGTERM; checkpoint-{trainer.stopped_at} is in {training.output_dir}.")
@@ -93,6 +94,16 @@ def train(recipe: Recipe) -> Any:
 
 def _stopped(trainer: Any) -> bool:
     return getattr(trainer, "stopped_at", None) is not None  # trl.SFTTrainer has no such thing
+
+
+def _show_progress(trainer: Any) -> None:
+    """In a terminal: bars with the time left, and a live table of the last log with acceleration and agreement by place."""
+    from transformers import ProgressCallback
+    from trl import RichProgressCallback
+
+    if sys.stdout.isatty() and not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RichProgressCallback)
 
 
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

@@ -26,10 +26,14 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
     """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
 
     Raises:
-        ValueError: for a model that has adapters already, under FSDP, and where ZeRO-3 would not gather the adapter.
+        ValueError: for a model that has adapters already, under FSDP 1, and where FSDP or ZeRO-3 would not gather the adapter.
     """
-    if args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("exact mode does not work under FSDP, which flattens its adapter; use DDP or DeepSpeed ZeRO.")
+    fsdp = _fsdp(args)
+    if fsdp is not None and fsdp != ("2", "FULL_STATE_DICT"):
+        raise ValueError(
+            "exact mode's adapter is saved whole, which needs FSDP version 2 and FULL_STATE_DICT, got version "
+            f"{fsdp[0]} and {fsdp[1]}; change these, or use DDP or DeepSpeed ZeRO."
+        )
     zero = None if args.deepspeed_plugin is None else args.deepspeed_plugin.hf_ds_config
     if zero is not None and zero.is_zero3():
         gathers = "stage3_gather_16bit_weights_on_model_save"
@@ -47,6 +51,16 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
         shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
     student.config.mtp["exact"] = True
     add_gated_adapter(student, seed=args.seed, **shape)
+
+
+def _fsdp(args: MTPDistillConfig) -> tuple[str, str] | None:
+    """Version and kind of state dict where FSDP shards the model, as `args` or `accelerate launch` say."""
+    if args.fsdp_plugin_args is not None:
+        plugin = args.fsdp_plugin_args
+        return str(plugin.get("fsdp_version", 1)), str(plugin.get("state_dict_type", "FULL_STATE_DICT"))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    return None
 
 
 def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:

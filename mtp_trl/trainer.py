@@ -20,8 +20,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
 from transformers.trainer_utils import HubStrategy
 from trl.models.utils import unwrap_model_for_generation
@@ -31,7 +34,8 @@ from .card import PAPER, TAGS, write_card
 from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
-from .data import prepare_dataset
+from .data import column_names, prepare_dataset
+from .evaluation.show import block_texts, coloured
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .guard import DriftGuard
@@ -91,6 +95,7 @@ class MTPDistillTrainer(NothingLost):
         train_dataset = _prepared(train_dataset, tokenizer, args, "train")
         eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
         _check_one_step(train_dataset, args)
+        _check_generation(train_dataset, args)
 
         load = model_loader(model, args, quantization_config) if isinstance(model, str) else None
         student = load() if load else model
@@ -282,8 +287,9 @@ class MTPDistillTrainer(NothingLost):
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
-        sums = {**self._last_pass.sums, "not_finite": 1.0 - loss.detach().isfinite().float()}
-        self._last_pass = None
+        output, self._last_pass = self._last_pass, None
+        not_finite = 1.0 - (output.loss + output.prefix_kl).detach().isfinite().float()
+        sums = {**output.sums, "not_finite": not_finite}
         flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
@@ -360,14 +366,19 @@ class MTPDistillTrainer(NothingLost):
                     )
                     metrics[f"eval_decoding/{name}_{threshold}"] = float(output.acceleration)
         if self.accelerator.is_main_process:
-            print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
+            Console().print(self._sample_blocks(output, inputs["input_ids"].shape[1]))
         return metrics
 
-    def _blocks_of_first_row(self, output: Any, start: int) -> str:
-        ids = output.sequences[0, start:]
-        blocks = ids[: sum(output.block_lengths[0])].cpu().split(output.block_lengths[0])
-        text = "|".join(self._tokenizer.decode(block) for block in blocks)
-        return f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}: {text}"
+    def _sample_blocks(self, output: Any, start: int) -> Table:
+        """The answers of the last threshold, a colour for each forward pass."""
+        table = Table(title=f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}", show_lines=True)
+        table.add_column("tokens per pass", justify="right")
+        table.add_column("answer, a block per pass")
+        for ids, lengths in zip(output.sequences[:, start:].tolist(), output.block_lengths, strict=True):
+            tokens = sum(lengths)
+            mean = tokens / max(1, len(lengths))
+            table.add_row(f"{mean:.2f}", coloured(block_texts(self._tokenizer, ids[:tokens], lengths)))
+        return table
 
     # ---- saving ----
 
@@ -389,13 +400,13 @@ class MTPDistillTrainer(NothingLost):
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
 
     def _load_best_model(self) -> None:
-        if self.args.exact and not self.is_deepspeed_enabled:
+        if self.args.exact and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             hub.load_adapter(causal_lm(self.model), self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.args.exact:  # the base is there as it always was
+        if self.args.exact and not self.is_fsdp_enabled:  # the base is there as it always was
             hub.load_adapter(causal_lm(self.model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -526,4 +537,13 @@ def _check_one_step(dataset: Any, args: MTPDistillConfig) -> None:
             f"The training set has {len(dataset)} usable rows, fewer than the {needed} of one optimizer step "
             f"({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulation steps x "
             f"{args.world_size} processes); lower one of these or bring more data."
+        )
+
+
+def _check_generation(dataset: Any, args: MTPDistillConfig) -> None:
+    """Ranks whose texts end at different times would wait for each other's layers without end."""
+    completed = dataset is None or "completion_ids" in column_names(dataset)
+    if not completed and is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "ds3_gather_for_generation=False cannot complete bare prompts under ZeRO-3; set it to true, or bring completions."
         )

@@ -1,5 +1,6 @@
-"""ZeRO and DDP on CPU in two real processes: the mask row, the loss and the saved model are those of one process."""
+"""DDP, every ZeRO stage and FSDP2 in two real processes on CPU: losses and the saved model are those of one process."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -7,91 +8,171 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import mtp_trl.word_problems
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
 
 SCRIPT = """
 import json
 import sys
+from pathlib import Path
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
 from mtp_trl.custom_generate.generate import generate
 from mtp_trl.word_problems import load_dataset
 
-source, folder, tokenizer, size, zero, exact = sys.argv[1:]
-args = MTPDistillConfig(
-    output_dir=folder, use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=12, max_steps=3, save_strategy="no",
-    per_device_train_batch_size=int(size), logging_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
-    gradient_checkpointing=False, deepspeed=zero or None, disable_tqdm=True, exact=bool(int(exact)), exact_rank=4,
-)
+options = json.loads(sys.argv[1])
+lora, prompts_only = options.pop("lora", False), options.pop("prompts_only", False)
+args = MTPDistillConfig(**{
+    "use_cpu": True, "bf16": False, "report_to": "none", "k_max": 4, "slots_per_row": 12, "max_steps": 3,
+    "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False, "disable_tqdm": True, "exact_rank": 4, "max_completion_length": 12,
+    **options["arguments"],
+})
+peft_config = None
+if lora:
+    from peft import LoraConfig
+    from peft.tuners.trainable_tokens import layer
+
+    def gathered_rows(self, weight, rows, embed_dim):  # PEFT's own asks for a CUDA device
+        with layer.gather_params_ctx([weight], modifier_rank=None):
+            return weight[rows].clone()
+
+    layer.TrainableTokensLayer._collect_token_weights = gathered_rows
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+rows = load_dataset("train", 32, 0)
 trainer = MTPDistillTrainer(
-    source, args, load_dataset("train", 32, 0), processing_class=AutoTokenizer.from_pretrained(tokenizer)
+    options["source"], args, rows.select_columns(["prompt"]) if prompts_only else rows,
+    processing_class=AutoTokenizer.from_pretrained(options["tokenizer"]), peft_config=peft_config,
 )
 # ACCELERATE_USE_CPU, or `accelerate launch --cpu`, would switch DeepSpeed off without a word
-assert trainer.is_deepspeed_enabled == bool(zero)
-trainer.train()
+assert trainer.is_deepspeed_enabled == bool(args.deepspeed)
+trainer.train(resume_from_checkpoint=options.get("resume"))
 trainer.save_model()
-# each process another prompt and another length: one of them is done long before the other
-rank = trainer.accelerator.process_index
-ids = torch.arange(5, 9 + 2 * rank, device=trainer.model.device)[None]
-for mtp_k in (1, 4):
-    text = generate(ids, model=trainer.model, mtp_k=mtp_k, confadapt=0.3, max_new_tokens=3 + 20 * rank, do_sample=False)
-    print("DECODED", rank, mtp_k, text[0].tolist(), flush=True)
+if options["decode"]:  # each process another prompt and another length: one of them is done long before the other
+    rank = trainer.accelerator.process_index
+    ids = torch.arange(5, 9 + 2 * rank, device=trainer.accelerator.device)[None]
+    limits = {"max_new_tokens": 3 + 20 * rank, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    texts = [generate(ids, model=trainer.model, mtp_k=k, confadapt=0.3, verify=False, **limits) for k in (1, 4)]
+    Path(args.output_dir, f"texts_{rank}.json").write_text(json.dumps([text[0].tolist() for text in texts]))
 if trainer.is_world_process_zero():
     print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
 """
 
 
-def train(run_program, script: Path, source: Path, folder: Path, *, exact: bool, processes: int, zero: Path | None):
-    command = ["-m", "accelerate.commands.launch"]
-    if processes > 1:
-        command += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-    command += [script, source, folder, TOKENIZER, 8 // processes, zero or "", int(exact)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = run_program(command, env=environment)
-    assert done.returncode == 0, done.stderr[-8000:]
-    lines = done.stdout.splitlines()
-    line = next(line for line in lines if line.startswith("LOSSES"))
-    saved = load_file(folder / "model.safetensors")
-    if exact:
-        saved |= load_file(folder / "custom_generate" / "mtp_adapter.safetensors")
-    decoded = {line for line in lines if line.startswith("DECODED")}
-    return json.loads(line.removeprefix("LOSSES")), saved, decoded
-
-
-# with a spare row for the mask token, and with a matrix that has to grow
-@pytest.mark.parametrize(
-    ("rows", "exact", "stage"), [(768, False, 3), (766, False, 3), (768, True, 3), (768, True, 2), (768, True, None)]
-)
-def test_two_processes_equal_one(run_program, tmp_path, rows, exact, stage):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Saves a model whose matrix has as many rows: with a spare one for the mask token, or without."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    zero = tmp_path / "zero3.json"
-    zero.write_text(json.dumps({
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
-        "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
-    }))  # fmt: skip
-    one, two = (
-        train(run_program, script, tmp_path / "source", tmp_path / name, exact=exact, processes=processes, zero=config)
-        for name, processes, config in (("one", 1, None), ("two", 2, zero if stage else None))
-    )
-    assert one[0] == pytest.approx(two[0], rel=1e-4)
-    assert len(two[2]) == 4
-    assert one[2] <= two[2]
-    assert one[1].keys() == two[1].keys()
-    for name, value in one[1].items():
+    @functools.cache
+    def save(rows: int) -> str:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp(f"source_{rows}")
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture
+def train(run_program, source, tmp_path):
+    """Runs the script in so many processes; returns its losses and what it saved."""
+
+    def run(processes: int, name: str, *, rows: int = 768, launch: tuple = (), resume: str | None = None, lora=False,
+            prompts_only=False, decode=False, **arguments):  # fmt: skip
+        script = tmp_path / "train.py"
+        script.write_text(SCRIPT)
+        folder = tmp_path / name
+        options = {
+            "source": source(rows), "tokenizer": str(TOKENIZER), "resume": resume, "lora": lora, "prompts_only": prompts_only,
+            "decode": decode,
+            "arguments": {"output_dir": str(folder), "per_device_train_batch_size": 8 // processes, **arguments},
+        }  # fmt: skip
+        command = ["-m", "accelerate.commands.launch"]
+        if processes > 1:
+            command += [*(launch or ("--multi_gpu",)), "--num_processes", processes, "--main_process_port", 0]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = run_program([*command, script, json.dumps(options)], env=environment)
+        assert done.returncode == 0, done.stderr[-8000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
+        names = ["model.safetensors", "adapter_model.safetensors", "custom_generate/mtp_adapter.safetensors"]
+        saved = {key: value for file in names if (folder / file).is_file() for key, value in load_file(folder / file).items()}
+        return json.loads(line.removeprefix("LOSSES")), saved
+
+    return run
+
+
+FSDP2 = (
+    "--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type",
+    "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true",
+)  # fmt: skip
+_alone: dict[str, tuple] = {}
+
+
+def deepspeed(name: str, folder: Path) -> str:
+    """The published configuration, with the optimizer it is given where its own would take minutes to compile."""
+    config = json.loads((ROOT / "recipes" / "deepspeed" / f"{name}.json").read_text())
+    config["zero_force_ds_cpu_optimizer"] = False
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [
+        ({}, None), ({}, "zero2"), ({"rows": 766}, "zero3"), ({}, "zero3_offload"), ({}, "fsdp2"), ({"lora": True}, "zero3"),
+        *(({"exact": True}, how) for how in (None, "zero1", "zero2_offload", "zero3", "fsdp2")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_two_processes_equal_one(train, tmp_path, mode, how):
+    if str(mode) not in _alone:
+        _alone[str(mode)] = train(1, "one", **mode)
+    losses, weights = _alone[str(mode)]
+    if how == "fsdp2":
+        two = train(2, "two", **mode, launch=FSDP2)
+    else:
+        two = train(2, "two", **mode, deepspeed=how and deepspeed(how, tmp_path))
+    assert losses == pytest.approx(two[0], rel=1e-4)
+    assert weights.keys() == two[1].keys()
+    for name, value in weights.items():
         torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-3)
-    if exact:
-        assert any("lora_B" in name and value.abs().max() > 0 for name, value in one[1].items())
+    if mode:
+        assert any("lora_B" in name and value.abs().max() > 0 for name, value in weights.items()) or "rows" in mode
+
+
+@pytest.mark.parametrize("how", ["zero3", "fsdp2"])
+def test_what_is_sharded_is_resumed(train, tmp_path, how):
+    """Bare prompts completed under ZeRO-3, by ranks whose texts differ in length; exact mode under FSDP2."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    if how == "zero3":
+        options |= {"prompts_only": True, "deepspeed": deepspeed("zero3", tmp_path)}
+    else:
+        options |= {"exact": True, "launch": FSDP2}
+    losses, weights = train(2, "whole", **options)
+    again, resumed = train(2, "resumed", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again == losses
+    assert weights
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact):
+    """Each process its own prompt: the one that is done first goes on making passes, or the other would wait for ever."""
+    train(2, "two", exact=exact, decode=True, deepspeed=deepspeed("zero3", tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True, dtype=torch.float32)
+    for rank in range(2):
+        ids = torch.arange(5, 9 + 2 * rank)[None]
+        limits = {"max_new_tokens": 3 + 20 * rank, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        expected = [model.generate(ids, mtp_k=k, confadapt=0.3, verify=False, **limits)[0].tolist() for k in (1, 4)]
+        assert json.loads((tmp_path / "two" / f"texts_{rank}.json").read_text()) == expected

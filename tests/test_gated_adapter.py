@@ -385,7 +385,8 @@ def test_resuming_with_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp_plugin_args": {}}, "does not work under FSDP"),
+        ({"fsdp_plugin_args": {"fsdp_version": 1}}, "needs FSDP version 2 and FULL_STATE_DICT, got version 1"),
+        ({"fsdp_plugin_args": {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}, "got version 2 and SHARDED"),
         ({"deepspeed_plugin": SimpleNamespace(hf_ds_config=ZERO_3)}, "set stage3_gather_16bit_weights_on_model_save to true"),
     ],
 )

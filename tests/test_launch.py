@@ -253,6 +253,20 @@ def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, o
     assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_bars_and_a_table_of_the_last_log(write, monkeypatch, capsys, terminal):
+    path = write(logging_steps=1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert launch.main(path) == 0
+    shown = capsys.readouterr().out
+    assert ("Training" in shown) == terminal
+    assert ("0:00:0" in shown) == terminal  # time left
+    assert "train_runtime" in shown  # of the last log, in the table or as it was
+
+
 def test_launch_itself_loads_no_torch(run_program):
     """The environment can only be prepared before torch is there."""
     code = "import sys, mtp_trl.launch; sys.exit('torch' in sys.modules)"

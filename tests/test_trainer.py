@@ -242,7 +242,10 @@ def test_evaluation_is_repeatable_and_decodes(tmp_path, tokenizer, capsys):
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"]
     assert first["eval_decoding/acceleration_0.0"] == pytest.approx(6.0)  # static k = k_max, 12 tokens
-    assert "|" in capsys.readouterr().out
+    assert first["eval_decoding/verified_0.0"] <= first["eval_decoding/acceleration_0.0"]
+    shown = capsys.readouterr().out
+    assert "step 0, ConfAdapt 0.0" in shown
+    assert shown.count("6.00") == 4  # two evaluations of two answers
     assert {"eval_reward", "eval_agreement/place_2", "eval_drift/kl"} <= set(first)
 
 
@@ -285,6 +288,13 @@ def test_a_card_is_written_with_every_checkpoint(tmp_path, tokenizer):
 def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="4 usable rows, fewer than the 8"):
         MTPDistillTrainer(str(tmp_path / "no_such_model"), arguments(tmp_path), rows(4), processing_class=tokenizer)
+
+
+def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("mtp_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    args = arguments(tmp_path, ds3_gather_for_generation=False)
+    with pytest.raises(ValueError, match="cannot complete bare prompts under ZeRO-3"):
+        MTPDistillTrainer("no_such_model", args, rows().select_columns(["prompt"]), processing_class=tokenizer)
 
 
 @pytest.mark.parametrize(
