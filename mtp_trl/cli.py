@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .evaluation.tasks import Task
 
 # Imports of torch, transformers and the like stay inside the commands, so that --help is instant.
 Command = Callable[[argparse.Namespace], int]
@@ -43,6 +47,23 @@ def _train(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _estimate(parser: argparse.ArgumentParser) -> Command:
+    """Say how much GPU memory a recipe takes, before anything but the model's config is read."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that share the ZeRO shards (default: 1)")
+    parser.add_argument("--memory", type=float, default=80, metavar="GIB", help="of each GPU (default: 80)")
+    parser.epilog = "Any other option is a recipe key with another value. The exit status is 1 when it does not fit."
+    parser.set_defaults(overrides=[])
+
+    def command(options: argparse.Namespace) -> int:
+        from .estimate import run_estimate
+
+        fits = run_estimate(options.recipe, options.overrides, processes=options.gpus, memory=options.memory)
+        return 0 if fits else 1
+
+    return command
+
+
 def _env(parser: argparse.ArgumentParser) -> Command:
     """Print versions and hardware, for bug reports."""
 
@@ -75,12 +96,7 @@ def _demo(parser: argparse.ArgumentParser) -> Command:
 def _eval(parser: argparse.ArgumentParser) -> Command:
     """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
-    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
-    parser.add_argument(
-        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    _data_options(parser)
     parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
     parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
@@ -92,17 +108,10 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
 
     def command(options: argparse.Namespace) -> int:
         from .evaluation.commands import run_eval
-        from .evaluation.tasks import load_task
 
-        task = load_task(
-            options.data,
-            limit=options.limit,
-            prompt=options.prompt_column,
-            completion=options.completion_column,
-        )
         run_eval(
             options.model,
-            task,
+            _task(options),
             base=options.base,
             ks=options.static,
             thresholds=options.thresholds,
@@ -115,6 +124,46 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
         return 0
 
     return command
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> Command:
+    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default."""
+    parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
+    _data_options(parser)
+    parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+
+    def command(options: argparse.Namespace) -> int:
+        from .evaluation.commands import run_calibrate
+
+        run_calibrate(
+            options.model,
+            _task(options),
+            max_drop=options.max_drop,
+            confidence=options.confidence,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        return 0
+
+    return command
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
+    parser.add_argument(
+        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+
+
+def _task(options: argparse.Namespace) -> "Task":
+    from .evaluation.tasks import load_task
+
+    return load_task(options.data, limit=options.limit, prompt=options.prompt_column, completion=options.completion_column)
 
 
 def _show(parser: argparse.ArgumentParser) -> Command:
@@ -150,6 +199,97 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _serve(parser: argparse.ArgumentParser) -> Command:
+    """Serve an adapted model with vLLM's OpenAI server, several tokens per forward pass."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="return exactly the model's own text (default: the model's, else yes)",
+    )
+    parser.add_argument("--adapter", metavar="REPO", help="exact mode: an adapter published alone, for the base named as model")
+    parser.add_argument("--fixed-width", action="store_true", help="draft as many tokens in every pass (full CUDA graphs)")
+    parser.epilog = "Any other option is vLLM's: --port 8001 --max-model-len 4096. A request may carry its own values."
+    parser.set_defaults(overrides=[])
+
+    def command(options: argparse.Namespace) -> int:
+        from .serving.vllm.serve import run_serve
+
+        return run_serve(
+            options.model,
+            options.overrides,
+            confadapt=options.confadapt,
+            mtp_k=options.k,
+            verify=options.verify,
+            adapter=options.adapter,
+            fixed_width=options.fixed_width or None,
+        )
+
+    return command
+
+
+def _push(parser: argparse.ArgumentParser) -> Command:
+    """Upload an adapted model to the Hub in one commit, with its decoder, defaults, provenance and card."""
+    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
+    parser.add_argument("repository", help="you/name; made if it is not there")
+    _publishing_options(parser)
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch (default: main)")
+    parser.add_argument("--message", default="Upload model", help="of the commit")
+
+    def command(options: argparse.Namespace) -> int:
+        from .publish import push
+
+        commit = push(
+            options.folder,
+            options.repository,
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.message,
+            adapter_only=options.adapter_only,
+            results=options.results,
+        )
+        print(commit)
+        return 0
+
+    return command
+
+
+def _export(parser: argparse.ArgumentParser) -> Command:
+    """Write what `push` would upload into a new folder."""
+    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    _publishing_options(parser)
+    parser.add_argument("--repository", metavar="NAME", help="what the card tells readers to load")
+
+    def command(options: argparse.Namespace) -> int:
+        from .publish import export
+
+        print(
+            export(
+                options.folder,
+                options.output,
+                repo_id=options.repository,
+                adapter_only=options.adapter_only,
+                results=options.results,
+            )
+        )
+        return 0
+
+    return command
+
+
+def _publishing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter-only", action="store_true", help="of an exact-mode model the adapter alone, without the base's weights"
+    )
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
+    )
+
+
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -161,8 +301,13 @@ def _integers(text: str) -> list[int]:
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "demo": _demo,
     "train": _train,
+    "estimate": _estimate,
     "eval": _eval,
+    "calibrate": _calibrate,
     "show": _show,
+    "serve": _serve,
+    "export": _export,
+    "push": _push,
     "env": _env,
 }
 

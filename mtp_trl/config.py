@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from .guard import DRIFT_ACTIONS
 from .mask_token import MASK_TOKEN
 from .objective import OBJECTIVES
 
@@ -27,10 +28,23 @@ class MTPDistillConfig(DistillationConfig):
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
             from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, and `ntp_coef` with it.
+        k_curriculum (`float`, *optional*, defaults to `0.0`):
+            Share of the steps, at the start, over which the largest block drawn grows from `k_min` to `k_max`.
+        place_decay (`float`, *optional*, defaults to `1.0`):
+            Place j of a block counts `place_decay ** (j - 1)` in the loss: below 1 the places that are reached most often
+            in decoding count most.
+        completions_by (`str`, *optional*, defaults to `"student"`):
+            Who completes prompts that come without a completion: `"student"` or `"teacher"`. In exact mode both are the
+            base.
         reward_floor (`float`, *optional*, defaults to `-20.0`):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
             Weight of KL(teacher, student) on the completion's own tokens, which keeps single-token quality.
+        drift_limit (`float`, *optional*):
+            Largest KL(base, student) in nats per token that single-token prediction may reach, on the evaluation set where
+            there is one. In exact mode there is no drift.
+        drift_action (`str`, *optional*, defaults to `"warn"`):
+            What happens beyond it: `"warn"`, `"stop"` (after a checkpoint) or `"raise_ntp_coef"` (to 0.1, then doubled).
         mask_token (`str`, *optional*, defaults to `"<|mtp|>"`):
             String of the mask token where one has to be added.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -71,8 +85,13 @@ class MTPDistillConfig(DistillationConfig):
     ground_truth_warmup: float = field(
         default=0.0, metadata={"help": "Share of the steps supervised by the text before the teacher takes over."}
     )
+    k_curriculum: float = field(default=0.0, metadata={"help": "Share of the steps over which blocks grow to k_max."})
+    place_decay: float = field(default=1.0, metadata={"help": "Weight of each place of a block against the one before."})
+    completions_by: str = field(default="student", metadata={"help": "Who completes bare prompts: student or teacher."})
     reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
     ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
+    drift_limit: float | None = field(default=None, metadata={"help": "Largest KL to the base in nats per clean token."})
+    drift_action: str = field(default="warn", metadata={"help": f"Beyond it: one of {', '.join(DRIFT_ACTIONS)}."})
     mask_token: str = field(default=MASK_TOKEN, metadata={"help": "String of the mask token to add."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
     column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
@@ -113,6 +132,12 @@ class MTPDistillConfig(DistillationConfig):
                 f"exact mode leaves the text's own predictions to the frozen base, so ntp_coef={self.ntp_coef} has nothing "
                 "to train; set it to 0."
             )
+        if self.drift_action not in DRIFT_ACTIONS:
+            raise ValueError(f"drift_action must be one of {', '.join(DRIFT_ACTIONS)}, got {self.drift_action!r}.")
+        if self.drift_limit is not None and (self.exact or self.drift_limit < 0):
+            raise ValueError(
+                f"drift_limit={self.drift_limit} must be >= 0, and unset in exact mode, where the text is the base's own."
+            )
         if self.adapter_only and not self.exact:
             raise ValueError("adapter_only=True saves the adapter of exact mode; set exact=True, or use peft_config for LoRA.")
         for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
@@ -120,8 +145,13 @@ class MTPDistillConfig(DistillationConfig):
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
         if self.ntp_coef < 0 or self.num_eval_prompts < 0:
             raise ValueError(f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}.")
-        if not 0.0 <= self.ground_truth_warmup <= 1.0:
-            raise ValueError(f"ground_truth_warmup is a share of the steps in [0, 1], got {self.ground_truth_warmup}.")
+        for name in ("ground_truth_warmup", "k_curriculum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a share of the steps in [0, 1], got {getattr(self, name)}.")
+        if self.place_decay <= 0:
+            raise ValueError(f"place_decay must be > 0, got {self.place_decay}; 1 counts all places alike.")
+        if self.completions_by not in ("student", "teacher"):
+            raise ValueError(f"completions_by must be student or teacher, got {self.completions_by!r}.")
         for threshold in (self.confadapt, *self.thresholds):
             if not 0.0 <= threshold <= 1.0:
                 raise ValueError(f"A ConfAdapt threshold is a probability in [0, 1], got {threshold}.")

@@ -42,8 +42,10 @@ def prepare_dataset(
     """Rows with `prompt` and, where the data has completions, `prompt_ids` and `completion_ids` (lists of ints).
 
     A completion's ids continue the prompt's, never merging across the boundary, since that is what generation does.
-    Rows without a completion and rows whose prompt alone fills `max_length` are left out, longer completions are cut;
-    the counts are logged. Prompt-only data comes back with its `prompt` column alone, to be completed on policy.
+    Rows with a null, rows without a completion and rows whose prompt alone fills `max_length` are left out, longer
+    completions are cut; the counts are logged. Prompt-only data comes back with its `prompt` column alone, to be completed
+    on policy. A malformed row is an error, which comes before any work is lost; behind good rows of a stream, perhaps hours
+    into the training, it is left out with a warning.
 
     Args:
         dataset: any of the forms above.
@@ -61,14 +63,14 @@ def prepare_dataset(
     columns = column_names(dataset)
     form = _form_of(columns, desc)
     _check_filled(dataset, form, desc)
+    streamed = not isinstance(dataset, Dataset)
+    encoder = _Encoder(tokenizer, form, max_length, mask_token, desc, streamed)
+    # With the cache, a second run would skip the rows' checks and counts.
+    options: dict[str, Any] = {} if streamed else {"desc": f"Tokenizing {desc}", "load_from_cache_file": False}
     if form.columns == ("prompt",):
-        return dataset.select_columns(["prompt"])
-    encoder = _Encoder(tokenizer, form, max_length, mask_token, desc)
-    options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
-    if isinstance(dataset, Dataset):
-        # With the cache, a second run would skip the rows' checks and counts.
-        options |= {"desc": f"Tokenizing {desc}", "load_from_cache_file": False}
-    prepared = dataset.map(encoder, **options)
+        prepared = dataset.select_columns(["prompt"]).filter(encoder.can_be_completed, **options)
+    else:
+        prepared = dataset.map(encoder, batched=True, with_indices=True, remove_columns=columns, **options)
     encoder.report()
     if isinstance(prepared, Dataset) and not len(prepared):
         raise ValueError(f"No row of the {desc} set is left to train on: {encoder.summary() or 'it has no rows'}.")
@@ -128,6 +130,9 @@ def format_columns(
     def frame(row: Row) -> dict[str, Any]:
         framed: dict[str, Any] = {}
         for column, (role, text) in frames.items():
+            if row[column] is None:  # left out, and counted, where rows are encoded
+                framed[column] = None
+                continue
             # Not str.format: braces are common in mathematics and code.
             content = text.replace("{}", row[column])
             framed[column] = [{"role": role, "content": content}] if as_messages else content
@@ -204,6 +209,7 @@ class _Encoder:
         max_length: int | None,
         mask_token: str | None,
         desc: str,
+        streamed: bool,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no EOS token, so no completion could end; set tokenizer.eos_token.")
@@ -212,6 +218,7 @@ class _Encoder:
         self.max_length = max_length
         self.mask_token = mask_token
         self.desc = desc
+        self.streamed = streamed
         self.counts: Counter[str] = Counter()
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
@@ -222,11 +229,32 @@ class _Encoder:
             try:
                 encoded = self._encode(dict(zip(names, values, strict=True)))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"Row {index} of the {self.desc} set: {error}") from error
+                if not (self.streamed and self.counts["kept"]):
+                    raise ValueError(f"Row {index} of the {self.desc} set: {error}") from error
+                self.counts["malformed left out"] += 1
+                logger.warning(f"Row {index} of the {self.desc} set is left out ({self.summary()}): {error}")
+                continue
             if encoded is not None:
                 for column, value in zip(out.values(), encoded, strict=True):
                     column.append(value)
         return out
+
+    def can_be_completed(self, row: Row) -> bool:
+        """Whether there is a prompt, and room behind it."""
+        prompt = row["prompt"]
+        self._refuse_mask_token(prompt)
+        if not prompt:
+            self.counts["without a prompt left out"] += 1
+            return False
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if self.max_length is not None and len(ids) >= self.max_length:
+            self.counts[f"with a prompt of max_length={self.max_length} tokens or more left out"] += 1
+            return False
+        self.counts["kept"] += 1
+        return True
 
     def summary(self) -> str:
         return ", ".join(f"{count} rows {what}" for what, count in self.counts.items() if what != "kept")
@@ -237,6 +265,9 @@ class _Encoder:
             logger.warning(f"{self.desc} set: {summary}; {self.counts['kept']} rows remain.")
 
     def _encode(self, row: Row) -> tuple[Text, list[int], list[int]] | None:
+        if any(row[column] is None for column in self.form.columns):
+            self.counts["with a null left out"] += 1
+            return None
         prompt, completion = self.form.split(row)
         self._refuse_mask_token(prompt, completion)
         if _is_blank(completion):

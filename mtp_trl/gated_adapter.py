@@ -44,8 +44,8 @@ def add_gated_adapter(
     Raises:
         ValueError: when no linear layer fits.
     """
-    layers = dict(_linear_layers(model, target_modules))
-    if not layers:
+    shapes = adapted_layers(model, target_modules)
+    if not shapes:
         wanted = "attention or MLP layers" if target_modules is None else ", ".join(target_modules)
         raise ValueError(f"{type(model).__name__} has no linear layer among {wanted}; name some in target_modules.")
     model.requires_grad_(False)
@@ -54,7 +54,6 @@ def add_gated_adapter(
     mask_token = torch.tensor([model.config.mtp["mask_token_id"]], device=embedding.weight.device)
     with gathered([embedding.weight]), torch.no_grad():
         row = embedding(mask_token)[0].float()  # as the first layer would see it: some models scale their embeddings
-    shapes = {name: features for name, layer in layers.items() if (features := linear_features(layer))}
     adapter = MaskGatedAdapter(shapes, rank=rank, alpha=alpha, hidden_size=len(row))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,6 +64,11 @@ def add_gated_adapter(
     adapter.mtp = model.config.mtp
     adapter.base = (model.config._name_or_path, base_fingerprint(model, adapter.names, gathered=gathered))
     return adapter.attach(model)
+
+
+def adapted_layers(model: PreTrainedModel, target_modules: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the layers that an adapter of `target_modules` acts on, by name; see `add_gated_adapter`."""
+    return {name: features for name, layer in _linear_layers(model, target_modules) if (features := linear_features(layer))}
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

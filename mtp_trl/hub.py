@@ -1,29 +1,26 @@
-"""What makes a folder a publishable model: decoder, decoding defaults, provenance, card; and its way to the Hub."""
+"""What makes a folder a publishable model: decoder, decoding defaults, provenance."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 import platform
+import re
 import shlex
 import sys
-import textwrap
 from collections.abc import Mapping
-from concurrent.futures import Future
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .custom_generate import generate as decoder
 
@@ -32,17 +29,7 @@ if TYPE_CHECKING:
 
     from .config import MTPDistillConfig
 
-PAPER = {
-    "title": "Multi-Token Prediction via Self-Distillation",
-    "id": "2602.06019",
-    "citation": textwrap.dedent("""\
-        @article{kirchenbauer2026multitoken,
-            title  = {{Multi-Token Prediction via Self-Distillation}},
-            author = {Kirchenbauer, John and others},
-            year   = 2026,
-            eprint = {arXiv:2602.06019},
-        }"""),
-}
+_PACKAGE = Path(__file__).parent.resolve()
 PROVENANCE_FILE = "mtp_provenance.json"
 _PACKAGES = (
     "mtp-trl",
@@ -55,7 +42,6 @@ _PACKAGES = (
     "deepspeed",
     "huggingface_hub",
 )
-_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
 def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: bool | None) -> None:
@@ -65,7 +51,7 @@ def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: b
     config._from_model_config = False  # otherwise transformers drops the extras when the file is read back
 
 
-def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str) -> dict[str, Any]:
+def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str, dataset: str | None = None) -> dict[str, Any]:
     """Who made this model: base, command, settings, versions, hardware, date. No secrets."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     settings = {
@@ -74,7 +60,8 @@ def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str) -> d
         if name in defaults and value != defaults[name] and "token" not in name and _is_plain(value)
     }
     return {
-        "base_model": base_model,
+        "base_model": public_name(base_model),
+        "dataset": None if dataset is None else public_name(dataset),
         "mask_token": mask_token,
         "objective": args.objective,
         "k_min": args.k_min,
@@ -87,14 +74,37 @@ def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str) -> d
 def run_facts() -> dict[str, Any]:
     """What every published number carries: the command behind it, the date, the hardware, the versions."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(_publishable([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
 
+_SECRET_OPTION = re.compile(r"--?(?:token|[\w-]*(?:hub|hf|api|auth|access)[_-](?:token|key)|[\w-]*(?:secret|password)[\w-]*)")
+_SECRET = re.compile(r"hf_\w{3,}")
+
+
+def _publishable(arguments: list[str]) -> list[str]:
+    """A command line without secrets, and with the names of files instead of where they lie on one machine."""
+    shown, secret = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if secret and not argument.startswith("-"):
+            shown.append("***")
+        elif _SECRET_OPTION.fullmatch(option):
+            shown.append(f"{option}=***" if equals else option)
+        elif Path(value or option).is_absolute():
+            shown.append(option + equals + Path(value).name if equals else Path(option).name)
+        else:
+            shown.append(_SECRET.sub("***", argument))
+        secret = not secret and not equals and _SECRET_OPTION.fullmatch(option) is not None
+    return shown
+
+
 def _is_plain(value: Any) -> bool:
+    if _SECRET.search(str(value)):
+        return False
     return isinstance(value, str | int | float | bool | list) and "/" not in str(value)  # no paths of a machine
 
 
@@ -133,15 +143,23 @@ def write_decoder(
         model.generation_config.save_pretrained(folder)
     if model.config.mtp.get("exact"):
         exact: decoder.MaskGatedAdapter = model.mtp_adapter
-        exact.base = (_public_name(provenance["base_model"]), exact.base[1])
+        exact.base = (provenance["base_model"], exact.base[1])
         exact.defaults = {name: getattr(model.generation_config, name) for name in ("confadapt", "verify")}
         _save_adapter(folder / decoder.ADAPTER_FILE, adapter or exact.by_file_name(), exact.metadata())
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
 
 
-def _public_name(base: str) -> str:
-    """A Hub id as it is; of a folder the name alone, since its path means nothing elsewhere."""
-    return Path(base).name if Path(base).is_dir() else base
+def public_name(source: str) -> str:
+    """A Hub id or a path inside this package as it is; of other files the name, since their paths mean nothing elsewhere."""
+    path = Path(source)
+    if path.resolve().is_relative_to(_PACKAGE) and path.exists():
+        return str(Path(_PACKAGE.name) / path.resolve().relative_to(_PACKAGE))
+    return path.name if path.exists() or not is_hub_id(source) else source
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository's: owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -149,6 +167,18 @@ def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
+
+
+def write_decoding_defaults(folder: Path, *, confadapt: float, verify: bool) -> None:
+    """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter."""
+    path, adapter = folder / "generation_config.json", folder / decoder.ADAPTER_FILE
+    if adapter.is_file():
+        with safe_open(adapter, framework="pt") as file:
+            metadata = file.metadata() | {"defaults": json.dumps({"confadapt": confadapt, "verify": verify})}
+        _save_adapter(adapter, load_file(adapter), metadata)
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8")) | {"confadapt": confadapt, "verify": verify}
+        write_atomically(path, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -180,43 +210,6 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_card(
-    folder: str | Path,
-    *,
-    model_name: str,
-    provenance: dict[str, Any],
-    repo_id: str | None = None,
-    dataset_name: str | None = None,
-    tags: list[str] | tuple[str, ...] = (),
-) -> Path:
-    """Render the model card into `folder`/README.md."""
-    base = provenance["base_model"]
-    is_repo_id = not Path(base).is_dir()
-    relation = "adapter" if provenance["settings"].get("adapter_only") else "finetune"
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=base if is_repo_id else None,
-        base_model_relation=relation if is_repo_id else None,
-        datasets=[dataset_name] if dataset_name else None,
-        tags=sorted({"mtp", "trl", "custom_generate", f"arxiv:{PAPER['id']}", *tags}),
-    )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATE),
-        model_name=model_name,
-        repo_id=repo_id or model_name,
-        base=base if is_repo_id else Path(base).name,
-        paper=PAPER,
-        provenance=provenance,
-        settings=json.dumps(provenance["settings"], indent=2),
-    )
-    path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, str(card))
-    return path
-
-
 def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]) -> Path:
     """Merge the adapters into a copy of the base and save it as a model that loads by itself."""
     folder = Path(folder)
@@ -227,22 +220,24 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: st
     return folder
 
 
-def upload(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    blocking: bool = True,
-) -> CommitInfo | Future[CommitInfo]:
-    """One commit with everything a model repository needs and nothing of the training run."""
-    send = functools.partial(
-        HfApi(token=token).upload_folder,
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message=commit_message,
-        revision=revision,
-        ignore_patterns=["_*", "checkpoint-*", "**/__pycache__/**", "*.partial", "optimizer.pt", "training_args.bin"],
-    )
-    return send() if blocking else send(run_as_future=True)
+def merge_folder(folder: Path, output: Path) -> Path:
+    """`save_merged` of LoRA adapters that a run or a checkpoint left in a folder; their base is loaded for it.
+
+    Raises:
+        ValueError: the adapters were not trained by this package.
+        OSError: the base cannot be loaded.
+    """
+    from peft import PeftModel
+
+    from .mask_token import add_mask_token
+
+    if not (folder / PROVENANCE_FILE).is_file():
+        raise ValueError(f"{folder} has adapters without {PROVENANCE_FILE}: MTPDistillTrainer did not save them.")
+    made = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    adapters = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = AutoModelForCausalLM.from_pretrained(adapters["base_model_name_or_path"], revision=adapters.get("revision"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    add_mask_token(base, tokenizer, mask_token=made["mask_token"], k_max=made["k_max"])
+    settings = {"confadapt": 0.9, "verify": False} | made["settings"]
+    set_decoding_defaults(base, confadapt=settings["confadapt"], verify=settings["verify"])
+    return save_merged(PeftModel.from_pretrained(base, str(folder)), tokenizer, output, made)

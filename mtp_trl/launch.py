@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 1 << 28
+# Exit status of a program ended by SIGTERM, as shells report it.
+_STOPPED = 128 + signal.SIGTERM
 
 
 def run(path: str) -> str:
@@ -46,15 +49,18 @@ def main(path: Path, overrides: Sequence[str] = ()) -> int:
     from .recipe import RecipeError, read_recipe
 
     try:
-        train(read_recipe(path, overrides))
+        trainer = train(read_recipe(path, overrides))
     except RecipeError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return _STOPPED if _stopped(trainer) else 0
 
 
 def train(recipe: Recipe) -> Any:
-    """Load data and tokenizer, then the model, train, save, and push if the recipe says so; returns the trainer.
+    """Load data and tokenizer, then the model, train, save, and push if the recipe says so.
+
+    Returns:
+        The trainer. One that SIGTERM ended has saved a checkpoint and no model.
 
     Raises:
         ValueError: columns that are not there, too few rows for one optimizer step and the like, before weights load.
@@ -73,24 +79,32 @@ def train(recipe: Recipe) -> Any:
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
     trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+    if _stopped(trainer):
+        trainer.accelerator.print(f"Stopped by SIGTERM; checkpoint-{trainer.stopped_at} is in {training.output_dir}.")
+        return trainer
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Model saved to {training.output_dir}.")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.arguments.dataset_name)
+        trainer.push_to_hub()
     if hasattr(trainer, "end"):  # closes trackers and process group; transformers >= 5.18
         trainer.end()
     return trainer
 
 
+def _stopped(trainer: Any) -> bool:
+    return getattr(trainer, "stopped_at", None) is not None  # trl.SFTTrainer has no such thing
+
+
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
     from trl import get_peft_config, get_quantization_config
 
+    from .hub import public_name
     from .trainer import MTPDistillTrainer
 
     model, training = recipe.model, recipe.training
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**options, **(training.model_init_kwargs or {})}
-    return MTPDistillTrainer(
+    trainer = MTPDistillTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=train_set,
@@ -99,6 +113,8 @@ def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    trainer.provenance["dataset"] = public_name(str(recipe.arguments.dataset_name))
+    return trainer
 
 
 def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:

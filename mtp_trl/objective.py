@@ -68,6 +68,11 @@ def places_with_loss(rollout_BRK: Tensor, target_BRK: Tensor, drawn_BRK: Tensor,
     return drawn_BRK & ~ended_before_BRK
 
 
+def place_weights(places: int, decay: float) -> Tensor:
+    """How much place j = 1..K of a block counts in the loss, decay ** (j - 1): float32 [K]."""
+    return decay ** torch.arange(places, dtype=torch.float)
+
+
 def block_sums(
     confidence_BRK: Tensor,
     agree_BRK: Tensor,

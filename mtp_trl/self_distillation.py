@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from .config import MTPDistillConfig
 from .forward import attention_masks, can_pack, hidden_states, output_logits
-from .objective import bar_tokens, block_sums, kl_divergence, place_losses, places_with_loss
+from .objective import bar_tokens, block_sums, kl_divergence, place_losses, place_weights, places_with_loss
 from .regions import Layout, Regions, pack_regions, student_forced_ids, suffix_regions
 
 
@@ -53,12 +53,14 @@ class PassOutput:
     """Local sums of one micro-batch.
 
     Attributes:
-        loss: sum of the losses of the places, with gradient.
+        loss: weighted sum of the losses of the places, with gradient.
+        weight: the weights of all places drawn for it, added up.
         prefix_kl: sum of KL(teacher, student) over the clean positions compared, with gradient if it is trained on.
         sums: statistics that add up over micro-batches and ranks.
     """
 
     loss: Tensor
+    weight: Tensor
     prefix_kl: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -146,10 +148,10 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     target_BRK = _scatter(target_P, layout.drawn_BRK)
     counted_BRK = layout.drawn_BRK & in_text_BRK if objective == "ground_truth" else layout.drawn_BRK
     valid_BRK = places_with_loss(rollout_BRK, target_BRK, counted_BRK, eos_ids=tokens.eos)
-    trained_BRK = valid_BRK.clone()
-    trained_BRK[..., 0] &= not reader.base_reads_text
-    loss = torch.where(trained_BRK[layout.drawn_BRK], losses_P, 0.0).sum()
-    output = PassOutput(loss=loss, prefix_kl=loss.new_zeros(()))
+    weight_BRK = layout.drawn_BRK * place_weights(args.k_max, args.place_decay).to(losses_P.device)
+    weight_BRK[..., 0] *= not reader.base_reads_text
+    loss = torch.where(valid_BRK[layout.drawn_BRK], losses_P * weight_BRK[layout.drawn_BRK], 0.0).sum()
+    output = PassOutput(loss=loss, weight=weight_BRK.sum(), prefix_kl=loss.new_zeros(()))
     output.sums = block_sums(
         _scatter(confidence_P, layout.drawn_BRK),
         rollout_BRK == target_BRK,

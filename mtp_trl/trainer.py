@@ -7,7 +7,9 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,23 +19,28 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
-from trl import DistillationTrainer
+from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
+from transformers.trainer_utils import HubStrategy
 from trl.models.utils import unwrap_model_for_generation
 
 from . import hub
+from .card import PAPER, TAGS, write_card
+from .checkpoints import NothingLost
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import prepare_dataset
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
+from .guard import DriftGuard
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
-from .objective import block_metrics
+from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
-from .regions import Regions, compact_left_padding, row_generator, sample_regions
+from .publish import in_background, push
+from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
 from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class MTPDistillTrainer(DistillationTrainer):
+class MTPDistillTrainer(NothingLost):
     """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
 
     Args:
@@ -59,9 +66,10 @@ class MTPDistillTrainer(DistillationTrainer):
             weights load wherever that can be known.
     """
 
-    _tag_names = ["trl", "mtp", "custom_generate"]
+    _tag_names = list(TAGS)
     _name = "MTP self-distillation"
-    _paper = hub.PAPER
+    _paper = PAPER
+    model_wrapped: Any  # upstream's
 
     def __init__(
         self,
@@ -107,13 +115,15 @@ class MTPDistillTrainer(DistillationTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                callbacks=callbacks,
+                callbacks=[DriftGuard(held_out=args.eval_strategy != "no"), *(callbacks or [])],
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
         # completions made on policy are plain samples of the model, one token at a time
         self.generation_config.mtp_k = 1
         attach_decoder(self.model)
+        if self.teacher_model is not None:  # its decoder never samples the mask token
+            attach_decoder(self.accelerator.unwrap_model(self.teacher_model))
         self._tokens = self._known_tokens(causal)
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
@@ -152,11 +162,12 @@ class MTPDistillTrainer(DistillationTrainer):
             (prompt_lengths_B - 1).tolist(),
             (lengths_B - 2).tolist(),
             k_min=self.args.k_min,
-            k_max=self.args.k_max,
+            k_max=self._largest_block(),
             slots=self.args.slots_per_row,
             generators=self._row_generators(clean_BN, lengths_B),
         )
-        places = (regions.size_BR - int(self.args.exact)).clamp(min=0).sum()  # in exact mode place 1 is not trained
+        weight_BRK = drawn_places(regions.size_BR, self.args.k_max) * place_weights(self.args.k_max, self.args.place_decay)
+        places = weight_BRK[..., int(self.args.exact) :].sum()  # in exact mode place 1 is not trained
         counts = torch.stack([places.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
         drawn, clean = self.accelerator.reduce(counts.float(), "sum")
         return {
@@ -168,6 +179,26 @@ class MTPDistillTrainer(DistillationTrainer):
             "num_items_in_batch": drawn,
             "num_clean_in_batch": clean,
         }
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Completions of bare prompts, by the student or by its teacher."""
+        if self.args.completions_by == "student" or self.args.exact:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.teacher_model is None:
+            with adapters_off(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(*args, **kwargs)
+        student = self.model_wrapped
+        self.model_wrapped = self.teacher_model
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model_wrapped = student
+
+    def _largest_block(self) -> int:
+        """Of the regions drawn at this step."""
+        steps = self.args.k_curriculum * self.state.max_steps
+        share = min(1.0, self.state.global_step / steps) if self.model.training and steps else 1.0
+        return int(self.args.k_min + round(share * (self.args.k_max - self.args.k_min)))
 
     def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
         texts = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
@@ -205,7 +236,7 @@ class MTPDistillTrainer(DistillationTrainer):
         self._last_pass = output
         drawn = output.sums["drawn"]
         if num_items_in_batch is None:  # evaluation: the local mean
-            loss = output.loss / drawn.clamp(min=1)
+            loss = output.loss / output.weight.clamp(min=1e-9)
             clean = (batch.lengths_B - batch.prompt_lengths_B).sum()
         else:
             loss = output.loss / num_items_in_batch
@@ -244,14 +275,21 @@ class MTPDistillTrainer(DistillationTrainer):
         return run
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward."""
+        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on all ranks when it is on one.
+        """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
-        sums, self._last_pass = self._last_pass.sums, None
+        sums = {**self._last_pass.sums, "not_finite": 1.0 - loss.detach().isfinite().float()}
+        self._last_pass = None
         flat = self.accelerator.reduce(torch.cat([value.detach().reshape(-1) for value in sums.values()]), "sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
+        if totals.pop("not_finite") and self.model.training:
+            self._refuse("loss")
         if not torch.is_grad_enabled():
             self._rest_adapter()
         return loss
@@ -310,15 +348,17 @@ class MTPDistillTrainer(DistillationTrainer):
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         ) as model:
-            for threshold in self.args.thresholds:
-                output = model.generate(
-                    **inputs,
-                    confadapt=threshold,
-                    max_new_tokens=self.max_completion_length,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                )
-                metrics[f"eval_decoding/acceleration_{threshold}"] = float(output.acceleration)
+            for verify, name in ((True, "verified"), (False, "acceleration")):
+                for threshold in self.args.thresholds:
+                    output = model.generate(
+                        **inputs,
+                        confadapt=threshold,
+                        verify=verify,
+                        max_new_tokens=self.max_completion_length,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                    )
+                    metrics[f"eval_decoding/{name}_{threshold}"] = float(output.acceleration)
         if self.accelerator.is_main_process:
             print(self._blocks_of_first_row(output, inputs["input_ids"].shape[1]))
         return metrics
@@ -365,11 +405,11 @@ class MTPDistillTrainer(DistillationTrainer):
     ) -> None:
         """Writes README.md into the output folder."""
         if self.is_world_process_zero():
-            hub.write_card(
+            write_card(
                 self.args.output_dir,
                 model_name=model_name or Path(self.args.output_dir).name,
                 dataset_name=dataset_name,
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                tags=[tags] if isinstance(tags, str) else tags or (),
                 repo_id=self.hub_model_id,
                 provenance=self.provenance,
             )
@@ -383,23 +423,82 @@ class MTPDistillTrainer(DistillationTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`]; adapters are merged first, so that the repository loads by itself."""
-        if not is_peft_model(self.model):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        if dataset_name := kwargs.get("dataset_name"):
+            self.provenance["dataset"] = hub.public_name(dataset_name)
+        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        folder = Path(self.args.output_dir) / "merged"
-        hub.save_merged(self.model, self._tokenizer, folder, self.provenance)
-        hub.write_card(
-            folder, model_name=self.hub_model_id.split("/")[-1], repo_id=self.hub_model_id, provenance=self.provenance,
-            tags=self._tag_names, **kwargs,
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._push_folder(
+            self.args.output_dir, commit_message, blocking=blocking, token=token, revision=revision, private=private,
+            tags=kwargs.get("tags"),
         )  # fmt: skip
-        return hub.upload(
-            folder, self.hub_model_id, commit_message=commit_message, token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision, blocking=blocking,
-        )  # fmt: skip
+
+    push_in_progress: Any  # the base class gives it no type
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As upstream, which sends neither decoder nor adapter, and sends `training_args.bin` with the token in it."""
+        if self._saving:  # uploads run in the background: not from a folder that is about to be renamed
+            return
+        running = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if running and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._push_folder(checkpoint_folder, message, blocking=False)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            send = functools.partial(
+                HfApi(token=self.args.hub_token).upload_folder,
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                commit_message=f"{message}, checkpoint",
+                revision=self.args.hub_revision,
+            )
+            jobs.append(in_background(send))
+        for job in jobs:
+            job.add_done_callback(_warn_if_failed)
+        self.push_in_progress = PushInProgress([*running, *jobs])
+
+    def _push_folder(
+        self,
+        folder: str,
+        message: str | None,
+        *,
+        blocking: bool,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        tags: str | list[str] | None = None,
+    ) -> Any:
+        merged = Path(self.args.output_dir) / "merged"
+        if is_peft_model(self.model):
+            hub.save_merged(self.model, self._tokenizer, merged, self.provenance)
+        return push(
+            merged if is_peft_model(self.model) else folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=message or "Upload model",
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            blocking=blocking,
+        )
+
+
+def _warn_if_failed(job: Future[Any]) -> None:
+    """A push that fails in the background must not end the training, nor pass without a word."""
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"A push during training failed, the next one makes up for it: {error}")
 
 
 def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str) -> Any:

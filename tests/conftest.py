@@ -85,6 +85,16 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba2": {
         "num_heads": 4,
         "head_dim": 16,

@@ -7,8 +7,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -23,14 +25,30 @@ class Repository:
     def __init__(self, name: str) -> None:
         self.head = hashlib.sha1(name.encode()).hexdigest()
         self.commits: dict[str, dict[str, Any]] = {self.head: {".gitattributes": b""}}
+        self.private = False
 
     def at(self, revision: str) -> tuple[str, dict[str, Any] | None]:
         commit = self.head if revision == "main" else revision
         return commit, self.commits.get(commit)
 
+    def write(self, files: dict[str, Any]) -> None:
+        """A commit that holds these files and nothing else."""
+        self.head = hashlib.sha1(f"{self.head} {sorted(files.items())}".encode()).hexdigest()
+        self.commits[self.head] = files
+
+    def names(self) -> set[str]:
+        """Files of the newest commit."""
+        return set(self.commits[self.head])
+
 
 class Hub(ThreadingHTTPServer):
-    """The server; `repositories` and `objects` may be read by tests."""
+    """The server; `repositories` and `objects` may be read by tests.
+
+    Attributes:
+        broken_uploads: how many of the next uploads end in the middle, with the connection closed.
+        uploads: the LFS objects that arrived, in order.
+        before_commit: called with the repository before its next commit: somebody else's push.
+    """
 
     daemon_threads = True
 
@@ -41,6 +59,9 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
+        self.broken_uploads = 0
+        self.uploads: list[str] = []
+        self.before_commit: Callable[[Repository], None] | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,11 +96,26 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
+    def allowed(self, name: str) -> bool:
+        """Whether the token, if one is needed, is right; the Hub answers as if a repository were not there."""
+        reading = self.command in ("GET", "HEAD")
+        repository = self.server.repositories.get(name)
+        return (reading and not (repository and repository.private)) or self.headers.get("authorization") == f"Bearer {TOKEN}"
+
     def route(self) -> None:
-        data, path = self.body(), urlsplit(self.path).path
+        path = urlsplit(self.path).path
+        if self.command == "PUT" and self.server.broken_uploads > 0:
+            self.server.broken_uploads -= 1
+            self.rfile.read(1000)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return None
+        data = self.body()
         with self.server.lock:
             for methods, pattern, handle in ROUTES:
                 if self.command in methods.split() and (match := re.fullmatch(pattern, path)):
+                    if not self.allowed(match.groupdict().get("name", "")) and "_lfs" not in path:
+                        return self.fail(401, "RepoNotFound")
                     return handle(self, data, **match.groupdict())
         return self.fail(404, "NotFound")
 
@@ -87,22 +123,29 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def create(h: Handler, data: bytes) -> None:
-    if h.headers.get("authorization") != f"Bearer {TOKEN}":
-        return h.fail(401, "Unauthorized")
     asked = json.loads(data)
     name = f"{asked.get('organization') or 'me'}/{asked['name']}"
     url = f"{h.server.url}/{name}"
     if name in h.server.repositories:
         return h.reply(409, {"error": "You already created this model repo", "url": url})
     h.server.repositories[name] = Repository(name)
+    h.server.repositories[name].private = asked.get("private") or asked.get("visibility") == "private"
     return h.reply(200, {"url": url, "id": name})
+
+
+def blob_id(content: bytes) -> str:
+    """What git calls a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def preupload(h: Handler, data: bytes, name: str, revision: str) -> None:
     answers = []
+    _sha, files = h.server.repositories[name].at(unquote(revision))
     for file in json.loads(data)["files"]:
         mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
-        answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None})
+        there = (files or {}).get(file["path"])
+        oid = None if there is None else blob_id(there) if isinstance(there, bytes) else there[0]
+        answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     h.reply(200, {"files": answers})
 
 
@@ -118,6 +161,7 @@ def lfs_put(h: Handler, data: bytes, oid: str) -> None:
     if hashlib.sha256(data).hexdigest() != oid:
         return h.fail(400, "BadRequest")
     h.server.objects[oid] = data
+    h.server.uploads.append(oid)
     return h.reply(200)
 
 
@@ -127,6 +171,9 @@ def lfs_get(h: Handler, _: bytes, oid: str) -> None:
 
 def commit(h: Handler, data: bytes, name: str, revision: str) -> None:
     repository = h.server.repositories[name]
+    if h.server.before_commit is not None:
+        h.server.before_commit(repository)
+        h.server.before_commit = None
     parent, files = repository.at(unquote(revision))
     files = dict(files or {})
     for line in data.splitlines():
@@ -142,8 +189,7 @@ def commit(h: Handler, data: bytes, name: str, revision: str) -> None:
             files[value["path"]] = (value["oid"], value["size"])
         elif entry["key"] == "deletedFile":
             files.pop(value["path"], None)
-    repository.head = hashlib.sha1(data + parent.encode()).hexdigest()
-    repository.commits[repository.head] = files
+    repository.write(files)
     return h.reply(200, {"success": True, "commitOid": repository.head, "commitUrl": f"{h.server.url}/{name}/commit/x"})
 
 

@@ -72,7 +72,7 @@ def test_cells_made_otherwise_are_refused_before_anything_runs(tmp_path, ablate)
     done = ablate.read(path)
     (tmp_path / path.name).write_text(done.to_json())
     other = replace(done.cell, options=done.cell.options | {"max_steps": "7"})
-    with pytest.raises(ValueError, match="'max_steps': '7'.*name another --output"):
+    with pytest.raises(ValueError, match=r"'max_steps': '7'.*name another --output"):
         ablate.run_missing([other], tmp_path, lambda cell: pytest.fail("measured"))
     with pytest.raises(ValueError, match="There is no factor colour; there are default"):
         ablate.cells(only=["colour"], seeds=[0], changes={})

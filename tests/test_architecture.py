@@ -14,9 +14,11 @@ PACKAGE = ROOT / "mtp_trl"
 # Lower layers know nothing of higher ones. A name stands for the module or sub-package directly under mtp_trl.
 LAYER = {
     "custom_generate": 0,
+    "checkpoints": 1,
     "config": 1,
     "data": 1,
     "forward": 1,
+    "guard": 1,
     "gated_adapter": 1,
     "mask_token": 1,
     "models": 1,
@@ -25,8 +27,11 @@ LAYER = {
     "regions": 1,
     "self_distillation": 1,
     "word_problems": 1,
+    "estimate": 2,
+    "card": 2,
     "evaluation": 2,
     "hub": 2,
+    "publish": 2,
     "recipe": 2,
     "serving": 2,
     "trainer": 2,

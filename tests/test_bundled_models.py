@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from mtp_trl.custom_generate import generate as decoder
 from mtp_trl.word_problems import test_problems
@@ -49,3 +49,36 @@ def test_plain_transformers_decodes_it_in_blocks(folder):
         base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
         barred = model.config.mtp["barred_token_ids"]
         assert torch.equal(fast.sequences, decode(base, suppress_tokens=barred, pad_token_id=2).sequences)
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
+def test_trained_weights_decode_alike_in_every_way(folder, monkeypatch):
+    """What holds on random weights: ragged rows, padded on the left, against single rows, no cache, transformers itself."""
+    model = decoder.attach_decoder(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    prompts = [problem.prompt for problem in test_problems(6)]
+    plain = {"max_new_tokens": 96, "do_sample": False, "pad_token_id": 2}
+
+    def texts(prompts, seed=None, **options) -> tuple[list[str], list[list[int]]]:
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        options = {**plain, "do_sample": seed is not None, "return_dict_in_generate": True, **options}
+        torch.manual_seed(seed or 0)
+        output = model.generate(**inputs, **options)
+        ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(ids, skip_special_tokens=True), output.block_lengths
+
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    barred = model.config.mtp["barred_token_ids"]
+    greedy = GenerationMixin.generate(model, **inputs, **plain, suppress_tokens=barred)[:, inputs["input_ids"].shape[1] :]
+    own = tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    assert texts(prompts, mtp_k=1, verify=False)[0] == own
+    for options in ({"mtp_k": 4}, {"confadapt": 0.9}, {"mtp_blocks": 8}, {"mtp_k": "auto"}, {"cache_implementation": "static"}):
+        assert texts(prompts, verify=True, **options)[0] == own
+    confident = texts(prompts, confadapt=0.8, verify=False)
+    sampled = texts(prompts, seed=3, mtp_k=1, verify=False)[0]
+    assert texts(prompts, seed=3, verify=True, mtp_k=8)[0] == texts(prompts, seed=3, verify=True, confadapt=0.9)[0] == sampled
+    for prompt, text, blocks in zip(prompts, *confident, strict=True):
+        assert texts([prompt], confadapt=0.8, verify=False) == ([text], [blocks])
+    monkeypatch.setattr(decoder, "_ATTENTION", set())
+    with pytest.warns(UserWarning, match="without a cache"):
+        assert texts(prompts, confadapt=0.8, verify=False) == confident

@@ -239,6 +239,41 @@ def test_streamed_data_gives_the_same_rows():
     assert list(prepared) == prepare_dataset(rows(**columns), make_tokenizer()).to_list()
 
 
+def test_a_null_behind_the_first_rows_is_left_out_and_counted(caplog):
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+        dataset = rows(prompt=["a"] * 100 + [None, "b"], completion=["x"] * 101 + [None])
+        framed = format_columns(dataset, prompt_format="Q: {}", as_messages=True)
+        prepared = prepare_dataset(framed, make_tokenizer(template=CHATML))
+    assert len(prepared) == 100
+    assert "2 rows with a null left out; 100 rows remain" in caplog.text
+
+
+def test_a_malformed_row_does_not_end_a_stream(caplog):
+    """Unless it is the first: then no row may be right."""
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    conversations = {"messages": [good, good[:1], good]}
+    tokenizer = make_tokenizer(template=CHATML)
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+        assert len(list(prepare_dataset(rows(**conversations).to_iterable_dataset(), tokenizer))) == 2
+    assert r"Row 1 of the train set is left out (1 rows malformed left out): `messages` must" in caplog.text
+    wrong = rows(messages=[good[:1], good]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="Row 0 of the train set"):
+        list(prepare_dataset(wrong, tokenizer))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_prompts_without_text_or_room_are_left_out_and_counted(caplog, conversational):
+    prompts = ["a", "", "long prompt" * 9, "b"]
+    if conversational:
+        prompts = [[{"role": "user", "content": text}] if text else [] for text in prompts]
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+        prepared = prepare_dataset(rows(prompt=prompts), make_tokenizer(template=CHATML), max_length=60)
+    assert prepared["prompt"] == [prompts[0], prompts[3]]
+    assert "1 rows without a prompt left out, 1 rows with a prompt of max_length=60 tokens or more left out" in caplog.text
+    with pytest.raises(ValueError, match="mask token"):
+        prepare_dataset(rows(prompt=["<|mtp|>"]), make_tokenizer(), mask_token="<|mtp|>")
+
+
 def test_formats_frame_text_with_braces_in_it():
     dataset = rows(prompt=["{x} + 1"], completion=["{y}"], id=[0])
     (row,) = format_columns(dataset, prompt_format="Question: {}\nAnswer:", completion_format=" {}")

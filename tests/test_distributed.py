@@ -18,6 +18,7 @@ import sys
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.custom_generate.generate import generate
 from mtp_trl.word_problems import load_dataset
 
 source, folder, tokenizer, size, zero, exact = sys.argv[1:]
@@ -33,6 +34,12 @@ trainer = MTPDistillTrainer(
 assert trainer.is_deepspeed_enabled == bool(zero)
 trainer.train()
 trainer.save_model()
+# each process another prompt and another length: one of them is done long before the other
+rank = trainer.accelerator.process_index
+ids = torch.arange(5, 9 + 2 * rank, device=trainer.model.device)[None]
+for mtp_k in (1, 4):
+    text = generate(ids, model=trainer.model, mtp_k=mtp_k, confadapt=0.3, max_new_tokens=3 + 20 * rank, do_sample=False)
+    print("DECODED", rank, mtp_k, text[0].tolist(), flush=True)
 if trainer.is_world_process_zero():
     print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
 """
@@ -46,11 +53,13 @@ def train(run_program, script: Path, source: Path, folder: Path, *, exact: bool,
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = run_program(command, env=environment)
     assert done.returncode == 0, done.stderr[-8000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
+    lines = done.stdout.splitlines()
+    line = next(line for line in lines if line.startswith("LOSSES"))
     saved = load_file(folder / "model.safetensors")
     if exact:
         saved |= load_file(folder / "custom_generate" / "mtp_adapter.safetensors")
-    return json.loads(line.removeprefix("LOSSES")), saved
+    decoded = {line for line in lines if line.startswith("DECODED")}
+    return json.loads(line.removeprefix("LOSSES")), saved, decoded
 
 
 # with a spare row for the mask token, and with a matrix that has to grow
@@ -79,6 +88,8 @@ def test_two_processes_equal_one(run_program, tmp_path, rows, exact, stage):
         for name, processes, config in (("one", 1, None), ("two", 2, zero if stage else None))
     )
     assert one[0] == pytest.approx(two[0], rel=1e-4)
+    assert len(two[2]) == 4
+    assert one[2] <= two[2]
     assert one[1].keys() == two[1].keys()
     for name, value in one[1].items():
         torch.testing.assert_close(two[1][name], value, atol=1e-5, rtol=1e-3)

@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import math
+import os
+import random
 import shutil
 import sys
 from collections import Counter
@@ -19,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CompileConfig,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -28,6 +31,7 @@ from transformers import (
     StoppingCriteria,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import StaticLayer
 
 from mtp_trl.custom_generate import generate as decoder
 from mtp_trl.custom_generate.generate import (
@@ -57,11 +61,7 @@ CACHED = [
     "gpt2",
     "deepseek_v3",
 ]
-RECURRENT = ["falcon_h1", "granitemoehybrid", "qwen3_next", "mamba2"]
-ARCHITECTURES = [
-    *CACHED,
-    *(pytest.param(name, marks=pytest.mark.filterwarnings("ignore:.*without a cache")) for name in RECURRENT),
-]
+RECURRENT = ["falcon_h1", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "bamba", "lfm2", "mamba2"]
 
 
 # --- what everything is compared with ---------------------------------------------------------------------------------
@@ -186,12 +186,13 @@ def test_the_comparisons_see_blocks_of_every_length(tiny_model):
     assert set(lengths_of(verified)) >= set(range(1, 9))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CACHED + RECURRENT)
 def test_every_architecture_equals_the_naive_loop_and_greedy(tiny_model, architecture):
     model, rows, new = tiny_model(architecture, context=0.6), prompts(), 16
     expected = [naive_loop(model, row, k=5, threshold=0.3, new=new) for row in rows]
     batched = decode(model, rows, mtp_k=5, confadapt=0.3, max_new_tokens=new)
-    assert list(zip(texts(batched, rows), batched.block_lengths, strict=True)) == expected
+    blocks = [[length for length in lengths if length] for lengths in batched.block_lengths]
+    assert list(zip(texts(batched, rows), blocks, strict=True)) == expected
 
     own = greedy(model, rows, max_new_tokens=new)
     assert torch.equal(decode(model, rows, mtp_k=1, max_new_tokens=new).sequences, own)
@@ -313,21 +314,47 @@ def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact, verify):
     assert seen["written"] <= seen["static"]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", *RECURRENT])
 def test_cached_equals_uncached(tiny_model, architecture, monkeypatch):
     model, rows = tiny_model(architecture), prompts()
-    cached = decode(model, rows, mtp_k=6, confadapt=0.4)
-    monkeypatch.setattr(decoder, "_keeps_keys_and_values", lambda model: False)
+    options = {"mtp_k": 6, "confadapt": 0.4, "max_new_tokens": 40}
+    cached = decode(model, rows, **options)
+    monkeypatch.setattr(decoder, "_ATTENTION", set())
+    monkeypatch.setattr(decoder, "_RECURRENT", set())
     with pytest.warns(UserWarning, match="without a cache"):
-        uncached = decode(model, rows, mtp_k=6, confadapt=0.4)
+        uncached = decode(model, rows, **options)
     assert torch.equal(cached.sequences, uncached.sequences)
-    assert cached.block_lengths == uncached.block_lengths
+    assert [[length for length in lengths if length] for lengths in cached.block_lengths] == uncached.block_lengths
+
+
+@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_states_stay_behind_certain_tokens(tiny_model, architecture, k):
+    """Through prompts and answers longer than the tokens that a state may lag behind, with drafts kept and rejected."""
+    model, rows = tiny_model(architecture, context=0.4), [row * 6 for row in prompts()]
+    output = decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60)
+    assert torch.equal(output.sequences, greedy(model, rows, max_new_tokens=60))
+    assert len(lengths_of(output) & Counter(range(k + 1))) > 2
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)
-def test_recurrent_layers_are_decoded_without_a_cache_and_say_so(tiny_model, architecture):
-    with pytest.warns(UserWarning, match="without a cache"):
-        decode(tiny_model(architecture), prompts(1), max_new_tokens=2)
+def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architecture):
+    model, widths = tiny_model(architecture), []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    output = decode(model, prompts(1), mtp_k=4, verify=True, eos_token_id=None, max_new_tokens=100)
+    assert len(widths) == int(output.forward_passes[0])
+    assert max(widths[1:]) < decoder.STATE_TOKENS + 2 * 4
+    assert output.block_lengths[0].count(0) <= 1 + 100 // decoder.STATE_TOKENS
+
+
+def test_recurrent_layers_refuse_what_they_cannot_do(tiny_model):
+    model = tiny_model("qwen3_next")
+    with pytest.raises(ValueError, match="leave static out"):
+        decode(model, prompts(1), cache_implementation="static")
+    with pytest.raises(ValueError, match="mtp_blocks=2 needs layers that can look back"):
+        decode(model, prompts(1), verify=True, mtp_blocks=2)
+    with pytest.raises(ValueError, match="past_key_values= needs layers that keep keys and values alone"):
+        decode(model, prompts(1), past_key_values=DynamicCache(config=model.config))
 
 
 def test_acceptance_takes_the_longest_confident_prefix_and_at_least_one():
@@ -607,6 +634,205 @@ def test_all_places_at_once_equals_place_by_place(tiny_model, monkeypatch):
     assert torch.equal(outputs[1], outputs[3])
 
 
+# --- what the caller gets back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize("options", [{"mtp_k": 1}, {"mtp_k": 6, "verify": True}, {"mtp_k": 6, "verify": True, "mtp_blocks": 6}])
+def test_scores_and_logits_are_those_of_one_token_per_pass(tiny_model, options, processors):
+    model, rows = tiny_model("llama", context=0.3), prompts(4)
+    asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True, **processors}
+    own, ours = greedy(model, rows, **asked), decode(model, rows, **options, **asked)
+    assert torch.equal(ours.sequences, own.sequences)
+    assert len(ours.scores) == len(ours.logits) == len(own.scores)
+    lengths = torch.tensor([sum(blocks) for blocks in ours.block_lengths])
+    for token in range(len(own.scores)):
+        alive = lengths > token
+        torch.testing.assert_close(ours.logits[token][alive], own.logits[token][alive], atol=1e-4, rtol=1e-4)
+        barred = ours.scores[token].isinf()
+        assert torch.equal(barred[alive], own.scores[token].isinf()[alive])
+        torch.testing.assert_close(ours.scores[token][alive], own.scores[token][alive], atol=1e-4, rtol=1e-4)
+        assert ours.scores[token][~alive].argmax(-1).eq(PAD).all()
+    ours_by_token = model.compute_transition_scores(ours.sequences, ours.scores, normalize_logits=True)
+    own_by_token = model.compute_transition_scores(own.sequences, own.scores, normalize_logits=True)
+    generated = torch.arange(len(own.scores)) < lengths[:, None]
+    torch.testing.assert_close(ours_by_token[generated], own_by_token[generated], atol=1e-4, rtol=1e-4)
+    assert not ours_by_token[~generated].any()
+
+
+def test_scores_of_a_block_are_the_masks(tiny_model):
+    model, (row, *_) = tiny_model("llama"), prompts()
+    output = decode(model, [row], mtp_k=4, output_scores=True, eos_token_id=None, max_new_tokens=8)
+    text = texts(output, [row])[0]
+    expected = torch.cat([block_logits(model, row, 4), block_logits(model, row + text[:4], 4)])
+    torch.testing.assert_close(torch.cat(output.scores), expected, atol=1e-4, rtol=1e-4)
+    assert decode(model, [row]).scores is None
+    assert torch.is_tensor(decode(model, [row], output_scores=True, return_dict_in_generate=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"confadapt": 0.3}, {"verify": True}, {"verify": True, "mtp_blocks": 3}, {"mtp_k": 1}])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_a_conversation_goes_on_from_its_cache(tiny_model, architecture, options):
+    """Three turns of ragged rows: the text is that of reading everything anew, and only what is new is read."""
+    model = tiny_model(architecture, context=0.5)
+    batch, past = padded(prompts(3)), DynamicCache(config=model.config)
+    options = {
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "mtp_k": 5,
+        **options,
+    }
+    fed = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: fed.append(output.shape[1]))
+    for turn in range(3):
+        anew = generate(**batch, model=model, pad_token_id=PAD, **options)
+        fed.clear()
+        output = generate(**batch, model=model, pad_token_id=PAD, past_key_values=past, **options)
+        assert output.past_key_values is past
+        assert torch.equal(output.sequences, anew.sequences)
+        assert output.block_lengths == anew.block_lengths
+        width = batch["input_ids"].shape[1]
+        assert fed[0] <= width + 12 if turn == 0 else fed[0] < width
+        assert width <= past.get_seq_length() < output.sequences.shape[1]
+        said = torch.randint(2, 60, (3, 4), generator=torch.Generator().manual_seed(turn))
+        ids = torch.cat([output.sequences, said], 1)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 14, dtype=torch.long)], 1),
+        }
+
+
+@pytest.mark.parametrize("stop", [{"eos_token_id": list(range(20, 40))}, {"stopping_criteria": [StopsAtMultiple(3)]}])
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_cache_of_rows_that_ended_covers_what_all_have(tiny_model, verify, stop):
+    model, rows, past = tiny_model("llama", context=0.3), prompts(4), DynamicCache()
+    options = {"mtp_k": 8, "verify": verify, "pad_token_id": PAD, **stop}
+    output = decode(model, rows, past_key_values=past, **options)
+    ended = texts(output, rows)
+    assert len({len(text) for text in ended}) > 1
+    assert past.get_seq_length() <= 9 + min(map(len, ended))
+    width = output.sequences.shape[1] - 9
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in ended])
+    batch = {
+        "input_ids": torch.cat([output.sequences, torch.full((4, 1), 50)], 1),
+        "attention_mask": torch.cat([padded(rows)["attention_mask"], mask, torch.ones(4, 1, dtype=torch.long)], 1),
+    }
+    options |= {"max_new_tokens": 8, "do_sample": False}
+    again = generate(**batch, model=model, past_key_values=past, **options)
+    assert torch.equal(again, generate(**batch, model=model, **options))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_a_cache_passes_to_transformers_and_back(tiny_model, architecture):
+    model, rows = tiny_model(architecture, context=0.5), prompts(3)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "suppress_tokens": BARRED}
+    expected = greedy(model, rows, **options | {"max_new_tokens": 30})
+    past, batch = DynamicCache(config=model.config), padded(rows)
+    for new, decoder_of in ((10, generate), (20, None), (30, generate)):
+        options["max_length"] = 9 + new
+        if decoder_of is None:
+            ids = GenerationMixin.generate(model, **batch, past_key_values=past, **options)
+        else:
+            ids = generate(**batch, model=model, verify=True, past_key_values=past, **options)
+        assert torch.equal(ids, expected[:, : 9 + new])
+        batch = {"input_ids": ids, "attention_mask": torch.cat([padded(rows)["attention_mask"], torch.ones(3, new).long()], 1)}
+
+
+def test_a_cache_that_does_not_fit_is_refused(tiny_model):
+    model, past = tiny_model("llama"), DynamicCache()
+    decode(model, prompts(2), past_key_values=past)
+    with pytest.raises(ValueError, match=r"holds 2 rows of .* the prompts are 1 rows of 9"):
+        decode(model, prompts(1), past_key_values=past)
+
+
+def test_processes_that_share_weights_pass_together(tiny_model, monkeypatch):
+    """Another process works for 20 passes more than this one: a pass here for every one there."""
+    model, passes, asked = tiny_model("llama"), [], []
+    model.register_forward_hook(lambda module, inputs, output: passes.append(1))
+    expected = decode(model, prompts(2), confadapt=0.3)
+    others, own = int(expected.forward_passes.max()) + 20, len(passes)
+    passes.clear()
+
+    def all_reduce(count):
+        asked.append(int(count))
+        count += len(asked) <= others
+
+    monkeypatch.setattr(decoder.dist, "all_reduce", all_reduce)
+    output = decode(model, prompts(2), confadapt=0.3, synced_gpus=True)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert len(passes) == others
+    assert asked == [1] * own + [0] * 21
+
+
+# --- mtp_k="auto" -----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes in forward passes alone: `seconds(tokens fed)` each."""
+
+    def __init__(self, model, monkeypatch, seconds) -> None:
+        self.now, self.widths = 0.0, []
+        monkeypatch.setattr(decoder.time, "perf_counter", lambda: self.now)
+
+        def passed(module, inputs, output):
+            self.widths.append(output.shape[1])
+            self.now += seconds(output.shape[0] * output.shape[1])
+
+        model.get_input_embeddings().register_forward_hook(passed)
+
+
+COSTS = {"flat": lambda tokens: 1.0, "line": lambda tokens: 1 + tokens / 20, "steep": lambda tokens: tokens / 10}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("cost", COSTS)
+def test_auto_is_hardly_slower_than_the_best_fixed_block(tiny_model, monkeypatch, cost, rows, static):
+    """In time that passes as the cost says; the text is the model's own whatever the clock says."""
+    model, batch = tiny_model("llama", context=0.3), prompts(rows)
+    clock = Clock(model, monkeypatch, COSTS[cost])
+    options = {"verify": True, "max_new_tokens": 150, "eos_token_id": None, "pad_token_id": PAD}
+    if static:
+        options["cache_implementation"] = "static"
+
+    def took(k) -> float:
+        started = clock.now
+        output = decode(model, batch, mtp_k=k, **options)
+        assert torch.equal(output.sequences, own)
+        return clock.now - started
+
+    own = greedy(model, batch, max_new_tokens=150, eos_token_id=None, pad_token_id=PAD)
+    fixed = {k: took(k) for k in (1, 2, 4, 8)}
+    took("auto")
+    auto = took("auto")  # the first call had to find out
+    assert auto < 1.1 * (min(fixed[1], fixed[8]) if static else min(fixed.values()))
+    assert auto < 1.05 * fixed[1]
+
+
+def test_auto_takes_one_token_where_wide_passes_are_dear_and_blocks_where_they_are_not(tiny_model, monkeypatch):
+    model, (row, *_) = tiny_model("llama", context=0.3), prompts()
+    dear = {"now": True}
+    clock = Clock(model, monkeypatch, lambda tokens: float(tokens) if dear["now"] else 1.0)
+    options = {"mtp_k": "auto", "verify": True, "eos_token_id": None, "max_new_tokens": 200}
+    decode(model, [row], **options)
+    assert sum(width == 1 for width in clock.widths[-100:]) > 80
+    dear["now"] = False  # as when another program ends
+    for _ in range(12):
+        decode(model, [row], **options)
+    assert sum(width > 4 for width in clock.widths[-20:]) > 14
+
+
+def test_auto_measures_each_way_of_decoding_by_itself(tiny_model):
+    model, rows = tiny_model("llama", context=0.3), prompts(2)
+    for options in ({}, {"confadapt": 0.9}, {"do_sample": True}):
+        decode(model, rows, mtp_k="auto", verify=True, **options)
+    assert {key[:3] for key in decoder._Pace.measured[model]} == {(0.0, 8, False), (0.9, 8, False), (0.0, 8, True)}
+    model.generation_config.update(mtp_k="auto", verify=True, allow_custom_entries=True)
+    assert torch.equal(decode(model, rows).sequences, greedy(model, rows))
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -762,12 +988,20 @@ def test_the_default_block_is_the_one_trained(tiny_model):
         decode(model, prompts(1), mtp_k=9)
 
 
+class QuantoLike(DynamicCache):
+    """A cache of layers that are not understood."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [StaticLayer(8)]
+
+
 REFUSED = {
     "confadapt=True": ({"confadapt": True}, r"\[0, 1\], got True"),
     "confadapt=1.5": ({"confadapt": 1.5}, r"\[0, 1\], got 1.5"),
     "confadapt=nan": ({"confadapt": math.nan}, "got nan"),
     "confadapt='0.9'": ({"confadapt": "0.9"}, "got '0.9'"),
-    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1, got 0"),
+    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1 or 'auto', got 0"),
     "mtp_k=True": ({"mtp_k": True}, "got True"),
     "mtp_k=2.5": ({"mtp_k": 2.5}, "got 2.5"),
     "mtp_blocks=0": ({"mtp_blocks": 0, "verify": True}, "mtp_blocks must be a whole number >= 1, got 0"),
@@ -782,9 +1016,12 @@ REFUSED = {
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "use_cache": ({"use_cache": False}, "use_cache=False"),
-    "output_scores": ({"output_scores": True}, "output_scores=True"),
+    "output_attentions": ({"output_attentions": True}, "output_attentions=True"),
+    "auto without verify": ({"mtp_k": "auto"}, "goes by the clock, and only verified text"),
+    "auto with blocks": ({"mtp_k": "auto", "verify": True, "mtp_blocks": 2}, "mtp_blocks=2 does not go with mtp_k='auto'"),
+    "auto with synced_gpus": ({"mtp_k": "auto", "verify": True, "synced_gpus": True}, "must agree on the block"),
     "assistant_model": ({"assistant_model": object()}, "assistant_model="),
-    "past_key_values": ({"past_key_values": object()}, "past_key_values="),
+    "past_key_values": ({"past_key_values": QuantoLike()}, "must be a DynamicCache, got QuantoLike"),
     "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds="),
     "custom_generate": ({"custom_generate": "somewhere"}, "custom_generate="),
     "typo": ({"confadpat": 0.9}, "confadpat"),
@@ -923,6 +1160,101 @@ def test_a_peft_model_decodes_with_its_adapter(tiny_model):
     assert torch.equal(wrapped.generate(**padded(rows), verify=True, **options), greedy(model, rows))
     with wrapped.disable_adapter():
         assert torch.equal(wrapped.generate(**padded(rows), confadapt=0.4, **options), plain)
+
+
+# --- anything at all --------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "confadapt": [0.0, 0.3, 0.9, 1.0, 1, -0.1, 2, "0.5", True],
+    "mtp_k": [1, 2, 3, 8, 8, "auto", 0, -1, "8", 10**6],
+    "verify": [True, True, False, 1],
+    "mtp_blocks": [1, 2, 3, 100, 0],
+    "max_new_tokens": [1, 2, 5, 9, 9, 0, -3],
+    "min_new_tokens": [1, 4, 20],
+    "do_sample": [True, False],
+    "temperature": [0.3, 1.0, 3.0, 0.0, -1.0],
+    "top_k": [0, 1, 5, 200],
+    "top_p": [0.1, 0.9, 1.0, 1.5],
+    "min_p": [0.1, 2.0],
+    "repetition_penalty": [1.0, 1.5, -1.0],
+    "no_repeat_ngram_size": [0, 2],
+    "bad_words_ids": [[[5], [6, 7]], [[]]],
+    "suppress_tokens": [[4, 5, 6], [*BARRED, 2], list(range(2, 64))],
+    "eos_token_id": [1, [30, 31], [*range(40, 60)], [], -1],
+    "pad_token_id": [0, 30, None],
+    "num_return_sequences": [1, 2, 3],
+    "num_beams": [1, 1, 1, 2],
+    "use_cache": [True, True, True, False],
+    "cache_implementation": ["static", "dynamic", "dynamic", "quantized"],
+    "return_dict_in_generate": [True, False],
+    "output_scores": [True, False],
+    "output_logits": [True, False],
+    "max_time": [0.0, 10.0],
+    "max_length": [3, 20],
+    "stop_strings": ["b", ["ab", "zz"]],
+    "tokenizer": [tiny_tokenizer(), tiny_tokenizer(), None],
+    "guidance_scale": [1.0, 1.5],
+    "mtp_token_id": [MASK, MASK, 3, -5],
+    "forced_eos_token_id": [1],
+    "typical_p": [0.5, 1.0],
+    # not exponential_decay_length_penalty: without an end of text transformers itself fails on it
+    "sequence_bias": [{(5,): 3.0, (6, 7): -2.0}],
+    "renormalize_logits": [True],
+    "encoder_no_repeat_ngram_size": [2],
+}
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.filterwarnings("ignore")
+def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
+    """MTP_FUZZ=2500 makes 10,000 calls of it."""
+    rng = random.Random(part)
+    tried, decoded, refused = int(os.environ.get("MTP_FUZZ", "150")), 0, Counter()
+    for number in range(tried):
+        if number % 50 == 0:
+            model = tiny_model(["llama", "mistral", "qwen3_next", "gpt_oss"][part], seed=number, context=0.3)
+        names = rng.sample(list(VALUES), rng.randint(1, 7))
+        options = {name: rng.choice(VALUES[name]) for name in names}
+        batch = padded(prompts(rng.choice([1, 1, 2, 3]), seed=number))
+        try:
+            output = generate(**batch, model=model, **{"max_new_tokens": 9, **options})
+        except ValueError as error:
+            refused[str(error).split(" ")[0]] += 1
+            continue
+        except Exception as error:
+            raise AssertionError(f"{options} with rows of {batch['attention_mask'].sum(1).tolist()}") from error
+        ids = output if torch.is_tensor(output) else output.sequences
+        pads = {options.get("pad_token_id"), PAD, EOS}
+        new = set(ids[:, batch["input_ids"].shape[1] :].flatten().tolist()) - pads
+        assert not new & set(BARRED), options
+        assert ids.shape[1] <= batch["input_ids"].shape[1] + max(1, options.get("max_new_tokens", 9)), options
+        decoded += 1
+    assert decoded > tried / 5
+    assert len(refused) > 5
+
+
+# --- spread and offloaded ---------------------------------------------------------------------------------------------
+
+LAYERS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("offloaded", [[], ["model.layers.1"], ["model.embed_tokens", "model.layers.0", "lm_head"]])
+def test_a_device_map_with_layers_on_disk_decodes_alike(tiny_model, tmp_path, offloaded, exact):
+    model, rows = tiny_model("llama", context=0.3), prompts(3)
+    model.save_pretrained(tmp_path / "model")
+    device_map = {layer: "disk" if layer in offloaded else "cpu" for layer in LAYERS} if offloaded else "auto"
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )  # fmt: skip
+    assert any(weight.is_meta for weight in spread.parameters()) == bool(offloaded)
+    if exact:
+        adapter = with_random_adapter(model).mtp_adapter
+        decoder.MaskGatedAdapter.from_tensors(adapter.by_file_name(), adapter.metadata()).attach(spread)
+    for options in ({"confadapt": 0.3}, {"verify": True}, {"mtp_k": 1}):
+        expected, output = decode(model, rows, **options), decode(spread, rows, **options)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert output.block_lengths == expected.block_lengths
 
 
 # --- publication ------------------------------------------------------------------------------------------------------

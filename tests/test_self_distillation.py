@@ -67,9 +67,8 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
                 target = text[anchor + 1 : anchor + 1 + size]
             for place in range(len(target)):
                 one = slice(place, place + 1)
-                loss = (
-                    loss + place_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective).sum()
-                )
+                one_loss = place_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
+                loss = loss + args.place_decay**place * one_loss.sum()
                 rewards.append(reference[place].log_softmax(-1)[rollout[place]])
                 if EOS in (int(rollout[place]), int(target[place])):
                     break
@@ -94,13 +93,16 @@ def gradient(model) -> torch.Tensor:
     return flat
 
 
+@pytest.mark.parametrize("place_decay", [1.0, 0.7])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_pass_equals_separate_forward_passes(tiny_model, tmp_path, objective):
+def test_pass_equals_separate_forward_passes(tiny_model, tmp_path, objective, place_decay):
     student, teacher = pair(tiny_model)
-    args = arguments(tmp_path, objective=objective, ntp_coef=0.5)
+    args = arguments(tmp_path, objective=objective, ntp_coef=0.5, place_decay=place_decay)
     output = run(student, teacher, args)
     expected, reward, kl = naive(student, teacher, batch(), args)
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
+    sizes = [size for size in batch().regions.size_BR.flatten().tolist() if size]
+    assert float(output.weight) == pytest.approx(sum(place_decay**place for size in sizes for place in range(size)))
     torch.testing.assert_close(output.sums["reward"], reward, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.prefix_kl, kl, rtol=1e-4, atol=1e-5)
     (output.loss + output.prefix_kl).backward()

@@ -1,5 +1,6 @@
 """The trainer: what a run promises, on a model of a few thousand parameters."""
 
+import contextlib
 import inspect
 import json
 import pickle
@@ -57,6 +58,10 @@ def test_the_upstream_seams_are_where_they_were():
         "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
         "create_model_card": ["self", "model_name", "dataset_name", "tags"],
         "_save": ["self", "output_dir", "state_dict"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_get_output_dir": ["self", "trial"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
     }
     for name, parameters in signatures.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters
@@ -100,6 +105,59 @@ def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
     trainer.train()
     with_teacher = ["reward" in entry for entry in trainer.state.log_history if "loss" in entry]
     assert with_teacher == [False, False, True, True]
+
+
+def test_a_curriculum_lets_blocks_grow(tmp_path, tokenizer):
+    """The place that only the largest blocks have is first drawn when the curriculum is over."""
+    args = arguments(tmp_path, k_curriculum=0.5, k_min=2, k_max=6, max_steps=8, slots_per_row=60)
+    trainer = MTPDistillTrainer(model(), args, rows(64), processing_class=tokenizer)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    largest = [max(place for place in range(1, 7) if f"agreement/place_{place}" in entry) for entry in history]
+    assert largest == [2, 3, 4, 5, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("place_decay", [1.0, 0.5])
+def test_micro_batches_weigh_places_alike(tmp_path, tokenizer, place_decay):
+    outcomes = []
+    for size, steps in ((8, 1), (2, 4)):
+        args = arguments(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, place_decay=place_decay, max_steps=1
+        )
+        trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+        trainer.train()
+        outcomes.append(losses(trainer))
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("by", ["student", "teacher"])
+def test_who_completes_bare_prompts(tmp_path, tokenizer, by, adapters):
+    from peft import LoraConfig
+
+    args = arguments(tmp_path, completions_by=by, generation_kwargs={"do_sample": False}, max_completion_length=6)
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if adapters else None
+    prompts = rows().select_columns(["prompt"])
+    trainer = MTPDistillTrainer(
+        model(initializer_range=0.3), args, prompts, processing_class=tokenizer, peft_config=peft_config
+    )
+    if not adapters:
+        with torch.no_grad():
+            trainer.model.model.layers[0].self_attn.q_proj.weight.mul_(-1)
+    batch = trainer._generate_and_score_completions([{"prompt": prompts[n]["prompt"]} for n in range(4)])
+    barred = trainer.model.config.mtp["barred_token_ids"]
+
+    def greedy(prompt, teacher):
+        with trainer.model.disable_adapter() if adapters and teacher else contextlib.nullcontext():
+            writer = trainer.teacher_model if teacher and not adapters else trainer.model
+            return writer.generate(prompt[None], max_new_tokens=6, do_sample=False, mtp_k=1, suppress_tokens=barred)[0]
+
+    same = {True: 0, False: 0}
+    for row, length, end in zip(batch["clean_ids"], batch["prompt_lengths"], batch["lengths"], strict=True):
+        for teacher in same:
+            same[teacher] += torch.equal(greedy(row[:length], teacher)[:end], row[:end])
+    assert same[by == "teacher"] == 4
+    assert same[by != "teacher"] < 4
 
 
 def test_the_next_token_term_acts_on_ground_truth_as_well(tmp_path, tokenizer):
@@ -236,6 +294,9 @@ def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, token
         ({"slots_per_row": 0}, "slots_per_row"), ({"confadapt": 1.5}, "probability"), ({"thresholds": [-0.1]}, "probability"),
         ({"ntp_coef": -1.0}, "ntp_coef"),
         ({"ground_truth_warmup": 2.0}, "share of the steps"),
+        ({"k_curriculum": -0.1}, "share of the steps"),
+        ({"place_decay": 0.0}, "place_decay"),
+        ({"completions_by": "nobody"}, "completions_by"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
     ],
 )  # fmt: skip

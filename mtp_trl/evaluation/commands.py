@@ -1,17 +1,19 @@
-"""What `mtp-trl eval` and `mtp-trl show` do: load a model, decode, print and write."""
+"""What `mtp-trl eval`, `calibrate` and `show` do: load a model, decode, print and write."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.text import Text
 
-from ..hub import run_facts, write_atomically
+from ..hub import run_facts, write_atomically, write_decoding_defaults
+from .calibration import CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
 from .models import load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import as_html, block_texts, coloured
-from .sweep import decoding_settings, evaluate_decoding
+from .sweep import Record, Setting, decode, decoding_settings, evaluate_decoding
 from .tasks import Task
 
 
@@ -60,6 +62,65 @@ def run_eval(
     console.print(Text(report.caption), style="dim")
     if output is not None:
         console.print("\n".join(map(str, write_report(output, report, sweep))))
+
+
+def run_calibrate(
+    model: str,
+    task: Task,
+    *,
+    max_drop: float,
+    confidence: float,
+    thresholds: Sequence[float] = THRESHOLDS,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Calibration:
+    """Find the lowest threshold that keeps the bound and make it the folder's default; the evidence goes beside it.
+
+    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text.
+
+    Raises:
+        ValueError: not a folder, too few problems, or not even the strictest threshold keeps the bound; then nothing is
+            changed.
+    """
+    _check((), thresholds)
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"{model} is no folder, and the threshold is written there; `hf download {model} --local-dir FOLDER`.")
+    task = task.without_repetitions()
+    measure: Measure = "agreement" if task.scorer is None else "accuracy"
+    check_size(len(task.prompts), max_drop=max_drop, confidence=confidence, measure=measure)
+    student, tokenizer = load_student(model)
+
+    def answers(setting: Setting) -> list[Record]:
+        return decode(
+            student,
+            tokenizer,
+            task.prompts,
+            setting=setting,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            scorer=task.scorer,
+        )
+
+    own = answers(Setting("plain"))
+    chosen, steps = calibrate(
+        lambda threshold: compare(answers(Setting("confadapt", threshold=threshold)), own),
+        max_drop=max_drop,
+        confidence=confidence,
+        measure=measure,
+        thresholds=thresholds,
+    )
+    facts = run_facts() | {"data": task.title, "max_new_tokens": max_new_tokens}
+    calibration = Calibration(measure, max_drop, confidence, chosen, steps, facts)
+    Console().print(Markdown(calibration.markdown()))
+    if chosen is None:
+        raise ValueError(
+            f"{model} is left as it was: even {steps[0].threshold:g} loses too much to show less than {max_drop:g}; take more "
+            "problems or a larger bound. verify=True loses nothing at any threshold."
+        )
+    calibration.write(folder / CALIBRATION_FILE)
+    write_decoding_defaults(folder, confadapt=chosen, verify=False)
+    return calibration
 
 
 def _check(ks: Sequence[int], thresholds: Sequence[float]) -> None:

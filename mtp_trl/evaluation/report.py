@@ -1,8 +1,10 @@
 """A sweep on paper: Markdown, JSON, a terminal table and the plot of accuracy against acceleration."""
 
 import dataclasses
+import html
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +75,7 @@ class Report:
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
             f"same: share of answers that are token for token theirs{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; `{facts['command']}`."
+            f"transformers {versions['transformers']}; {code_span(facts['command'])}."
         )
 
 
@@ -100,7 +102,19 @@ def _points(estimate: Estimate | None, *, signed: bool = False) -> str:
 def markdown(report: Report) -> str:
     """The table and its caption as GitHub-flavoured Markdown."""
     lines = [report.header, ["---"] + ["---:"] * (len(report.header) - 1), *report.cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{report.caption}\n"
+    safe = dataclasses.replace(report, title=escape_markdown(report.title))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{safe.caption}\n"
+
+
+def code_span(text: str) -> str:
+    """Text as inline code, on one line and without the backquotes that would end it."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
+
+
+def escape_markdown(text: str) -> str:
+    """Text from data, as Markdown that shows it literally, on one line: no links, images, HTML, code or table cells."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|#]", r"\\\g<0>", line)
 
 
 def terminal_table(report: Report) -> Table:

@@ -145,8 +145,7 @@ def evaluate_decoding(
     """
     _check(tokenizer, prompts, settings, base)
     records: dict[Setting, list[Record]] = {setting: [] for setting in settings}
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    with progress_bar(shown=progress) as bar:
         task = bar.add_task("", total=len(settings) * len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -157,6 +156,32 @@ def evaluate_decoding(
     if scorer is not None:
         records = {setting: _scored(answers, scorer) for setting, answers in records.items()}
     return Sweep(records, aggregate(records), batch_size, max_new_tokens)
+
+
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    setting: Setting,
+    batch_size: int,
+    max_new_tokens: int,
+    scorer: Scorer | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """All prompts in one setting of the student; arguments as for `evaluate_decoding`."""
+    answers: list[Record] = []
+    with progress_bar(shown=progress) as bar:
+        for start in bar.track(range(0, len(prompts), batch_size), description=setting.label):
+            batch = prompts[start : start + batch_size]
+            answers += _decode_batch(model, None, tokenizer, batch, setting=setting, max_new_tokens=max_new_tokens)
+    return answers if scorer is None else _scored(answers, scorer)
+
+
+def progress_bar(*, shown: bool) -> Progress:
+    """A bar with the time left, on stderr; gone when it is done."""
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
 
 
 def aggregate(records: dict[Setting, list[Record]]) -> list[Row]:

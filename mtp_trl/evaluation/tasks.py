@@ -22,6 +22,15 @@ class Task:
     prompts: list[str]
     scorer: Scorer | None
 
+    def without_repetitions(self) -> "Task":
+        """Every prompt once, the first time it occurs: repeated evidence is no evidence."""
+        first = {prompt: i for i, prompt in reversed(list(enumerate(self.prompts)))}
+        kept = sorted(first.values())
+        scorer = self.scorer
+        return Task(
+            self.title, [self.prompts[i] for i in kept], None if scorer is None else lambda i, text: scorer(kept[i], text)
+        )
+
 
 def load_task(data: str, *, limit: int | None = None, prompt: str = "prompt", completion: str = "completion") -> Task:
     """The first `limit` problems of the bundled test set (`word_problems`) or of a JSON Lines file.

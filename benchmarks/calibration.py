@@ -1,0 +1,188 @@
+"""Does the promise of `mtp-trl calibrate` hold on fresh problems? Decodes a pool of word problems that no training run saw,
+once per threshold, then calibrates on one random part of it and measures the loss on the other, again and again.
+
+    python benchmarks/calibration.py runs/tiny_exact_long --pool runs/calibration_pool --output docs/results/calibration.json
+
+The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped. The parts are drawn anew for
+every repetition and share no problem within it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from mtp_trl.evaluation.calibration import Counts, Measure, calibrate
+from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.sweep import Setting, evaluate_decoding
+from mtp_trl.evaluation.tasks import result
+from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.word_problems import Problem, train_problems
+
+THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
+POOL_SEED = 2026
+TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
+CHUNK = 500
+CONFIDENCE = 0.95
+REPETITIONS = 40
+# measure, bound, problems calibrated on
+CASES: list[tuple[Measure, float, int]] = [
+    ("accuracy", 0.01, 500),
+    ("accuracy", 0.01, 1500),
+    ("accuracy", 0.02, 500),
+    ("accuracy", 0.02, 1500),
+    ("accuracy", 0.05, 500),
+    ("agreement", 0.02, 1500),
+    ("agreement", 0.05, 500),
+]
+
+Pool = dict[str, dict[str, np.ndarray]]
+
+
+def fresh_problems(count: int) -> list[Problem]:
+    """Problems of a stream of their own: no question twice, none that a training run may have read."""
+    seen = {problem.question for seed, size in TRAINED_ON.items() for problem in train_problems(size, seed=seed)}
+    unique: dict[str, Problem] = {}
+    for problem in train_problems(2 * count, seed=POOL_SEED):
+        if problem.question not in seen:
+            unique.setdefault(problem.question, problem)
+    return list(unique.values())[:count]
+
+
+def decode_pool(model_name: str, folder: Path, problems: list[Problem]) -> None:
+    """One file per chunk of problems: of every threshold which answers are right and which are the model's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_student(model_name)
+    settings = [Setting("plain"), *(Setting("confadapt", threshold=threshold) for threshold in THRESHOLDS)]
+    for start in track(range(0, len(problems), CHUNK), "decoding the pool"):
+        path = folder / f"{start:06d}.json"
+        if path.is_file():
+            continue
+        part = problems[start : start + CHUNK]
+        sweep = evaluate_decoding(
+            model,
+            tokenizer,
+            [problem.prompt for problem in part],
+            settings=settings,
+            batch_size=250,
+            max_new_tokens=192,
+            scorer=lambda i, text, part=part: result(text) == str(part[i].result),
+            progress=False,
+        )
+        own = [record.token_ids for record in sweep.records[Setting("plain")]]
+        answers: dict[str, Any] = {
+            setting.label: {
+                "correct": [int(bool(record.correct)) for record in records],
+                "same": [int(record.token_ids == ids) for record, ids in zip(records, own, strict=True)],
+                "tokens": [len(record.token_ids) for record in records],
+                "passes": [record.passes for record in records],
+            }
+            for setting, records in sweep.records.items()
+        }
+        write_atomically(path, json.dumps(answers) + "\n")
+
+
+def read_pool(folder: Path, problems: int) -> Pool:
+    """The chunks in one piece: by decoding, of every problem whether the answer is right, its tokens and passes, ..."""
+    chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    labels = ["student, k=1", *(Setting("confadapt", threshold=threshold).label for threshold in THRESHOLDS)]
+    return {
+        label: {name: np.concatenate([chunk[label][name] for chunk in chunks])[:problems] for name in chunks[0][label]}
+        for label in labels
+    }
+
+
+def count(pool: Pool, threshold: float, measure: Measure, part: np.ndarray) -> Counts:
+    """A threshold beside the model's own text on some of the problems."""
+    own, answers = pool["student, k=1"], pool[Setting("confadapt", threshold=threshold).label]
+    right, mine = answers["correct"][part], own["correct"][part]
+    speed = float(answers["tokens"][part].sum() / answers["passes"][part].sum())
+    if measure == "agreement":
+        return Counts(len(part), int((1 - answers["same"][part]).sum()), 0, speed)
+    return Counts(len(part), int((mine * (1 - right)).sum()), int((right * (1 - mine)).sum()), speed)
+
+
+def repeat(pool: Pool, measure: Measure, bound: float, problems: int, *, seed: int) -> dict[str, Any]:
+    """Calibrate on random problems and look at the loss on all the others, `REPETITIONS` times."""
+    total = len(pool["student, k=1"]["correct"])
+    chosen: list[float | None] = []
+    losses, speeds = [], []
+    for repetition in track(range(REPETITIONS), f"{measure}, {bound:g}, {problems}"):
+        order = np.random.default_rng([seed, repetition]).permutation(total)
+        part, fresh = order[:problems], order[problems:]
+        threshold, _ = calibrate(
+            lambda threshold, part=part: count(pool, threshold, measure, part),
+            measure=measure,
+            max_drop=bound,
+            confidence=CONFIDENCE,
+            thresholds=THRESHOLDS,
+        )
+        chosen.append(threshold)
+        if threshold is not None:
+            counts = count(pool, threshold, measure, fresh)
+            losses.append((counts.lost - counts.gained) / counts.problems)
+            speeds.append(counts.tokens_per_pass)
+    return {
+        "measure": measure,
+        "max_drop": bound,
+        "confidence": CONFIDENCE,
+        "calibrated_on": problems,
+        "fresh": total - problems,
+        "repetitions": REPETITIONS,
+        "without_threshold": chosen.count(None),
+        "kept": sum(loss <= bound for loss in losses) + chosen.count(None),
+        "thresholds": {f"{t:g}": n for t, n in sorted(Counter(t for t in chosen if t is not None).items(), reverse=True)},
+        "largest_loss": max(losses, default=0.0),
+        "mean_loss": float(np.mean(losses)) if losses else 0.0,
+        "tokens_per_pass": float(np.mean(speeds)) if speeds else 1.0,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    lines = [
+        "| loss of | bound, points | calibrated on | thresholds found | tokens per pass | loss on fresh ones, points | kept |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        found = [f"{threshold} ({times})" for threshold, times in row["thresholds"].items()]
+        found += [f"none ({row['without_threshold']})"] if row["without_threshold"] else []
+        lines.append(
+            f"| {row['measure']} | {100 * row['max_drop']:g} | {row['calibrated_on']} | {', '.join(found)} | "
+            f"{row['tokens_per_pass']:.2f} | mean {100 * row['mean_loss']:.2f}, largest {100 * row['largest_loss']:.2f} | "
+            f"{row['kept']} of {row['repetitions']} |"
+        )
+    facts, model = results["provenance"], results["model"]
+    caption = (
+        f"{model}; {results['problems']} problems decoded once at {len(results['grid'])} thresholds, "
+        f"{100 * CONFIDENCE:g} % confidence. {facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; "
+        f"`{facts['command']}`"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--pool", type=Path, required=True, help="folder that keeps the decoded pool")
+    parser.add_argument("--problems", type=int, default=4000)
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    decode_pool(options.model, options.pool, fresh_problems(options.problems))
+    pool = read_pool(options.pool, options.problems)
+    rows = [repeat(pool, *case, seed=seed) for seed, case in enumerate(CASES)]
+    name = Path(options.model).name
+    results = {"rows": rows, "model": name, "problems": options.problems, "grid": THRESHOLDS, "provenance": run_facts()}
+    print(table(results))
+    if options.output is not None:
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Decoding side by side, in one process: the same weights and prompts, ways and batches in turns.
+
+    python benchmarks/decode.py models/tiny_exact_long --base mtp_trl/word_problems/base --output docs/results/decode.json
+
+Step efficiency is the speed-up over transformers' greedy decoding of the base divided by the tokens per forward pass: 1
+says that a pass over a block costs what a pass over one token does.
+
+Where no trained model is at hand, `--llama 1b` or `8b` builds one of that size with random weights in bfloat16, and
+`--accepted FILE` replays how many tokens each step accepts (a JSON list, as `block_lengths` of a trained model gives it):
+the cost of a step is real, its text is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mtp_trl.custom_generate import generate as decoder
+from mtp_trl.evaluation.models import load_tokenizer
+from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.hub import run_facts, write_atomically
+
+LLAMAS = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+Encoded = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode; `once` for those that take one row."""
+
+    name: str
+    ours: bool
+    arguments: dict[str, Any]
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    way: str
+    batch_size: int
+    tokens: int
+    seconds: float
+    tokens_per_pass: float | None
+    same_as_greedy: float
+
+
+def ways(threshold: float, k_max: int, *, compiled: bool) -> list[Way]:
+    shapes = {"cache_implementation": "static", "compile_config": compile_config()}
+    verified = {"verify": True, "confadapt": threshold}
+    listed = [
+        Way("transformers, greedy", False, {}),
+        Way("transformers, prompt lookup", False, {"prompt_lookup_num_tokens": 10}, once=True),
+        Way("k=1", True, {"mtp_k": 1, "verify": False}),
+        Way(f"static k={k_max // 2}", True, {"mtp_k": k_max // 2, "confadapt": 0.0, "verify": False}),
+        Way("ConfAdapt 0.9", True, {"confadapt": 0.9, "verify": False}),
+        Way(f"verified {threshold:g}", True, verified),
+        Way(f"verified {threshold:g}, {k_max} blocks", True, {**verified, "mtp_blocks": k_max}),
+        Way(f"verified {threshold:g}, auto", True, {**verified, "mtp_k": "auto"}),
+    ]
+    if compiled:
+        listed.insert(1, Way("transformers, compiled static cache", False, shapes))
+        listed.append(Way(f"verified {threshold:g}, compiled static cache", True, {**verified, **shapes}))
+    return listed
+
+
+def compile_config() -> CompileConfig:
+    """transformers compiles on accelerators alone unless told otherwise."""
+    config = CompileConfig(dynamic=False, mode=None if not torch.cuda.is_available() else "reduce-overhead")
+    config._compile_all_devices = True
+    return config
+
+
+@contextmanager
+def replayed(accepted: list[int] | None) -> Iterator[None]:
+    """Verified steps that accept as many tokens as the list says, over and over, in place of what the model says."""
+    if accepted is None:
+        yield
+        return
+    lengths, choose = itertools.cycle(accepted), decoder._Choice.__call__
+
+    def scripted(self: Any, logits: Any, alive: Any, k: int, *, masks: int) -> Iterator[Any]:
+        for row, _ in zip(alive, list(choose(self, logits, alive, k, masks=masks)), strict=True):
+            kept = min(next(lengths) - 1, len(row.drafts))
+            own = [token if place < kept else token + 1 for place, token in enumerate(row.drafts)]
+            yield [*own, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)}
+
+    decoder._Choice.__call__ = scripted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        decoder._Choice.__call__ = choose  # type: ignore[method-assign]
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Tally:
+    tokens: int = 0
+    seconds: float = 0.0
+    passes: int | None = 0
+    texts: list[list[int]] | None = None
+
+
+def measure(
+    base: PreTrainedModel, student: PreTrainedModel, batches: list[Encoded], listed: list[Way], *, new: int, pad: int
+) -> dict[str, Tally]:
+    """Every batch in every way, the ways in turns; first each way once, which does not count."""
+    tallies = {way.name: Tally(texts=[]) for way in listed}
+    ends = base.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    barred = {"suppress_tokens": student.config.mtp["barred_token_ids"]}
+
+    def call(way: Way, batch: Encoded) -> Any:
+        options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": pad, "return_dict_in_generate": True}
+        if way.ours:
+            return student.generate(**batch, **options, **way.arguments)
+        return GenerationMixin.generate(base, **batch, **options, **barred, **way.arguments)
+
+    for way in listed:
+        call(way, batches[0])
+    for batch in track(batches, f"batch {len(batches[0]['input_ids'])}"):
+        for way in listed:
+            gc.collect()  # of an earlier way, at nobody's expense
+            synchronise()
+            started = time.perf_counter()
+            output = call(way, batch)
+            synchronise()
+            tally = tallies[way.name]
+            tally.seconds += time.perf_counter() - started
+            answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+            lengths = [next((i + 1 for i, token in enumerate(a) if token in ends), len(a)) for a in answers]
+            tally.tokens += sum(lengths)
+            tally.texts += [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
+            passes = int(output.forward_passes.sum()) if way.ours else None if way.once else sum(lengths)
+            tally.passes = None if passes is None or tally.passes is None else tally.passes + passes
+    return tallies
+
+
+def rows_of(tallies: dict[str, Tally], size: int) -> Iterator[Row]:
+    greedy = tallies["transformers, greedy"].texts or []
+    for name, tally in tallies.items():
+        same = sum(a == b for a, b in zip(tally.texts or [], greedy, strict=True)) / len(greedy)
+        per_pass = None if tally.passes is None else tally.tokens / tally.passes
+        yield Row(name, size, tally.tokens, tally.seconds, per_pass, same)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    lines = [
+        "| batch | decoding | tokens per pass | tokens per s | times transformers' greedy | step efficiency | same text, % |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    rows = [Row(**values) for values in results["rows"]]
+    for row in rows:
+        greedy = next(other for other in rows if other.batch_size == row.batch_size)
+        speed = row.tokens / row.seconds
+        ratio = speed / (greedy.tokens / greedy.seconds)
+        per_pass = "-" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}"
+        efficiency = "-" if row.tokens_per_pass is None else f"{ratio / row.tokens_per_pass:.2f}"
+        same = "-" if results["accepted"] else f"{100 * row.same_as_greedy:.1f}"
+        lines.append(f"| {row.batch_size} | {row.way} | {per_pass} | {speed:,.0f} | {ratio:.2f} | {efficiency} | {same} |")
+    facts = results["provenance"]
+    versions = f"torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}"
+    lines += ["", f"{results['title']}. {facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Base and student on the device: two folders, or one model of random weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.llama is None:
+        base = AutoModelForCausalLM.from_pretrained(options.base or options.model)
+        student = decoder.attach_decoder(AutoModelForCausalLM.from_pretrained(options.model))  # this code, not the folder's
+        return base.to(device).eval(), student.to(device).eval()
+    sizes = {"vocab_size": 128_256, "num_key_value_heads": LLAMAS[options.llama]["num_attention_heads"] // 4}
+    config = LlamaConfig(**{**sizes, **LLAMAS[options.llama]}, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config.mtp = {"mask_token": "<|mtp|>", "mask_token_id": 3, "k_max": 8, "barred_token_ids": [3]}
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model, decoder.attach_decoder(model)
+
+
+def prompts(options: argparse.Namespace) -> tuple[str, Callable[[int], list[Encoded]], int]:
+    """A title, the batches of a size, and the pad token."""
+    if options.llama is not None:
+        ids = torch.randint(4, 100_000, (options.problems, 128), generator=torch.Generator().manual_seed(0))
+        new = options.max_new_tokens
+        return (
+            f"Llama of {options.llama} size, random weights, prompts of 128 tokens, {new} new ones, accepted lengths replayed",
+            lambda size: [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)],
+            2,
+        )
+    task, tokenizer = load_task("word_problems", limit=options.problems), load_tokenizer(options.model)
+
+    def batches(size: int) -> list[Encoded]:
+        parts = [task.prompts[start : start + size] for start in range(0, len(task.prompts), size)]
+        return [dict(tokenizer(part, padding=True, padding_side="left", return_tensors="pt")) for part in parts]
+
+    return (
+        f"{len(task.prompts)} held-out word problems, up to {options.max_new_tokens} new tokens",
+        batches,
+        tokenizer.pad_token_id,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or Hub id of an adapted model")
+    parser.add_argument("--base", help="what transformers decodes (default: the model itself)")
+    parser.add_argument("--llama", choices=LLAMAS, help="random weights of that size instead")
+    parser.add_argument("--accepted", type=Path, help="JSON list of accepted lengths, replayed in verified decoding")
+    parser.add_argument("--problems", type=int, default=48)
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 16])
+    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--threshold", type=float, default=0.5, help="of verified decoding")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile with static caches too")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    if (options.model is None) == (options.llama is None):
+        parser.error("name a model or a --llama size, one of the two.")
+    if (options.accepted is None) != (options.llama is None):
+        parser.error("--llama needs --accepted, and a trained model none: its own acceptance counts.")
+
+    base, student = models(options)
+    title, batches_of, pad = prompts(options)
+    accepted = None if options.accepted is None else json.loads(options.accepted.read_text(encoding="utf-8"))
+    listed = ways(options.threshold, student.config.mtp["k_max"], compiled=options.compiled)
+    if accepted is not None:  # a script says nothing about unverified text, or of blocks behind other ends
+        listed = [way for way in listed if not way.ours or (way.arguments["verify"] and "mtp_blocks" not in way.arguments)]
+    rows: list[Row] = []
+    for size in options.batches:
+        batches = [{name: ids.to(student.device) for name, ids in batch.items()} for batch in batches_of(size)]
+        fitting = [way for way in listed if size == 1 or not way.once]
+        with torch.inference_mode(), replayed(accepted):
+            rows += rows_of(measure(base, student, batches, fitting, new=options.max_new_tokens, pad=pad), size)
+    results = {"title": title, "accepted": accepted, "rows": [asdict(row) for row in rows], "provenance": run_facts()}
+    print(table(results))
+    if options.output is not None:
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

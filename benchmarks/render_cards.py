@@ -1,0 +1,84 @@
+"""Renders model_cards/: one card for each model described there and for each recipe that has not been run.
+
+    python benchmarks/render_cards.py                                             # all of them anew; a test compares
+    python benchmarks/render_cards.py --add runs/my_model docs/results/mine.json  # describe another model, then as above
+
+A model is described by model_cards/NAME.json: the provenance its training run wrote, and its files of docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtp_trl.card import Evidence, read_report, render_card
+from mtp_trl.evaluation.calibration import CALIBRATION_FILE, Calibration
+from mtp_trl.hub import PROVENANCE_FILE, provenance, write_atomically
+from mtp_trl.recipe import read_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS, RESULTS = ROOT / "model_cards", ROOT / "docs" / "results"
+# Recipes that need GPUs, and the mask token that their base gets: a row that Qwen3 has to spare, Llama 3.1's last reserved.
+NOT_YET_RUN = {"llama_exact": "<|reserved_special_token_247|>", "qwen3_exact": "<|mtp|>"}
+
+
+def described(path: Path) -> str:
+    """The card of a model that was trained."""
+    model = json.loads(path.read_text(encoding="utf-8"))
+    reports = {name: read_report(RESULTS / f"{name}.json") for name in model["results"]}
+    found = path.with_name(f"{path.stem}.{CALIBRATION_FILE}")
+    calibration = Calibration.read(found) if found.is_file() else None
+    return render_card(model["provenance"], model_name=path.stem, evidence=Evidence(reports, (), calibration))
+
+
+def planned(recipe: Path, mask_token: str) -> str:
+    """The card that a recipe's model will have, without results."""
+    read = read_recipe(recipe, ["--use_cpu", "true"])  # so that reading it needs no GPU
+    facts = provenance(
+        base_model=str(read.model.model_name_or_path),
+        args=read.training,
+        mask_token=mask_token,
+        dataset=read.arguments.dataset_name,
+    )
+    said = {*yaml.safe_load(recipe.read_text(encoding="utf-8")), "verify"}  # the rest depends on the machine
+    facts["settings"] = {name: value for name, value in facts["settings"].items() if name in said}
+    command = f"accelerate launch recipes/{recipe.name}"
+    facts |= {"command": command, "date": None, "hardware": None, "versions": None}
+    return render_card(facts, model_name=recipe.stem)
+
+
+def rendered() -> dict[Path, str]:
+    """Every card by its file."""
+    cards = {path.with_suffix(".md"): described(path) for path in sorted(CARDS.glob("*.json")) if path.stem.isidentifier()}
+    for name, mask_token in NOT_YET_RUN.items():
+        cards[CARDS / f"{name}.md"] = planned(ROOT / "recipes" / f"{name}.yaml", mask_token)
+    return cards
+
+
+def add(folder: Path, results: list[Path]) -> None:
+    """Describe a trained model under the name of its folder."""
+    made: dict[str, Any] = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    text = json.dumps({"results": [path.stem for path in results], "provenance": made}, indent=2) + "\n"
+    write_atomically(CARDS / f"{folder.resolve().name}.json", text)
+    if (folder / CALIBRATION_FILE).is_file():
+        Calibration.read(folder / CALIBRATION_FILE).write(CARDS / f"{folder.resolve().name}.{CALIBRATION_FILE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, nargs="+", metavar="PATH", help="a model's folder, then its files of docs/results")
+    options = parser.parse_args()
+    CARDS.mkdir(exist_ok=True)
+    if options.add:
+        add(options.add[0], options.add[1:])
+    for path, text in rendered().items():
+        write_atomically(path, text)
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

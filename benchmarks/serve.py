@@ -1,0 +1,240 @@
+"""What serving several tokens per pass buys: vLLM's OpenAI server under 1 to 32 clients, with and without the plugin.
+
+    .venv-vllm/bin/python benchmarks/serve.py FOLDER --output docs/results/serve.json
+
+Ways: plain vLLM; PARD, vLLM's own parallel drafting with the same folder as drafter (not for exact mode, whose folder has
+nothing to draft with by itself); the plugin, verified; the plugin, ConfAdapt. One server after the other answers the same
+prompts under every number of clients. Needs vLLM and the bundled word problems' tokenizer or `--prompts FILE`, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.serving.vllm.hooks import check_version, installed_version
+from mtp_trl.serving.vllm.serve import servable, serve_command
+from mtp_trl.word_problems import test_problems
+
+WAYS = {"plain": "plain vLLM", "pard": "PARD, itself as drafter", "verified": "verified", "confadapt": "ConfAdapt"}
+NAME = "served"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times are medians over requests, in seconds; the speed is against plain vLLM under as many clients."""
+
+    way: str
+    clients: int
+    tokens_per_s: float
+    speed: float
+    time_to_first_token: float
+    time_per_token: float
+    tokens_per_pass: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When a request was sent, its first text came and its last, and how many tokens it has."""
+
+    sent: float
+    first: float
+    last: float
+    tokens: int
+
+
+def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
+    """The command line of each way's server, without port."""
+    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+    mtp = config["mtp"]
+    model = Path(servable(str(options.model)))
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--served-model-name={NAME}"]
+    ours = [f"--served-model-name={NAME}", *options.vllm]
+    threshold = {"confadapt": options.confadapt, "mtp_k": None, "fixed_width": None}
+    built = {
+        "plain": [*server, f"--model={model}", *options.vllm],
+        "verified": serve_command(str(model), ours, verify=True, **threshold),
+        "confadapt": serve_command(str(model), ours, verify=False, **threshold),
+    }
+    if not mtp.get("exact"):
+        drafting = pard(model, scratch / "drafter", mtp)
+        built["pard"] = [*server, f"--model={model}", f"--speculative-config={json.dumps(drafting)}", *options.vllm]
+    return {way: built[way] for way in WAYS if way in built}
+
+
+def pard(model: Path, drafter: Path, mtp: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's `speculative_config` for the model as its own drafter: a copy that names its mask token in vLLM's way."""
+    shutil.copytree(model, drafter)
+    config = json.loads((drafter / "config.json").read_text(encoding="utf-8")) | {"pard_token": mtp["mask_token_id"]}
+    write_atomically(drafter / "config.json", json.dumps(config))
+    block = {"parallel_drafting": True, "num_speculative_tokens": mtp["k_max"] - 1}
+    return {"method": "draft_model", "model": str(drafter), **block}
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path) -> Iterator[str]:
+    """A server, up and answering, by its address."""
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(
+            [*command, "--host=127.0.0.1", f"--port={port}"], stdout=stream, stderr=stream, start_new_session=True
+        ) as process,
+    ):
+        try:
+            until = time.monotonic() + 900
+            while True:
+                try:
+                    if httpx.get(f"{address}/health").status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    if process.poll() is not None or time.monotonic() > until:
+                        raise SystemExit(f"The server did not come up:\n{log.read_text()[-4000:]}") from None
+                    time.sleep(1)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+async def ask(client: Any, address: str, prompt: str, max_tokens: int) -> Answer:
+    body = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    sent, first, last, tokens = time.perf_counter(), None, 0.0, 0
+    async with client.stream("POST", f"{address}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if event["choices"]:
+                    last = time.perf_counter()
+                    first = last if first is None else first
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    assert first is not None
+    return Answer(sent, first, last, tokens)
+
+
+async def load(address: str, prompts: Sequence[str], *, clients: int, max_tokens: int) -> list[Answer]:
+    """All prompts, `clients` at a time."""
+    import httpx
+
+    turns = asyncio.Semaphore(clients)
+    async with httpx.AsyncClient(timeout=900) as client:
+
+        async def one(prompt: str) -> Answer:
+            async with turns:
+                return await ask(client, address, prompt, max_tokens)
+
+        return await asyncio.gather(*map(one, prompts))
+
+
+def counters(address: str) -> tuple[float, float]:
+    """Passes with drafts, and accepted drafts, so far; zeros without speculation."""
+    import httpx
+
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    names = [f"vllm:spec_decode_{name}_total{{" for name in ("num_drafts", "num_accepted_tokens")]
+    passes, accepted = (sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)) for name in names)
+    return passes, accepted
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    if options.prompts is None:
+        prompts = [problem.prompt for problem in test_problems(options.requests)]
+    else:
+        prompts = options.prompts.read_text(encoding="utf-8").splitlines()[: options.requests]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for way, command in commands(options, Path(folder)).items():
+            with running(command, Path(folder) / f"{way}.log") as address:
+                asyncio.run(load(address, prompts[:8], clients=8, max_tokens=32))  # caches and memory are warm from here on
+                for clients in options.clients:
+                    print(f"\r{WAYS[way]:<24} {clients:>3} clients ", end="", file=sys.stderr, flush=True)
+                    passes, accepted = counters(address)
+                    answers = asyncio.run(load(address, prompts, clients=clients, max_tokens=options.max_tokens))
+                    passes, accepted = (now - before for now, before in zip(counters(address), (passes, accepted), strict=True))
+                    rows.append(row(way, clients, answers, 1 + accepted / passes if passes else None, rows))
+    print(file=sys.stderr)
+    return rows
+
+
+def row(way: str, clients: int, answers: list[Answer], tokens_per_pass: float | None, before: list[Row]) -> Row:
+    seconds = max(answer.last for answer in answers) - min(answer.sent for answer in answers)
+    speed = sum(answer.tokens for answer in answers) / seconds
+    plain = next((one.tokens_per_s for one in before if one.way == WAYS["plain"] and one.clients == clients), speed)
+    return Row(
+        way=WAYS[way],
+        clients=clients,
+        tokens_per_s=speed,
+        speed=speed / plain,
+        time_to_first_token=statistics.median(answer.first - answer.sent for answer in answers),
+        time_per_token=statistics.median((one.last - one.first) / (one.tokens - 1) for one in answers if one.tokens > 1),
+        tokens_per_pass=tokens_per_pass,
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
+    lines = [
+        "| serving | clients | tokens per s | against plain | first token, ms | per token, ms | tokens per pass |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row.way} | {row.clients} | {row.tokens_per_s:,.0f} | {row.speed:.2f}x | {1000 * row.time_to_first_token:,.0f} | "
+        f"{1000 * row.time_per_token:.1f} | {'1.00' if row.tokens_per_pass is None else f'{row.tokens_per_pass:.2f}'} |"
+        for row in rows
+    ]
+    versions = f"vLLM {facts['versions']['vllm']}, torch {facts['versions']['torch']}"
+    setting = f"{results['requests']} requests, greedy, up to {results['max_tokens']} tokens, medians over requests"
+    lines += ["", f"{setting}. {facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of an adapted model")
+    parser.add_argument("--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--requests", type=int, default=64, help="for each number of clients")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--confadapt", type=float, help="threshold of both ways of ours (default: the model's)")
+    parser.add_argument("--prompts", type=Path, help="a prompt on each line (default: the bundled word problems)")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options, options.vllm = parser.parse_known_args()
+    check_version()
+    rows = measure(options)
+    facts = run_facts()
+    facts["versions"]["vllm"] = installed_version()
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "requests": options.requests,
+        "max_tokens": options.max_tokens,
+        "provenance": facts,
+    }
+    print(table(results))
+    if options.output is not None:
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The model card: what was adapted from what, what it cost and gained, how to use it. Pure text of facts that lie in files."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData
+
+from .evaluation.calibration import CALIBRATION_FILE, Calibration
+from .evaluation.report import Report, code_span, escape_markdown, from_json, markdown
+from .hub import PROVENANCE_FILE, is_hub_id, write_atomically
+
+PAPER = {
+    "title": "Multi-Token Prediction via Self-Distillation",
+    "id": "2602.06019",
+    "citation": textwrap.dedent("""\
+        @article{kirchenbauer2026multitoken,
+            title  = {{Multi-Token Prediction via Self-Distillation}},
+            author = {Kirchenbauer, John and others},
+            year   = 2026,
+            eprint = {arXiv:2602.06019},
+        }"""),
+}
+TAGS = ("custom_generate", "mtp", "trl")
+RESULTS_FOLDER = "mtp_results"
+# The first line of a card's text; a card without it is its author's own and is left alone.
+MARK = "<!-- mtp-trl writes this card anew with every push. Delete this line to keep your own text. -->"
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a model beside its weights: results by file name, plots, and the calibration of its threshold."""
+
+    reports: dict[str, Report] = field(default_factory=dict)
+    plots: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+
+
+def read_evidence(folder: str | Path) -> Evidence:
+    """The results, plots and calibration in a model's folder; empty where there are none.
+
+    Raises:
+        ValueError: a results file that is not one.
+    """
+    results = Path(folder) / RESULTS_FOLDER
+    reports = {path.stem: read_report(path) for path in sorted(results.glob("*.json"))}
+    plots = tuple(path.stem for path in sorted(results.glob("*.png")) if path.stem in reports)
+    calibration = Path(folder) / CALIBRATION_FILE
+    return Evidence(reports, plots, Calibration.read(calibration) if calibration.is_file() else None)
+
+
+def read_report(path: Path) -> Report:
+    """A results file of `mtp-trl eval`.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of `mtp-trl eval` ({type(error).__name__}: {error}).") from error
+
+
+def render_card(
+    provenance: dict[str, Any],
+    *,
+    model_name: str,
+    repo_id: str | None = None,
+    evidence: Evidence | None = None,
+    dataset_name: str | None = None,
+    adapter_only: bool | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The card's Markdown; equal facts give equal text.
+
+    Args:
+        provenance: what `mtp_provenance.json` holds.
+        model_name: the heading.
+        repo_id: what readers load; the model's name by default.
+        evidence: results; without them the card says that there are none yet.
+        dataset_name: what it was trained on, unless the provenance says so.
+        adapter_only: whether the repository holds no weights of the base; the provenance's setting by default.
+        tags: beside the usual ones.
+    """
+    base, settings = provenance["base_model"], provenance["settings"]
+    evidence = evidence or Evidence()
+    dataset = provenance.get("dataset") or dataset_name
+    calibrated = None if evidence.calibration is None else evidence.calibration.threshold
+    if adapter_only is None:
+        adapter_only = bool(settings.get("adapter_only"))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=provenance.get("license"),
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation=("adapter" if adapter_only else "finetune") if is_hub_id(base) else None,
+        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
+        tags=sorted({f"arxiv:{PAPER['id']}", *TAGS, *tags}),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        mark=MARK,
+        model_name=escape_markdown(model_name),
+        repo_id=repo_id or model_name,
+        base=base,
+        base_code=code_span(base),
+        dataset=dataset and code_span(dataset),
+        paper=PAPER,
+        provenance=provenance,
+        exact=bool(settings.get("exact")),
+        adapter_only=adapter_only,
+        # a calibrated threshold is for unverified text; verified text loses nothing at low thresholds
+        confadapt=calibrated or settings.get("confadapt", 0.5 if settings.get("exact") else 0.9),
+        verify=bool(settings.get("verify")) and calibrated is None,
+        command=code_span(provenance["command"]),
+        settings=json.dumps(settings, indent=2),
+        results=[(name, markdown(report).rstrip()) for name, report in evidence.reports.items()],
+        plots=evidence.plots,
+        results_folder=RESULTS_FOLDER,
+        calibration=None if evidence.calibration is None else evidence.calibration.markdown(),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    model_name: str,
+    provenance: dict[str, Any] | None = None,
+    repo_id: str | None = None,
+    dataset_name: str | None = None,
+    adapter_only: bool | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
+    """Write `folder`/README.md from what lies in the folder, unless its author has made the card their own.
+
+    Raises:
+        FileNotFoundError: no provenance given, and none in the folder.
+        ValueError: a results file that is not one.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+        return path
+    if provenance is None:
+        provenance = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = render_card(
+        provenance,
+        model_name=model_name,
+        repo_id=repo_id,
+        evidence=read_evidence(folder),
+        dataset_name=dataset_name,
+        adapter_only=adapter_only,
+        tags=tags,
+    )
+    write_atomically(path, text)
+    return path
+
+
+def eval_result_entries(report: Report) -> list[EvalResultEntry]:
+    """What the Hub shows beside a benchmark: one entry per decoding, for results on a dataset of the Hub.
+
+    Other results have no place there and give none.
+    """
+    dataset = report.provenance.get("dataset")
+    if dataset is None:
+        return []
+    facts = report.provenance
+    return [
+        EvalResultEntry(
+            dataset_id=dataset["id"],
+            task_id=dataset["task_id"],
+            value=round(row.accuracy.value, 4),
+            date=facts["date"],
+            notes=f"{row.setting.label}, {row.tokens_per_pass:.2f} tokens per forward pass, n={row.problems}",
+        )
+        for row in report.rows
+        if row.accuracy is not None and row.setting.kind != "base"
+    ]

@@ -1,0 +1,249 @@
+"""GPU memory of a run before it is started: parameters, gradients, optimizer, teacher, activations, on the meta device.
+
+What is counted: tensors that live at the peak of a training step, if gradients and activations peaked together. What is
+not: the CUDA context, fragmentation, and the communication buffers of ZeRO. `tests/test_estimate.py` compares with
+measured peaks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from .config import MTPDistillConfig
+from .gated_adapter import adapted_layers
+from .recipe import read_recipe
+
+GIB = 2**30
+_FLOAT32 = 4
+# Copies of a chunk's logits, in float32, that exist at once: the model's own, barred, log-softmax, and their gradients.
+_LOGIT_COPIES = 5
+_LORA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for most architectures
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the memory of a run depends on, besides the model.
+
+    Attributes:
+        mode: `full`, `lora` or `exact`.
+        weight_bytes: of one parameter as loaded; 0.5 for a base in 4 bits.
+        autocast: weights are kept in float32 and cast to bf16 for every pass.
+        moments: numbers the optimizer keeps for each trainable parameter.
+        master: DeepSpeed's bf16 keeps a float32 copy of trainable parameters and float32 moments.
+        zero_stage: 0 (DDP or one process) to 3.
+        offload_optimizer, offload_param: to the CPU's memory.
+        rows, length, slots, chunk: of one micro-batch; `chunk` is `logits_chunk_size`.
+        places: places of the micro-batch whose logits are read.
+    """
+
+    mode: str
+    rows: int
+    length: int
+    slots: int
+    places: int
+    chunk: int = 1024
+    weight_bytes: float = 2
+    autocast: bool = False
+    checkpointing: bool = True
+    moments: int = 2
+    master: bool = False
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    processes: int = 1
+    rank: int = 64
+    target_modules: tuple[str, ...] | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...] | None:
+        """The layers adapted, by the last part of their names; None for exact mode's default."""
+        return self.target_modules or (_LORA_TARGETS if self.mode == "lora" else None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, and on the host for each GPU where something is offloaded."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All that is on the GPU."""
+        return self.parameters + self.gradients + self.optimizer + self.teacher + self.activations
+
+    def in_gib(self) -> dict[str, float]:
+        """By name, for tables."""
+        return {name: value / GIB for name, value in {**asdict(self), "total": self.total}.items()}
+
+
+def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
+    """Memory of one process of a run. Builds the model of `config` on the meta device: no weights, no downloads."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    adapter = 0 if setup.mode == "full" else adapter_parameters(model, setup)
+    trainable = adapter if adapter else base
+    compute_bytes = 2 if setup.autocast else max(2, setup.weight_bytes)
+
+    shards = [setup.processes if setup.zero_stage >= stage else 1 for stage in (1, 2, 3)]  # states, gradients, weights
+    weights = (base * setup.weight_bytes + adapter * compute_bytes) / shards[2]
+    gradient_bytes = 2 if setup.master else max(2, setup.weight_bytes)
+    state_bytes = _FLOAT32 * (setup.moments + 1) if setup.master else gradient_bytes * setup.moments
+    optimizer = trainable * state_bytes / shards[0]
+    teacher = weights if setup.mode == "full" else 0.0
+    host = optimizer * setup.offload_optimizer + (weights + teacher) * setup.offload_param
+    return Memory(
+        parameters=weights * (not setup.offload_param),
+        gradients=trainable * gradient_bytes / shards[1],
+        optimizer=optimizer * (not setup.offload_optimizer),
+        teacher=teacher * (not setup.offload_param),
+        activations=_activations(model, setup, compute_bytes, trainable),
+        host=host,
+    )
+
+
+def adapter_parameters(model: PreTrainedModel, setup: Setup) -> int:
+    """Trainable parameters of LoRA or of exact mode's adapter, with the mask token's row."""
+    layers = adapted_layers(model, setup.targets)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers named {', '.join(setup.targets or ())}; name some to adapt.")
+    return setup.rank * sum(sum(features) for features in layers.values()) + int(model.get_input_embeddings().embedding_dim)
+
+
+def _activations(model: PreTrainedModel, setup: Setup, compute_bytes: float, trainable: int) -> float:
+    """What backward needs, as autograd itself saves it on the meta device; and the logits of a chunk."""
+    config = model.config.get_text_config()
+    exact = setup.mode == "exact"
+    columns = setup.slots + (0 if exact else setup.length)  # in exact mode the text is read without gradient
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    if setup.mode != "full":  # a frozen layer needs its input no more, an adapted one does
+        model.requires_grad_(False)
+        for name in adapted_layers(model, setup.targets):
+            model.get_submodule(name).weight.requires_grad_(True)
+        model.get_input_embeddings().weight.requires_grad_(True)
+    saved = _saved_for_backward(model, setup.rows, columns, setup.slots + setup.length) * compute_bytes / _FLOAT32
+    logits = min(setup.chunk, setup.places) * config.vocab_size * _FLOAT32 * _LOGIT_COPIES
+    # with checkpointing, the input of every layer and, once the logits are gone, one layer as it is recomputed
+    inputs = layers * setup.rows * columns * hidden * compute_bytes
+    saved = inputs + max(logits, saved / layers) if setup.checkpointing else saved + logits
+    key_width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    text = layers * 2 * setup.rows * setup.length * config.num_key_value_heads * key_width * compute_bytes if exact else 0
+    casts = trainable * 2 if setup.autocast else 0
+    gathered = 2 * _largest_layer(model) * compute_bytes if setup.zero_stage == 3 else 0  # this layer's weights and the next's
+    return float(saved + text + casts + gathered)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused kernel keeps: queries, keys and values of all heads, the mask as a bias, the output."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int) -> Tensor:
+        """Shapes [B, heads, T, D]; `keys` columns are attended to."""
+        rows, heads, columns, _ = query.shape
+        kept = [query.new_empty(rows, heads, keys, tensor.shape[-1]) for tensor in (key, value)]
+        output = query.new_empty(rows, heads, columns, value.shape[-1])
+        ctx.save_for_backward(query, *kept, query.new_empty(rows, 1, columns, keys), output)
+        return output
+
+
+def _saved_for_backward(model: PreTrainedModel, rows: int, columns: int, keys: int) -> float:
+    """Bytes that autograd keeps for backward of one float32 pass over [rows, columns], parameters aside."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output: Tensor = _FusedAttention.apply(query, key, value, keys)  # type: ignore[no-untyped-call]
+        return output.transpose(1, 2), None
+
+    AttentionInterface.register("estimate", attend)
+    model.config.get_text_config()._attn_implementation = "estimate"
+    ids = torch.zeros(rows, columns, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(input_ids=ids, use_cache=False)
+    del output
+    return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _largest_layer(model: PreTrainedModel) -> int:
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack]
+    sizes = [sum(p.numel() for p in module.parameters()) for module in [model.get_input_embeddings(), *layers]]
+    return int(max(sizes))
+
+
+def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, processes: int) -> Setup:
+    """From a recipe's training and model arguments and its DeepSpeed configuration."""
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    quantised = 0.5 if model.load_in_4bit else 1.0 if model.load_in_8bit else None
+    half = model.dtype in ("bfloat16", "float16")
+    with_master = deepspeed is not None and arguments.bf16
+    mode = "exact" if arguments.exact else "lora" if model.use_peft else "full"
+    # a region of k places takes k - 1 slots: on average (k_max + k_min) / 2 places
+    per_slot = 1 + 1 / ((arguments.k_min + arguments.k_max) / 2 - 1)
+    return Setup(
+        mode=mode,
+        rows=arguments.per_device_train_batch_size,
+        length=arguments.max_length,
+        slots=arguments.slots_per_row,
+        places=int(arguments.per_device_train_batch_size * arguments.slots_per_row * per_slot),
+        chunk=arguments.logits_chunk_size,
+        weight_bytes=quantised or (2 if half or with_master else 4),
+        autocast=arguments.bf16 and not half and not with_master and quantised is None,
+        checkpointing=bool(arguments.gradient_checkpointing),
+        moments=1 if arguments.muon else 2,
+        master=with_master,
+        zero_stage=int(zero.get("stage", 0)),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+        processes=processes,
+        rank=arguments.exact_rank if mode == "exact" else model.lora_r,
+        target_modules=tuple((arguments.exact_target_modules if mode == "exact" else model.lora_target_modules) or ()) or None,
+    )
+
+
+def run_estimate(recipe: Path, overrides: Sequence[str], *, processes: int, memory: float) -> bool:
+    """Print what a recipe takes on each GPU; returns whether it fits into `memory` GiB."""
+    parsed = read_recipe(recipe, [*overrides, "--use_cpu", "true"])  # the machine that estimates may have no GPU
+    arguments, model = parsed.training, parsed.model
+    if not isinstance(arguments, MTPDistillConfig):
+        raise ValueError("estimate knows runs of MTPDistillTrainer; this recipe has `trainer: sft`.")
+    zero = getattr(arguments, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()  # or the model would be sharded as it is built
+    config = AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=arguments.trust_remote_code
+    )
+    setup = setup_of(arguments, model, zero and zero.config, processes)
+    parts = estimate(config, setup)
+    table = Table(title=f"{model.model_name_or_path}, {setup.mode}, ZeRO stage {setup.zero_stage}, {processes} GPUs")
+    table.add_column("GiB on each GPU")
+    table.add_column("", justify="right")
+    for name, value in parts.in_gib().items():
+        if name != "host" or value:
+            table.add_row("on the host, for each GPU" if name == "host" else name, f"{value:,.2f}")
+    fits = parts.total / GIB <= memory
+    console = Console()
+    console.print(table)
+    console.print(f"It {'fits' if fits else 'does not fit'} into {memory:g} GiB.")
+    return fits

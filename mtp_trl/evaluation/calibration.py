@@ -1,0 +1,217 @@
+"""The lowest threshold that keeps a promise: at most so much accuracy lost, with so much confidence.
+
+On one set of problems every threshold is compared with the model's own single-token answers, problem by problem, and each
+comparison is an exact test of "it loses more than the bound". The thresholds are tested in an order fixed beforehand, from
+strict to loose, until one test fails: then the chance that any accepted threshold breaks the bound is at most
+1 - confidence, without a further correction for having looked at many (fixed-sequence testing: Maurer, Hothorn and
+Lehmacher, 1995; for calibration: Angelopoulos et al., Learn then Test, arXiv 2110.01052). It rests on one assumption: the
+problems to come are drawn like those of the calibration set.
+"""
+
+# N problems, Q values of the nuisance parameter
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..hub import write_atomically
+from .sweep import Record
+
+CALIBRATION_FILE = "mtp_calibration.json"
+THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.84, 0.8, 0.7, 0.6, 0.5)
+_NUISANCE_VALUES = 200
+
+Measure = Literal["accuracy", "agreement"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A threshold's answers beside the model's own on the same problems.
+
+    With an answer key `lost` are right only in the model's own text and `gained` right only at the threshold; without one
+    `lost` are all that differ, and none are gained.
+    """
+
+    problems: int
+    lost: int
+    gained: int
+    tokens_per_pass: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One test: the p-value of "this threshold loses more than the bound", and whether that was refuted."""
+
+    threshold: float
+    counts: Counts
+    p_value: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, None where not even the strictest keeps the bound, and the evidence for it."""
+
+    measure: Measure
+    max_drop: float
+    confidence: float
+    threshold: float | None
+    steps: list[Step]
+    provenance: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Calibration:
+        """What `write` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        steps = [Step(**step | {"counts": Counts(**step["counts"])}) for step in fields["steps"]]
+        return cls(**fields | {"steps": steps})
+
+    @property
+    def promise(self) -> str:
+        """What the threshold stands for, in one sentence."""
+        problems = self.steps[0].counts.problems
+        if self.threshold is None:
+            return f"No threshold keeps the loss of {self.measure} under {100 * self.max_drop:g} points on {problems} problems."
+        return (
+            f"At confadapt={self.threshold:g} the loss of {self.measure} against the model's own single-token text stays "
+            f"under {100 * self.max_drop:g} points with {100 * self.confidence:g} % confidence, "
+            f"as measured on {problems} problems; it holds for problems like these."
+        )
+
+    def markdown(self) -> str:
+        """The promise and the tests behind it."""
+        lines = [
+            self.promise,
+            "",
+            "| threshold | lost | gained | tokens per pass | p-value | |",
+            "| ---: | ---: | ---: | ---: | ---: | --- |",
+        ]
+        for step in self.steps:
+            counts, verdict = step.counts, "kept" if step.accepted else "stop"
+            lines.append(
+                f"| {step.threshold:g} | {counts.lost} | {counts.gained} | {counts.tokens_per_pass:.2f} | "
+                f"{step.p_value:.2g} | {verdict} |"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    count: Callable[[float], Counts],
+    *,
+    measure: Measure,
+    max_drop: float,
+    confidence: float,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> tuple[float | None, list[Step]]:
+    """The loosest threshold before the first that fails, None if the strictest does, and the tests made.
+
+    Args:
+        count: decodes the problems at a threshold and compares; called for one threshold after the other until one fails.
+        measure: `accuracy` or `agreement` with the model's own text.
+        max_drop: the bound on the loss, a share in (0, 1).
+        confidence: that no accepted threshold breaks the bound, in (0, 1).
+        thresholds: the order of the tests; sorted from strict to loose.
+    """
+    chosen, steps = None, []
+    for threshold in sorted(thresholds, reverse=True):
+        counts = count(threshold)
+        p_value = loss_p_value(counts, bound=max_drop, measure=measure)
+        steps.append(Step(threshold, counts, p_value, accepted=p_value <= _level(confidence)))
+        if not steps[-1].accepted:
+            break
+        chosen = threshold
+    return chosen, steps
+
+
+def compare(answers: Sequence[Record], own: Sequence[Record]) -> Counts:
+    """A threshold's answers beside the model's own, which are scored where there is an answer key."""
+    pairs = list(zip(answers, own, strict=True))
+    if own[0].correct is None:
+        lost, gained = sum(answer.token_ids != mine.token_ids for answer, mine in pairs), 0
+    else:
+        lost = sum(bool(mine.correct and not answer.correct) for answer, mine in pairs)
+        gained = sum(bool(answer.correct and not mine.correct) for answer, mine in pairs)
+    tokens, passes = sum(len(answer.token_ids) for answer in answers), sum(answer.passes for answer in answers)
+    return Counts(len(pairs), lost, gained, tokens / passes)
+
+
+def check_size(problems: int, *, max_drop: float, confidence: float, measure: Measure) -> None:
+    """Raises ValueError for numbers out of range, and for too few problems for any threshold to pass."""
+    for name, value in (("max_drop", max_drop), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is a share in (0, 1), got {value}.")
+    needed = problems_needed(max_drop=max_drop, confidence=confidence, measure=measure)
+    if problems < needed:
+        raise ValueError(
+            f"{problems} different problems cannot show a loss under {max_drop:g} with {confidence:g} confidence, even if not "
+            f"one answer is lost: at least {needed} are needed, and two to five times as many to find a low threshold."
+        )
+
+
+def _level(confidence: float) -> float:
+    return 1 - confidence + 1e-12  # 1 - 0.95 is not 0.05
+
+
+def problems_needed(*, max_drop: float, confidence: float, measure: Measure) -> int:
+    """The fewest problems with which a threshold that loses nothing passes."""
+    problems = math.ceil(math.log(1 - confidence) / math.log1p(-max_drop))
+    while loss_p_value(Counts(problems, 0, 0, 1.0), bound=max_drop, measure=measure) > _level(confidence):
+        problems += 1
+    return problems
+
+
+def loss_p_value(counts: Counts, *, bound: float, measure: Measure) -> float:
+    """The chance of so few losses, at most, if the threshold lost `bound` or more."""
+    if measure == "agreement":
+        from scipy.stats import binom
+
+        return float(binom.cdf(counts.lost, counts.problems, bound))
+    return net_loss_p_value(counts.lost, counts.gained, counts.problems, bound=bound)
+
+
+def net_loss_p_value(lost: int, gained: int, problems: int, *, bound: float) -> float:
+    """Exact unconditional test of paired answers: is P(lost) - P(gained) >= `bound`?
+
+    Outcomes are ordered by Tango's score statistic (Statistics in Medicine 17, 1998); the p-value is the largest
+    probability, over the unknown P(gained), of an outcome as extreme as the one seen (Hsueh, Liu and Chen, Biometrics 57,
+    2001). The maximum is taken over a grid of P(gained) that is dense near 0.
+    """
+    from scipy.stats import binom
+
+    gained_N = np.arange(problems + 1)
+    most_lost_N = _most_lost(_score(lost, gained, problems, bound), gained_N, problems, bound)
+    rates_Q = np.concatenate([[0.0], np.geomspace(1e-2 / problems, (1 - bound) / 2, _NUISANCE_VALUES)])[:, None]
+    # Given how many are gained, the others are lost with probability (bound + rate) / (1 - rate).
+    lost_rates_Q = np.minimum((bound + rates_Q) / (1 - rates_Q), 1.0)
+    tails_QN = binom.cdf(most_lost_N, problems - gained_N, lost_rates_Q)
+    return float((binom.pmf(gained_N, problems, rates_Q) * tails_QN).sum(1).max())
+
+
+def _score(lost: Any, gained: Any, problems: int, bound: float) -> Any:
+    """Tango's statistic: the net loss minus its bound in units of its standard error where the bound holds exactly."""
+    b = -lost - gained + (2 * problems - lost + gained) * bound
+    c = -gained * bound * (1 - bound)
+    gained_rate = (np.sqrt(b * b - 8 * problems * c) - b) / (4 * problems)
+    return (lost - gained - problems * bound) / np.sqrt(problems * (2 * gained_rate + bound * (1 - bound)))
+
+
+def _most_lost(score: float, gained_N: Any, problems: int, bound: float) -> Any:
+    """Of each number gained, the largest number lost that is as extreme as `score`; -1 where none is. By bisection."""
+    low_N, high_N = np.full_like(gained_N, -1), problems - gained_N
+    while (low_N < high_N).any():
+        middle_N = (low_N + high_N + 1) // 2
+        extreme_N = _score(middle_N, gained_N, problems, bound) <= score + 1e-9
+        low_N, high_N = np.where(extreme_N, middle_N, low_N), np.where(extreme_N, high_N, middle_N - 1)
+    return low_N

@@ -1,0 +1,110 @@
+"""From the logits of a step to the next drafts. Pure tensors: no vLLM, no model, no requests."""
+
+# B requests of the batch, N draft tokens of all of them, R rows of logits (drafts and one more for each request),
+# K block, V vocabulary, D draft tokens of the longest request
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...custom_generate.generate import accept_confident_prefix
+
+PLACEHOLDER = -1  # vLLM's: no token
+_ELEMENTS_AT_ONCE = 2**26  # of logits in float32: what is held at once does not grow with the batch
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What vLLM scheduled for each request: `real` drafts, then `masks` masks, and where its rows of logits begin."""
+
+    drafts_N: Tensor
+    first_draft_B: Tensor
+    first_row_B: Tensor
+    real_B: Tensor
+    masks_B: Tensor
+
+    @classmethod
+    def of(cls, drafts_N: Tensor, ends_B: Tensor, row_ends_B: Tensor, *, mask_token_id: int) -> Scheduled:
+        """From the flat drafts and the ends of each request's part of them, and of its part of the rows.
+
+        Masks come last and are nobody's draft, so they are told by their id. vLLM may have cut a request's drafts, or put
+        others in their place; then there are fewer masks, or none.
+        """
+        lengths_B = ends_B.diff(prepend=ends_B.new_zeros(1))
+        masks_before = nn.functional.pad((drafts_N == mask_token_id).cumsum(0), (1, 0))
+        masks_B = masks_before[ends_B] - masks_before[ends_B - lengths_B]
+        return cls(drafts_N, ends_B - lengths_B, row_ends_B - lengths_B - 1, lengths_B - masks_B, masks_B)
+
+    def longest(self, width: int) -> Tensor:
+        """Drafts and masks of each request, int64 [B, width]; behind its own, anything."""
+        places = torch.arange(width, device=self.drafts_N.device)
+        return self.drafts_N[(self.first_draft_B[:, None] + places).clamp(max=len(self.drafts_N) - 1)].long()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Predictions behind each request's drafts: at the last of them and at the masks."""
+
+    tokens_BK: Tensor  # the most probable ones
+    rows_BK: Tensor  # of the logits
+    normalisers_BK: Tensor  # logsumexp, float32
+    read_BK: Tensor  # whether there is such a place
+
+
+def read_blocks(logits_RV: Tensor, scheduled: Scheduled, *, k: int) -> Blocks:
+    """The blocks of all requests, from their rows alone: what stands before a block is not looked at."""
+    place_K = torch.arange(k, device=logits_RV.device)
+    read_BK = place_K <= scheduled.masks_B[:, None]
+    rows_BK = scheduled.first_row_B[:, None] + scheduled.real_B[:, None] + place_K.minimum(scheduled.masks_B[:, None])
+    tokens, normalisers = [], []
+    for rows in rows_BK.flatten().split(max(1, _ELEMENTS_AT_ONCE // logits_RV.shape[-1])):
+        part = logits_RV[rows].float()
+        tokens.append(part.argmax(-1))
+        normalisers.append(part.logsumexp(-1))
+    return Blocks(torch.cat(tokens).view_as(rows_BK), rows_BK, torch.cat(normalisers).view_as(rows_BK), read_BK)
+
+
+def accept_all(output_BD: Tensor, scheduled: Scheduled, blocks: Blocks, unverified_B: Tensor) -> Tensor:
+    """The sampler's output, with the drafts of `unverified` requests taken as they are, and the block's first token behind.
+
+    Only drafts with a mask behind them are surely ours and whole: others stay verified.
+    """
+    place_D = torch.arange(output_BD.shape[1], device=output_BD.device)
+    real_B1 = scheduled.real_B[:, None]
+    taken_BD = torch.where(place_D < real_B1, scheduled.longest(output_BD.shape[1]), blocks.tokens_BK[:, :1])
+    taken_BD = torch.where(place_D <= real_B1, taken_BD, PLACEHOLDER).to(output_BD.dtype)
+    return torch.where((unverified_B & (scheduled.masks_B > 0))[:, None], taken_BD, output_BD)
+
+
+def next_drafts(
+    logits_RV: Tensor, output_BD: Tensor, scheduled: Scheduled, blocks: Blocks, *, threshold: float | Tensor, vocabulary: int
+) -> Tensor:
+    """How many drafts each request has next, and the drafts: int64 [B, 1 + K - 1].
+
+    None where a draft was rejected: the block was computed behind a text that is not. Otherwise the block goes on behind
+    its first token, which has been emitted, as far as every probability, the emitted token's included, reaches `threshold`
+    (a number, or float [B, 1]).
+    """
+    emitted_BD = (output_BD != PLACEHOLDER) & (output_BD < vocabulary)
+    whole_B = (emitted_BD.sum(1) == scheduled.real_B + 1) & (scheduled.masks_B > 0)
+    last_B = output_BD.gather(1, scheduled.real_B[:, None].clamp(max=output_BD.shape[1] - 1)).long().clamp(min=0)
+    tokens_BK = torch.cat([last_B, blocks.tokens_BK[:, 1:]], 1)
+    probs_BK = (logits_RV[blocks.rows_BK, tokens_BK].float() - blocks.normalisers_BK).exp()
+    accepted_B = accept_confident_prefix(probs_BK.where(blocks.read_BK, -1.0) - threshold, threshold=0.0)
+    return torch.cat([((accepted_B - 1) * whole_B)[:, None], tokens_BK[:, 1:]], 1)
+
+
+def proposals(drafts: list[list[int]], *, mask_token_id: int, masks: list[int], width: int, fill: bool) -> list[list[int]]:
+    """`[drafts | masks]` of each request, at most `width` of both: rows of `next_drafts` and each request's masks.
+
+    With `fill` a request that has masks gets as many as the width takes: the same length in every step.
+    """
+    rows = []
+    for (count, *tokens), wanted in zip(drafts, masks, strict=True):
+        real = tokens[: min(count, wanted, width)]
+        room = width - len(real)
+        rows.append(real + [mask_token_id] * (room if fill and wanted else min(wanted, room)))
+    return rows

@@ -1,0 +1,102 @@
+"""Exact mode in vLLM: low-rank updates that act where the input is the mask token, on the base as vLLM runs it."""
+
+# T tokens of a step, of all requests; H inputs of a layer, O its outputs, r rank times the layers fused into it
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ...custom_generate.generate import MaskGatedAdapter
+from .settings import Served, adapter_file
+
+
+def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
+    """Let the adapter act in a loaded model, before it is compiled; everything but masks stays as it is, bit for bit.
+
+    Which tokens are masks is written to a buffer before every pass, outside what vLLM compiles or captures in graphs.
+
+    Raises:
+        ValueError: the adapter updates a layer that the model does not have, or has in another shape.
+    """
+    with safe_open(adapter_file(str(served.adapter)), framework="pt") as file:
+        adapter = MaskGatedAdapter.from_tensors(
+            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (not a dict)
+            file.metadata(),
+        )
+    embedding = _embedding(model)
+    like: dict[str, Any] = {"dtype": embedding.weight.dtype, "device": embedding.weight.device}
+    gate_T1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
+    with torch.no_grad():
+        for layer, low_rH, high_Or in _fused_updates(model, adapter):
+            _buffers(layer, mtp_gate=gate_T1, mtp_low=low_rH.to(**like), mtp_high=high_Or.to(**like))
+            layer.register_forward_hook(_adapt)
+        _buffers(embedding, mtp_gate=gate_T1, mtp_row=adapter.mask_row.weight.to(**like))
+    embedding.register_forward_hook(_embed)
+    _buffers(model, mtp_gate=gate_T1)
+    model.mtp_mask_token_id = served.mask_token_id
+    model.register_forward_pre_hook(_set_gate, with_kwargs=True)
+
+
+def _set_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    model.mtp_gate[: len(input_ids)] = (input_ids == model.mtp_mask_token_id)[:, None]
+
+
+def _adapt(layer: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
+    """Of vLLM's linear layers, which return their bias beside the output, or the output alone."""
+    x_TH, (y_TO, *rest) = inputs[0], output if isinstance(output, tuple) else (output,)
+    update_TO = nn.functional.linear(nn.functional.linear(x_TH, layer.mtp_low), layer.mtp_high)
+    gated_TO = torch.where(layer.mtp_gate[: x_TH.shape[0]], y_TO + update_TO, y_TO)
+    return (gated_TO, *rest) if isinstance(output, tuple) else gated_TO
+
+
+def _embed(embedding: Any, _: tuple[Tensor, ...], output_TH: Tensor) -> Tensor:
+    return torch.where(embedding.mtp_gate[: output_TH.shape[0]], embedding.mtp_row, output_TH)
+
+
+def _buffers(module: nn.Module, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor, persistent=False)
+
+
+def _embedding(model: nn.Module) -> Any:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    return next(m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead))
+
+
+def _fused_updates(model: nn.Module, adapter: MaskGatedAdapter) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """Layers of vLLM's model with their update: of layers that vLLM fuses, one below the other, B on the diagonal."""
+    updates = dict(zip(adapter.names, adapter.updates, strict=True))
+    fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    for name, layer in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        parts = [f"{parent}.{part}" for part in fused.get(last, [last])]
+        if not any(part in updates for part in parts):
+            continue
+        sizes = list(layer.output_sizes) if len(parts) > 1 else [layer.output_size]
+        lows, highs = [], []
+        for part, size in zip(parts, sizes, strict=True):
+            if part not in updates:
+                highs.append(torch.zeros(size, 0))
+                continue
+            update = updates.pop(part)
+            if (layer.input_size, size) != (found := (update.lora_A.shape[1], update.lora_B.shape[0])):
+                raise ValueError(
+                    f"The adapter's {part} maps {found[0]} to {found[1]} features, the model's {layer.input_size} to {size}: "
+                    "it was trained on another base."
+                )
+            lows.append(update.lora_A.detach())
+            highs.append(update.lora_B.detach() * update.scale)
+        yield layer, torch.cat(lows), torch.block_diag(*highs)
+    if updates:
+        missing = ", ".join(sorted(updates)[:3])
+        raise ValueError(
+            f"vLLM's {type(model).__name__} has no layer for {len(updates)} of the adapter's updates ({missing}, ...): this "
+            "architecture is not served in exact mode; decode it with transformers."
+        )

@@ -1,0 +1,82 @@
+"""`mtp-trl serve`: vLLM's own OpenAI server, with the speculative configuration filled in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from . import hooks
+from .heads import pad_heads
+from .settings import SECTION, Settings, adapter_words
+
+PROPOSER = "mtp_trl.serving.vllm.proposer.MTPProposer"
+_FILLED_IN = ("--model", "--speculative-config", "-sc", "--additional-config")
+
+
+def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
+    """Become vLLM's server; returns only when that cannot be.
+
+    Args:
+        model: folder or Hub id of an adapted model.
+        vllm_options: passed on as they are.
+        options: `additional_config`'s, see `Served`; None means the model's default.
+
+    Raises:
+        ValueError: no vLLM or an untested one, a model that was not adapted, options that are filled in here.
+    """
+    hooks.check_version()
+    command = serve_command(model, vllm_options, **options)
+    os.execv(command[0], command)
+
+
+def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> list[str]:
+    """The plain command line behind `mtp-trl serve`."""
+    for option in vllm_options:
+        if option.split("=")[0] in _FILLED_IN:
+            raise ValueError(f"{option.split('=')[0]} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
+    adapter = options.get("adapter")
+    mtp = getattr(AutoConfig.from_pretrained(model), "mtp", None) if adapter is None else adapter_words(adapter)[0]
+    if mtp is None:
+        raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
+    chosen = {name: value for name, value in options.items() if value is not None}
+    settings = Settings(mtp["k_max"], 0.0, verify=True).with_options(chosen, k_max=mtp["k_max"])
+    if settings.k < 2:
+        raise ValueError(f"--k {settings.k} is plain decoding: start vLLM without this plugin.")
+    flags = [f"--model={servable(model)}", f"--served-model-name={model}"]
+    if any(option.split("=")[0] == "--served-model-name" for option in vllm_options):
+        del flags[1]
+    flags.append(f"--speculative-config={json.dumps(speculative_config(settings.k))}")
+    if chosen:
+        flags.append(f"--additional-config={json.dumps({SECTION: chosen})}")
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *vllm_options]
+
+
+def speculative_config(k: int) -> dict[str, Any]:
+    """VLLM's `speculative_config` for blocks of k: room for k - 1 drafts and k - 1 masks behind them."""
+    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 2 * (k - 1)}
+
+
+def servable(model: str) -> str:
+    """The model, or a copy of the same function with wider heads where vLLM's attention lacks its head size (CPUs)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return model
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = AutoConfig.from_pretrained(model)
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wider = min((size for size in sizes if size > head_dim), default=None)
+    if head_dim in sizes or wider is None or not Path(model).is_dir():
+        return model
+    copy = pad_heads(Path(model), Path(tempfile.mkdtemp(prefix="mtp_trl_serve_")), head_dim=wider)
+    print(f"mtp-trl: vLLM's attention on CPUs has no heads of {head_dim} features; serving the same model with {wider}, {copy}")
+    return str(copy)

@@ -1,0 +1,144 @@
+"""How an adapted model is served: what the engine was told, what the repository says, what a request asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from ...custom_generate.generate import ADAPTER_FILE
+
+OPTIONS = ("confadapt", "verify", "mtp_k")  # of an engine and of a request, named as `generate` names them
+SECTION = "mtp_trl"  # of vLLM's additional_config
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Decoding of a request: `generate`'s arguments of these names, and without a default of the repository's verified."""
+
+    k: int
+    threshold: float
+    verify: bool
+
+    def with_options(self, options: Mapping[str, Any], *, k_max: int) -> Settings:
+        """With some values replaced, checked.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        k = _integer("mtp_k", options.get("mtp_k", self.k))
+        if not 1 <= k <= k_max:
+            raise ValueError(f"mtp_k must be between 1 and {k_max}, the largest block here, got {k}.")
+        threshold = options.get("confadapt", self.threshold)
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise ValueError(f"confadapt must be a probability in [0, 1], got {threshold!r}.")
+        verify = options.get("verify", self.verify)
+        if verify not in (True, False, 0, 1):
+            raise ValueError(f"verify must be true or false (1 or 0), got {verify!r}.")
+        return replace(self, k=k, threshold=float(threshold), verify=bool(verify))
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapted model as the engine has it."""
+
+    mask_token_id: int
+    barred_token_ids: tuple[int, ...]
+    k_max: int
+    width: int  # tokens, drafts and masks, that vLLM schedules behind a request's last one
+    fill: bool  # always so many
+    defaults: Settings
+    adapter: Path | str | None  # exact mode: the folder or Hub id whose adapter acts at the masks
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Served:
+        """From vLLM's configuration, with `{"mtp_trl": {...}}` of its additional_config in front of the repository's words.
+
+        Raises:
+            ValueError: a model that was not adapted, unknown options, values out of range.
+        """
+        model = vllm_config.model_config
+        options = dict((vllm_config.additional_config or {}).get(SECTION, {}))
+        fill, adapter = options.pop("fixed_width", False), options.pop("adapter", None)
+        if unknown := set(options) - set(OPTIONS):
+            known = ", ".join((*OPTIONS, "fixed_width", "adapter"))
+            raise ValueError(f"additional_config's {SECTION!r} has no option {', '.join(sorted(unknown))}; it takes {known}.")
+        mtp: dict[str, Any] | None
+        if adapter is not None:
+            mtp, repository = adapter_words(adapter)
+        else:
+            mtp, repository = getattr(model.hf_config, "mtp", None), model.try_get_generation_config() or {}
+            adapter = model.model if mtp and mtp.get("exact") else None
+        if mtp is None:
+            raise ValueError(
+                f"{model.model} has no mask token (`mtp` in config.json): serve a model that mtp-trl adapted, or leave the "
+                "speculative configuration out."
+            )
+        if mtp["mask_token_id"] >= (rows := model.get_vocab_size()):
+            raise ValueError(
+                f"The mask token is {mtp['mask_token_id']}, and {model.model} has {rows} tokens: serve the model that was "
+                "saved with the adapter."
+            )
+        options = {name: repository[name] for name in OPTIONS if repository.get(name) is not None} | options
+        k_max = int(mtp["k_max"])
+        defaults = Settings(k_max, 0.0, verify=True).with_options(options, k_max=k_max)
+        return cls(
+            mask_token_id=int(mtp["mask_token_id"]),
+            barred_token_ids=tuple(mtp["barred_token_ids"]),
+            k_max=defaults.k,
+            width=vllm_config.speculative_config.num_speculative_tokens,
+            fill=bool(fill),
+            defaults=defaults,
+            adapter=adapter,
+        )
+
+    def of_request(self, sampling_params: Any) -> Settings:
+        """The settings of a request: its `vllm_xargs` (extra_args) in front of the engine's. Raises ValueError."""
+        extra = sampling_params.extra_args
+        if not extra or not any(name in extra for name in OPTIONS):
+            chosen = self.defaults
+        else:
+            chosen = self.defaults.with_options(extra, k_max=self.k_max)
+        return chosen if chosen.verify or is_plain_greedy(sampling_params) else replace(chosen, verify=True)
+
+
+def is_plain_greedy(sampling_params: Any) -> bool:
+    """Whether the next token is the most probable one and nothing else is asked of it.
+
+    Only such a request may skip verification: what penalties, grammars, minimum lengths, log-probabilities or a
+    temperature mean for a token is known when the model itself gives its logits there, and not before.
+    """
+    p = sampling_params
+    return (
+        p.temperature < 1e-5  # vLLM's bound
+        and p.presence_penalty == p.frequency_penalty == 0
+        and p.repetition_penalty == 1
+        and p.min_tokens == 0
+        and p.logprobs is None
+        and not (p.bad_words or p.allowed_token_ids or p.structured_outputs)
+        and getattr(p, "thinking_token_budget", None) is None
+    )
+
+
+def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base."""
+    with safe_open(adapter_file(repository), framework="pt") as file:
+        metadata = file.metadata()
+    return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
+
+
+def adapter_file(repository: Path | str) -> str:
+    """The adapter's file in a folder or on the Hub."""
+    path: str = cached_file(str(repository), ADAPTER_FILE)
+    return path

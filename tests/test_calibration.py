@@ -1,0 +1,221 @@
+"""The tests behind a calibrated threshold are exact, its search keeps the promise, and `mtp-trl calibrate` writes it down."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, multinomial
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mtp_trl import hub
+from mtp_trl.card import read_evidence, render_card
+from mtp_trl.cli import main
+from mtp_trl.evaluation.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    Counts,
+    calibrate,
+    check_size,
+    compare,
+    loss_p_value,
+    net_loss_p_value,
+    problems_needed,
+)
+from mtp_trl.evaluation.commands import run_calibrate
+from mtp_trl.evaluation.sweep import Record
+from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.mask_token import add_mask_token
+from mtp_trl.word_problems import tokenizer as bundled
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.2])
+def test_the_paired_test_is_wrong_no_more_often_than_it_says(bound):
+    """By summing over every outcome, at losses of exactly the bound: P(p <= level) <= level."""
+    problems = 24
+    outcomes = [
+        (lost, gained) for lost, gained in itertools.product(range(problems + 1), repeat=2) if lost + gained <= problems
+    ]
+    p_values = np.array([net_loss_p_value(lost, gained, problems, bound=bound) for lost, gained in outcomes])
+    counts = np.array([[lost, gained, problems - lost - gained] for lost, gained in outcomes])
+    for gained_rate in (0.0, 0.003, 0.02, 0.07, 0.15, 0.31, 0.399):
+        rates = [bound + gained_rate, gained_rate, 1 - bound - 2 * gained_rate]
+        probabilities = multinomial.pmf(counts, problems, rates)
+        assert probabilities.sum() == pytest.approx(1)
+        for level in (0.01, 0.05, 0.2):
+            assert probabilities[p_values <= level].sum() <= level + 1e-6
+
+
+def test_the_paired_test_against_a_naive_maximum():
+    """The largest probability, over the unknown rate of gains, of an outcome whose score is at most that seen."""
+
+    def score(lost, gained, n, bound):
+        # the rate of gains that makes the counts likeliest where the net loss is the bound, by search
+        rates = np.linspace(1e-9, (1 - bound) / 2 - 1e-9, 40001)
+        likelihood = lost * np.log(rates + bound) + gained * np.log(rates) + (n - lost - gained) * np.log(1 - bound - 2 * rates)
+        rate = rates[likelihood.argmax()]
+        return (lost - gained - n * bound) / math.sqrt(n * (2 * rate + bound * (1 - bound)))
+
+    n, bound, seen = 12, 0.3, (2, 3)
+    outcomes = [(lost, gained) for lost in range(n + 1) for gained in range(n + 1 - lost)]
+    extreme = [o for o in outcomes if score(*o, n, bound) <= score(*seen, n, bound) + 1e-6]
+    counts = [[lost, gained, n - lost - gained] for lost, gained in extreme]
+    naive = max(
+        multinomial.pmf(counts, n, [bound + rate, rate, 1 - bound - 2 * rate]).sum() for rate in np.linspace(0, 0.349, 500)
+    )
+    assert net_loss_p_value(*seen, n, bound=bound) == pytest.approx(naive, rel=2e-3)
+
+
+def test_without_an_answer_key_the_test_is_the_binomial():
+    counts = Counts(problems=300, lost=4, gained=0, tokens_per_pass=2.0)
+    assert loss_p_value(counts, bound=0.05, measure="agreement") == pytest.approx(binom.cdf(4, 300, 0.05))
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "agreement"])
+@pytest.mark.parametrize(("max_drop", "confidence"), [(0.01, 0.95), (0.05, 0.9), (0.3, 0.99)])
+def test_the_number_needed_is_the_smallest(measure, max_drop, confidence):
+    needed = problems_needed(max_drop=max_drop, confidence=confidence, measure=measure)
+    options = {"max_drop": max_drop, "confidence": confidence, "measure": measure}
+    check_size(needed, **options)
+    with pytest.raises(ValueError, match=f"at least {needed} are needed"):
+        check_size(needed - 1, **options)
+    nothing_lost = (1 - max_drop) ** needed
+    assert nothing_lost <= 1 - confidence + 1e-12
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_drop", 0.0), ("max_drop", 1.0), ("confidence", 1.0), ("confidence", -1)])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a share in"):
+        check_size(1000, **{"max_drop": 0.1, "confidence": 0.9, "measure": "accuracy"} | {name: value})
+
+
+def test_the_search_goes_from_strict_to_loose_and_stops_at_the_first_that_fails():
+    lost = {0.99: 0, 0.9: 2, 0.8: 60, 0.5: 0}
+    asked = []
+
+    def count(threshold):
+        asked.append(threshold)
+        return Counts(1000, lost[threshold], 0, 2.0)
+
+    options = {"measure": "accuracy", "max_drop": 0.02, "confidence": 0.95}
+    chosen, steps = calibrate(count, thresholds=[0.5, 0.9, 0.99, 0.8], **options)
+    assert asked == [0.99, 0.9, 0.8]  # 0.5 would pass, and is not looked at
+    assert chosen == 0.9
+    assert [step.accepted for step in steps] == [True, True, False]
+    assert calibrate(count, thresholds=[0.8], **options)[0] is None
+
+
+def test_the_promise_is_broken_no_more_often_than_stated():
+    """Known losses, drawn again and again; the bound lies between the third threshold's loss and the fourth's."""
+    rng = np.random.default_rng(0)
+    rates = {0.99: (0.002, 0.001), 0.95: (0.01, 0.004), 0.9: (0.06, 0.02), 0.8: (0.125, 0.02)}
+    problems, repetitions, broken, chosen_at_all = 100, 150, 0, 0
+    for _ in range(repetitions):
+        draws = {t: rng.multinomial(problems, [lost, gained, 1 - lost - gained]) for t, (lost, gained) in rates.items()}
+        chosen, _steps = calibrate(
+            lambda t, draws=draws: Counts(problems, int(draws[t][0]), int(draws[t][1]), 2.0),
+            measure="accuracy",
+            max_drop=0.1,
+            confidence=0.9,
+            thresholds=list(rates),
+        )
+        chosen_at_all += chosen is not None
+        broken += chosen == 0.8
+    assert broken / repetitions <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / repetitions)
+    assert chosen_at_all > 0.9 * repetitions
+
+
+def record(ids, *, correct, passes=1):
+    return Record("", tuple(ids), (len(ids),), passes, 0.1, correct)
+
+
+def test_answers_are_compared_problem_by_problem():
+    own = [record([1, 2], correct=True), record([3], correct=True), record([4], correct=False), record([5], correct=False)]
+    answers = [record([1, 2], correct=True), record([9], correct=False), record([8], correct=True), record([7], correct=False)]
+    assert compare(answers, own) == Counts(4, 1, 1, 5 / 4)
+    unscored = [record(one.token_ids, correct=None) for one in own]
+    assert compare([record(one.token_ids, correct=None) for one in answers], unscored) == Counts(4, 3, 0, 5 / 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random model: it is never sure, so that strict thresholds decode as it does by itself and whole blocks do not."""
+    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    add_mask_token(model, tokenizer, k_max=4)
+    hub.set_decoding_defaults(model, confadapt=0.25, verify=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 4, "settings": {}}
+    hub.write_decoder(tmp_path / "model", model, facts | hub.run_facts())
+    return tmp_path / "model"
+
+
+def write_prompts(path, count):
+    path.write_text("".join(json.dumps({"prompt": f"Tom has {i} pens"}) + "\n" for i in range(count)))
+
+
+def calibrate_command(folder, data, *options):
+    limits = ["--max-new-tokens", "4", "--batch-size", "64", "--max-drop", "0.2", "--confidence", "0.8"]
+    return main(["calibrate", str(folder), "--data", str(data), *limits, *options])
+
+
+def test_calibrate_writes_the_threshold_into_the_folder_and_the_evidence_onto_the_card(folder, tmp_path, capsys):
+    write_prompts(tmp_path / "data.jsonl", 40)
+    assert calibrate_command(folder, tmp_path / "data.jsonl") == 0
+    found = Calibration.read(folder / CALIBRATION_FILE)
+    assert found.measure == "agreement"
+    assert found.steps[0].counts.problems == 40
+    assert found.provenance["data"] == "data.jsonl"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert (model.generation_config.confadapt, model.generation_config.verify) == (found.threshold, False)
+    facts = json.loads((folder / hub.PROVENANCE_FILE).read_text())
+    card = render_card(facts, model_name="x", evidence=read_evidence(folder))
+    assert found.promise in card
+    assert f"confadapt={found.threshold:g}, max_new_tokens" in card
+    assert f"{found.threshold:g}" in capsys.readouterr().out
+
+
+def test_too_few_problems_or_a_threshold_that_cannot_be_found_change_nothing(folder, tmp_path, capsys):
+    before = (folder / "generation_config.json").read_text()
+    data = tmp_path / "data.jsonl"
+    write_prompts(data, 7)
+    assert calibrate_command(folder, data) == 2
+    assert "at least 8 are needed" in capsys.readouterr().err
+    data.write_text(data.read_text() * 20)  # the same problems over and over
+    assert calibrate_command(folder, data) == 2
+    assert "7 different problems" in capsys.readouterr().err
+    assert calibrate_command(tmp_path / "nowhere", data) == 2
+    assert "is no folder" in capsys.readouterr().err
+    write_prompts(data, 20)
+    options = {"max_drop": 0.2, "confidence": 0.8, "batch_size": 20, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="is left as it was: even 0 loses too much"):
+        run_calibrate(str(folder), load_task(str(data)), thresholds=[0.0], **options)
+    assert (folder / "generation_config.json").read_text() == before
+    assert not (folder / CALIBRATION_FILE).exists()
+
+
+def test_the_experiment_on_fresh_problems_kept_its_promise():
+    """The committed result: at least 34 of 40 repetitions for a confidence of 95 %."""
+    results = json.loads((ROOT / "docs" / "results" / "calibration.json").read_text())
+    assert {row["measure"] for row in results["rows"]} == {"accuracy", "agreement"}
+    for row in results["rows"]:
+        assert row["repetitions"] == 40
+        assert row["kept"] >= 34
+        assert row["without_threshold"] + sum(row["thresholds"].values()) == 40

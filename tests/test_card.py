@@ -1,0 +1,116 @@
+"""A card says what its model is, what was measured and what was not; what data and people named is shown literally."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from mtp_trl import MTPDistillConfig, hub
+from mtp_trl.card import MARK, RESULTS_FOLDER, render_card, write_card
+from mtp_trl.evaluation.report import escape_markdown, from_json, markdown, to_json
+
+REPORT = from_json((Path(__file__).parents[1] / "docs" / "results" / "tiny_exact.json").read_text())
+
+
+def provenance(base: str, tmp_path: Path, **changes) -> dict:
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **(changes or {"ntp_coef": 0.5}))
+    return hub.provenance(base_model=base, args=args, mask_token="<|mtp|>")
+
+
+def test_a_card_names_its_base_and_its_limits(tmp_path):
+    path = write_card(tmp_path, model_name="me/small", provenance=provenance("org/base", tmp_path), repo_id="me/small")
+    text = path.read_text()
+    assert "base_model: org/base" in text
+    assert "base_model_relation: finetune" in text
+    assert "trust_remote_code=True" in text
+    assert "## Limits" in text
+    assert '"ntp_coef": 0.5' in text
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_a_card_of_exact_mode_says_what_is_exact_and_how_to_use_it(tmp_path, adapter_only):
+    facts = provenance("org/base", tmp_path, exact=True, adapter_only=adapter_only)
+    text = write_card(tmp_path, model_name="exact", provenance=facts, repo_id="me/exact").read_text()
+    assert "every word of it remains the base" in text
+    assert "confadapt=0.5" in text
+    assert "Training changes the model" not in text
+    assert ("base_model_relation: adapter" in text) == adapter_only
+    assert ('custom_generate="me/exact", trust_remote_code=True' in text) == adapter_only
+    assert ('from_pretrained("me/exact", trust_remote_code=True)' in text) != adapter_only
+    assert "{%" not in text
+    assert "\n\n\n" not in text
+
+
+def test_a_base_in_a_folder_is_not_presented_as_a_hub_model(tmp_path):
+    text = write_card(tmp_path, model_name="small", provenance=provenance(str(tmp_path), tmp_path)).read_text()
+    assert "base_model:" not in text
+    assert str(tmp_path) not in text
+
+
+def test_a_card_shows_what_lies_in_the_folder_and_says_where_nothing_was_measured(tmp_path):
+    facts = provenance("org/base", tmp_path)
+    assert "Not yet run." in render_card(facts, model_name="small")
+    (tmp_path / RESULTS_FOLDER).mkdir()
+    (tmp_path / RESULTS_FOLDER / "words.json").write_text(to_json(REPORT))
+    text = write_card(tmp_path, model_name="small", provenance=facts).read_text()
+    assert markdown(REPORT).strip() in text
+    assert "Not yet run" not in text
+    assert "words.png" not in text  # there is no such plot
+    (tmp_path / RESULTS_FOLDER / "words.png").touch()
+    assert "](mtp_results/words.png)" in write_card(tmp_path, model_name="small", provenance=facts).read_text()
+
+
+def test_equal_facts_give_equal_text_and_a_second_writing_changes_nothing(tmp_path):
+    facts = provenance("org/base", tmp_path)
+    first = write_card(tmp_path, model_name="small", provenance=facts).read_text()
+    assert write_card(tmp_path, model_name="small", provenance=json.loads(json.dumps(facts))).read_text() == first
+    assert MARK in first
+
+
+HOSTILE = "</td><script>alert(1)</script> | [x](javascript:alert(1)) ![](http://evil/x.png) `code`\n# heading\n---\n"
+
+
+def test_text_of_data_and_people_cannot_become_markup(tmp_path):
+    facts = provenance("org/base", tmp_path) | {"command": "mtp-trl ` x", "dataset": "a`b<script>"}
+    (tmp_path / RESULTS_FOLDER).mkdir()
+    hostile = dataclasses.replace(REPORT, title=HOSTILE, provenance=REPORT.provenance | {"command": f"x {HOSTILE}"})
+    (tmp_path / RESULTS_FOLDER / "words.json").write_text(to_json(hostile))
+    text = write_card(tmp_path, model_name=HOSTILE, repo_id="me/x", provenance=facts).read_text()
+    outside_code = "".join(text.replace("```", "").split("`")[::2])
+    assert "<script>" not in outside_code
+    assert "](javascript" not in outside_code.replace("\\](", "")
+    assert "\n# heading" not in text
+    assert text.count("\n---\n") == 1  # the end of the metadata
+
+
+@pytest.mark.parametrize("text", ["plain words, 1.5 %", "snake_case_name"])
+def test_harmless_text_stays_as_it_is(text):
+    assert escape_markdown(text) == text
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_the_code_of_a_card_is_code(tmp_path, adapter_only):
+    text = render_card(provenance("org/base", tmp_path, exact=True, adapter_only=adapter_only), model_name="x", repo_id="me/x")
+    blocks = [part.partition("\n")[2] for part in text.split("```")[1::2] if part.startswith("python")]
+    assert len(blocks) == (1 if adapter_only else 2)
+    for block in blocks:
+        compile(block, "card", "exec")
+
+
+def test_the_cards_in_the_repository_are_those_of_the_renderer():
+    """Mended by `python benchmarks/render_cards.py`."""
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("render_cards", root / "benchmarks" / "render_cards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cards = module.rendered()
+    assert set(cards) == set((root / "model_cards").glob("*.md"))
+    for path, text in cards.items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+    planned = cards[root / "model_cards" / "llama_exact.md"]
+    assert "has not been run yet" in planned
+    assert "Not yet run." in planned
+    assert not [line for line in planned.splitlines() if line.startswith("| ")]  # no table without results

