@@ -18,6 +18,8 @@ first step: the whole prompt is pending.
 
                   so that a step that rejects drafts has new ones all the same; the blocks do not see each other
 
+Where layers are recurrent, their states stay behind tokens that are certain, and what comes after these is fed again.
+
 Verified text is exactly the model's own, one token per pass: greedy, or sampled with noise that depends on (seed,
 prompt, position) and on nothing else.
 
@@ -33,10 +35,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import json
+import operator
 import sys
+import time
 import warnings
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -45,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -70,8 +77,19 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, cached_file
 
 __all__ = [
@@ -86,6 +104,7 @@ __all__ = [
 
 PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
 PAPER_MASK_TOKENS = "<|mtp_special_token_"  # their mask tokens; the first is the one that is fed
+STATE_TOKENS = 16  # a recurrent state moves on when so many certain tokens lie behind it; until then they are fed again
 SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
 STATIC_SLOT_MULTIPLE = 256  # with static shapes all slots are read: calls of about the same length share a graph
 
@@ -101,15 +120,23 @@ class MTPGenerateOutput(ModelOutput):
 
     Attributes:
         sequences: prompt and generated tokens, padded with pad_token_id behind each row's end, int64 [B, L].
-        block_lengths: of each row, the tokens each forward pass gave: together its generated tokens, EOS counted.
+        block_lengths: of each row, the tokens each forward pass gave: together its generated tokens, EOS counted; 0 for a
+            pass that only moved recurrent states on.
         forward_passes: of each row, the passes while it was alive, the prefill counted, int64 [B].
         acceleration: generated tokens per forward pass, the ratio of the sums over rows.
+        scores: with `output_scores`, of each generated token what it was chosen from: logits after the processors, float32
+            [B, V] each, the barred ids at -inf. Behind a row's end the pad token has 0 and all others -inf.
+        logits: with `output_logits`, the same before any processor.
+        past_key_values: the cache handed in, with what has been cached since.
     """
 
     sequences: Tensor | None = None
     block_lengths: list[list[int]] | None = None
     forward_passes: Tensor | None = None
     acceleration: float | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: Cache | None = None
 
 
 def accept_confident_prefix(probs_BK: Tensor, *, threshold: float) -> Tensor:
@@ -156,7 +183,7 @@ def generate(
     *,
     model: PreTrainedModel,
     confadapt: float | None = None,
-    mtp_k: int | None = None,
+    mtp_k: int | str | None = None,
     verify: bool | None = None,
     mtp_blocks: int | None = None,
     mtp_token_id: int | None = None,
@@ -165,13 +192,17 @@ def generate(
 ) -> Tensor | MTPGenerateOutput:
     """`GenerationMixin.generate`, several tokens per forward pass. Arguments not listed here mean what they mean there.
 
+    A `past_key_values=` handed in (a `DynamicCache`, for a conversation that goes on) covers the first columns of
+    `inputs`; in the end it covers what has been generated and cached since.
+
     Args:
         inputs: prompts, int64 [B, L], padded on the left; `attention_mask` tells tokens from padding.
         generation_config: may carry `confadapt`, `mtp_k`, `verify` and `mtp_blocks`, as the model's own may.
         model: bound by `from_pretrained` and `attach_decoder`.
         confadapt: probability in [0, 1] that every token of an accepted block must reach; 0 accepts whole blocks
             (static k). None: the repository's default, else static k.
-        mtp_k: largest block; 1 is plain decoding. None: the block size trained.
+        mtp_k: largest block; 1 is plain decoding; "auto", with `verify`: of each step the block from which most tokens per
+            second are to be expected, by the drafts accepted so far and the passes timed. None: the block size trained.
         verify: return exactly the model's own text. None: the repository's default, else False.
         mtp_blocks: with `verify`, how many of the places at which the drafts may end get a block of masks of their own:
             `mtp_k` covers all. More tokens per pass for wider passes, so it pays where wide passes cost little more.
@@ -190,15 +221,19 @@ def generate(
         _use_adapter_of(repository, model, {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs})
     _refuse_arguments(
         model,
-        synced_gpus=synced_gpus,
         assistant_model=assistant_model,
         negative_prompt_ids=negative_prompt_ids,
         negative_prompt_attention_mask=negative_prompt_attention_mask,
-        **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "past_key_values", "position_ids")},
+        **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "cache_params", "position_ids")},
     )
     _refuse_cache(kwargs.get("cache_implementation"))  # transformers would leave for paged decoding
+    if kwargs.get("eos_token_id", 0) == []:  # none at all; transformers would look at the first
+        kwargs["eos_token_id"] = None
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
-    request = _Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer)
+    if synced_gpus is None:  # as in GenerationMixin.generate
+        synced_gpus = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and dist.get_world_size() > 1
+    past = kwargs.get("past_key_values")
+    request = _Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer, past, synced_gpus)
     with _eval_mode(model):
         output: Tensor | MTPGenerateOutput = GenerationMixin.generate(
             model,
@@ -259,25 +294,40 @@ def _decode(
     if request.streamer is not None and len(rows) > 1:
         raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
 
+    # A block that is longer than all that may come would be masks for nothing.
+    settings = replace(settings, k=min(settings.k, max(row.limit - row.prompt_length for row in rows)))
+
     text = _Text(input_ids, rows, pad_token_id=_pad_token_id(generation_config))
     choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
-    forward = _forward_pass(model, choose.settings, rows, generation_config)
+    forward = _forward_pass(model, choose.settings, rows, generation_config, request)
+    scores = _Scores(generation_config, rows)
+    pace = _Pace(model, choose.settings, sampling=seed is not None, static=generation_config.cache_implementation == "static")
     alive = list(rows)
-    while alive:
-        logits_APV, masks = forward(alive)
-        choices = choose(logits_APV.to(input_ids.device), alive, masks=masks)  # where processors expect it
-        for row, (own, blocks) in zip(alive, choices, strict=True):
-            row.advance(own, blocks, verify=settings.verify, eos=stops.eos)
-        stops(alive, text)
-        for row in alive:
-            fresh = row.close_step()
-            if request.streamer is not None:
-                request.streamer.put(torch.tensor(fresh))
-        alive = forward.drop_finished(alive)
+    with forward.without_adapter() if settings.k == 1 else nullcontext():
+        while alive:
+            with pace.step(alive, forward) as k:
+                logits_APV, masks = forward(alive, k)
+                choices = list(choose(logits_APV.to(input_ids.device), alive, k, masks=masks))  # where processors expect it
+            for row, (own, blocks) in zip(alive, choices, strict=True):
+                row.advance(own, blocks, verify=settings.verify, eos=stops.eos)
+            stops(alive, text)
+            for member, (row, (own, _)) in enumerate(zip(alive, choices, strict=True)):
+                fresh = row.close_step()
+                first = logits_APV.shape[1] - masks - len(own)
+                scores.record(row, logits_APV, choose.scores_APV, member, first=first, count=len(fresh))
+                pace.learn(row, kept=len(fresh) - 1)
+                if request.streamer is not None:
+                    request.streamer.put(torch.tensor(fresh))
+            alive = forward.drop_finished(alive)
+        forward.keep_company()
 
+    if isinstance(forward, _CachedForward) and request.past is not None:
+        forward.store(request.past)
     if request.streamer is not None:
         request.streamer.end()
-    return _output(rows, text) if generation_config.return_dict_in_generate else text.tensor()
+    if not generation_config.return_dict_in_generate:
+        return text.tensor()
+    return _output(rows, text, scores, request)
 
 
 @dataclass
@@ -288,6 +338,7 @@ class _Row:
     tokens: list[int]  # prompt and generated tokens: certain, never retracted
     limit: int  # of len(tokens)
     noise_key: int  # what its random numbers depend on, beside the position
+    real: list[bool]  # which columns of the caller's batch are its prompt; the others are padding
     prompt_length: int = 0
     committed: int = 0  # leading tokens whose keys and values are cached
     drafts: list[int] = field(default_factory=list)  # verified decoding: accepted, to be verified in the next step
@@ -360,17 +411,43 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None, *, max_length: int, 
         if seed is not None:
             copies[tuple(prompt)] += 1
             key = _digest(f"{seed} {copies[tuple(prompt)]} {prompt}")
-        rows.append(_Row(index, prompt, limit=len(prompt) + max(1, max_length - width), noise_key=key))
+        rows.append(_Row(index, prompt, limit=len(prompt) + max(1, max_length - width), noise_key=key, real=keep))
     return rows
 
 
-def _output(rows: list[_Row], text: _Text) -> MTPGenerateOutput:
+class _Scores:
+    """What every generated token was chosen from, for `output_scores` and `output_logits`."""
+
+    def __init__(self, config: GenerationConfig, rows: list[_Row]) -> None:
+        asked = bool(config.return_dict_in_generate)
+        self.scores: list[list[Tensor]] | None = [[] for _ in rows] if asked and config.output_scores else None
+        self.logits: list[list[Tensor]] | None = [[] for _ in rows] if asked and config.output_logits else None
+
+    def record(self, row: _Row, logits_APV: Tensor, scores_APV: Tensor, member: int, *, first: int, count: int) -> None:
+        """`count` new tokens of a row, which were chosen at the places from `first` on."""
+        for kept, source in ((self.logits, logits_APV), (self.scores, scores_APV)):
+            if kept is not None:
+                kept[row.index] += source[member, first : first + count].to(torch.float32, copy=True).unbind(0)
+
+    def by_token(self, kept: list[list[Tensor]] | None, *, pad: int) -> tuple[Tensor, ...] | None:
+        """[B, V] of each generated token."""
+        if kept is None:
+            return None
+        ended = torch.full_like(kept[0][0], -torch.inf)
+        ended[pad] = 0
+        return tuple(torch.stack(column) for column in itertools.zip_longest(*kept, fillvalue=ended))
+
+
+def _output(rows: list[_Row], text: _Text, scores: _Scores, request: _Request) -> MTPGenerateOutput:
     passes = [len(row.block_lengths) for row in rows]
     return MTPGenerateOutput(
         sequences=text.tensor(),
         block_lengths=[row.block_lengths for row in rows],
         forward_passes=torch.tensor(passes),
         acceleration=sum(sum(row.block_lengths) for row in rows) / sum(passes),
+        scores=scores.by_token(scores.scores, pad=text.pad),
+        logits=scores.by_token(scores.logits, pad=text.pad),
+        past_key_values=request.past,
     )
 
 
@@ -380,53 +457,110 @@ def _output(rows: list[_Row], text: _Text) -> MTPGenerateOutput:
 
 
 def _forward_pass(
-    model: PreTrainedModel, settings: _Settings, rows: list[_Row], config: GenerationConfig
-) -> _CachedForward | _UncachedForward:
+    model: PreTrainedModel, settings: _Settings, rows: list[_Row], config: GenerationConfig, request: _Request
+) -> _CachedForward | _RecurrentForward | _UncachedForward:
     arguments = frozenset(inspect.signature(model.forward).parameters)
-    if "position_ids" in arguments and _keeps_keys_and_values(model):
-        return _CachedForward(model, settings, arguments, rows, config)
+    synced = request.synced_gpus
+    kinds = {type(layer) for layer in _cache_layers(model)} if model._supports_default_dynamic_cache() else {Any}
+    if kinds <= _ATTENTION and "position_ids" in arguments:
+        return _CachedForward(model, settings, arguments, rows, config, synced=synced, past=request.past)
     if settings.blocks > 1:
-        raise ValueError(f"mtp_blocks={settings.blocks} needs the cache that {type(model).__name__} cannot have; leave it out.")
+        raise ValueError(
+            f"mtp_blocks={settings.blocks} needs layers that can look back at any block, and {type(model).__name__} has "
+            "recurrent ones, or others whose cache is unknown; leave it out."
+        )
+    if request.past is not None:
+        raise ValueError(
+            f"past_key_values= needs layers that keep keys and values alone, and {type(model).__name__} has recurrent ones, or "
+            "others whose cache is unknown; leave it out: the conversation is read anew."
+        )
+    if kinds <= _ATTENTION | _RECURRENT and _continues_from_states(model):
+        return _RecurrentForward(model, settings, arguments, rows, config, synced=synced)
     warnings.warn(
-        f"{type(model).__name__} has layers whose state cannot forget the masks again (recurrent layers), or takes no "
-        "position_ids: it is decoded correctly but without a cache, which is slow for long texts.",
+        f"{type(model).__name__} has layers whose cache is unknown, or takes no position_ids: it is decoded correctly but "
+        "without a cache, which is slow for long texts.",
         stacklevel=2,
     )
-    return _UncachedForward(model, settings, arguments)
+    return _UncachedForward(model, settings, arguments, synced=synced)
 
 
-def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
-    """Whether attention, with keys and values per position, is all that mixes tokens."""
-    return model._supports_default_dynamic_cache() and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _cache_layers(model)
-    )
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}
+_RECURRENT = {LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
 
 
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
     return list(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
 
 
-class _Forward:
-    """Logits of a step at the places that are read: behind every pending token that matters, and at the masks."""
+def _continues_from_states(model: PreTrainedModel) -> bool:
+    """Whether its recurrent layers go on from their states by several tokens: those with this mask of transformers do."""
+    return hasattr(sys.modules[type(model).__module__], "create_recurrent_attention_mask")
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str]) -> None:
+
+def _execution_device(layer: Any) -> torch.device:
+    """Where a layer computes: weights that are offloaded, by accelerate, are brought there."""
+    offloaded = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return layer.weight.device if offloaded is None else torch.device(offloaded)
+
+
+class _Forward:
+    """Logits of a step at the places that are read: behind every pending token that matters, and at the masks.
+
+    Attributes:
+        fed: how many tokens, padding counted, the last pass took.
+    """
+
+    fed: int
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], *, synced: bool) -> None:
         self.model = model
+        self.device = _execution_device(model.get_input_embeddings())
         self.call: Callable[..., Any] = model
-        self.k = settings.k
-        self.masks = [settings.mask_token_id] * (settings.k - 1)
+        self.mask = settings.mask_token_id
+        self.longest = settings.k
         self.takes_positions = "position_ids" in arguments
         self.keeps_logits = "logits_to_keep" in arguments
         # The load-balancing loss of a mixture of experts fails on ready masks.
         self.constants = {"output_router_logits": False} if "output_router_logits" in arguments else {}
         self.adapter = _mask_gated_adapter(model)
+        self.synced = synced
 
-    def run(self, *, masks: int, own: int, **inputs: Any) -> Tensor:
-        """Logits [rows, own + masks, V] of the last columns: `own` of pending tokens, then those of the masks."""
+    def run(self, *, read: int, gate: int | Tensor, **inputs: Any) -> Tensor:
+        """Logits [rows, read, V] of the last columns; `gate` says which columns are masks."""
+        self._somebody_works(True)
         if self.keeps_logits:
-            inputs["logits_to_keep"] = own + masks
-        with nullcontext() if self.adapter is None else self.adapter.acting_on(masks):  # exact mode
+            inputs["logits_to_keep"] = read
+        with nullcontext() if self.adapter is None else self.adapter.acting_on(gate):  # exact mode
             logits: Tensor = self.call(**inputs, **self.constants, return_dict=True).logits
-        return logits[:, -own - masks :]
+        self.fed = inputs["input_ids"].numel()
+        return logits[:, -read:]
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Plain decoding within the block: layers without hooks are called faster."""
+        adapter, self.adapter = self.adapter, None
+        if adapter is not None:
+            adapter.detach(self.model)
+        try:
+            yield
+        finally:
+            if adapter is not None:
+                self.adapter = adapter.attach(self.model)
+
+    def keep_company(self) -> None:
+        """Where weights are gathered from all processes: pass after pass, until every process has decoded its rows."""
+        ids = torch.full((1, 1), self.mask, device=self.device)
+        while self._somebody_works(False):
+            with nullcontext() if self.adapter is None else self.adapter.acting_on(int(self.longest > 1)):
+                self.call(input_ids=ids, **self.constants)
+
+    def _somebody_works(self, working: bool) -> bool:
+        """Asked before every pass of every process."""
+        if not self.synced:
+            return False
+        count = torch.tensor(int(working), device=self.device)
+        dist.all_reduce(count)
+        return bool(count)
 
 
 class _CachedForward(_Forward):
@@ -445,8 +579,11 @@ class _CachedForward(_Forward):
         arguments: frozenset[str],
         rows: list[_Row],
         config: GenerationConfig,
+        *,
+        synced: bool,
+        past: Cache | None,
     ) -> None:
-        super().__init__(model, settings, arguments)
+        super().__init__(model, settings, arguments, synced=synced)
         self.blocks = settings.blocks
         self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
         self.static = config.cache_implementation == "static"
@@ -458,27 +595,33 @@ class _CachedForward(_Forward):
         text_slots = self.placement.slots - self.scratch
         self.attention = _Attention(model, slots=text_slots, scratch=self.scratch, block=settings.k - 1)
         self.rows = rows
+        self.keeps_rows = self.static or past is not None
         self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
         self.compile_config = config.compile_config
+        if past is not None:
+            self.load(past)
 
-    def __call__(self, alive: list[_Row]) -> tuple[Tensor, int]:
-        """Logits [A, P, V], and how many of the P places are masks'."""
-        prefilled = self.layers[0].is_initialized
-        whole = self.static and prefilled  # shapes that are the same in every step
+    def __call__(self, alive: list[_Row], k: int) -> tuple[Tensor, int]:
+        """Logits [A, P, V], and how many of the P places are masks': k - 1 of each block."""
+        whole = self.static and all(row.committed for row in alive)  # shapes that are the same in every step
         blocks = self.blocks if whole else max(len(row.ends(self.blocks)) for row in alive)
-        masks = blocks * (self.k - 1)
-        width = masks + (self.k if whole else max(len(row.pending) for row in alive))
-        fed = self.rows if self.static else alive
-        columns = [self.columns(row, width, blocks) if not row.done else self.padding(width) for row in fed]
-        ids, positions, slots, anchors = torch.tensor(columns, device=self.model.device).unbind(1)
-        last = self.scratch + max(min(row.end + self.k - 1, row.limit) for row in alive)
+        masks = blocks * (k - 1)
+        pending = max(len(row.pending) for row in alive)
+        if whole:
+            pending = 1 if pending == k == 1 else self.longest
+        width = masks + pending
+        fed = self.rows if self.keeps_rows else alive
+        columns = [self.columns(row, width, blocks, k) if not row.done else self.padding(width) for row in fed]
+        ids, positions, slots, anchors = torch.tensor(columns, device=self.device).unbind(1)
+        last = self.scratch + max(min(row.end + k - 1, row.limit) for row in alive)
         top = self.placement.slots if whole else min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
         self.placement.place(slots, top=top)
         if whole and self.compiles:
             self.call = self.model.get_compiled_call(self.compile_config)
+        own = pending if whole else 1 + max(len(row.drafts) for row in alive)
         logits = self.run(
-            masks=masks,
-            own=self.k if whole else 1 + max(len(row.drafts) for row in alive),
+            read=own + masks,
+            gate=masks,
             input_ids=ids,
             position_ids=positions,
             attention_mask=self.attention.masks(positions, anchors, masks=masks, top=top, dtype=self.mask_dtype()),
@@ -492,22 +635,22 @@ class _CachedForward(_Forward):
         first = self.layers[0]
         return first.keys.dtype if first.is_initialized else self.attention.dtype
 
-    def columns(self, row: _Row, width: int, blocks: int) -> list[list[int]]:
+    def columns(self, row: _Row, width: int, blocks: int, k: int) -> list[list[int]]:
         """Ids, positions, slots and anchors of one row: [pad | pending | masks]. Masks beyond its limit are padding too.
 
         An anchor is the last position of the text that a column sees.
         """
         text = list(range(row.committed, row.end))
-        ids, positions, anchors = row.pending + self.masks * blocks, list(text), list(text)
+        ids, positions, anchors = row.pending + [self.mask] * (k - 1) * blocks, list(text), list(text)
         slots = [self.scratch + position for position in text]
         ends = row.ends(self.blocks)
         for block in range(blocks):
             end = len(row.tokens) + ends[block] if block < len(ends) else row.limit  # a block too many is padding
-            for place in range(self.k - 1):
+            for place in range(k - 1):
                 inside = end + place < row.limit
                 positions.append(end + place if inside else 0)
                 anchors.append((end - 1 if self.scratch else end + place) if inside else 0)
-                mine = block * (self.k - 1) + place if self.scratch else end + place
+                mine = block * (k - 1) + place if self.scratch else end + place
                 slots.append(mine if inside else self.trash)
         before = width - len(ids)
         pad = [0] * before
@@ -519,7 +662,7 @@ class _CachedForward(_Forward):
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         """The last row takes the place of a finished one: nothing else moves, and the batch shrinks."""
-        if self.static:
+        if self.keeps_rows:
             return [row for row in alive if not row.done]
         for place in reversed(range(len(alive))):
             if alive[place].done:
@@ -529,21 +672,208 @@ class _CachedForward(_Forward):
                     layer.replace_row(place)
         return alive
 
+    def load(self, past: Cache) -> None:
+        """Take over keys and values that were handed in, one column for each of the first columns of the prompts."""
+        if any(type(layer) not in _ATTENTION for layer in past.layers):
+            found = f"{type(past).__name__} of {sorted({type(layer).__name__ for layer in past.layers})}"
+            remedy = "pass DynamicCache(config=model.config), or leave it out"
+            raise ValueError(f"past_key_values= must be a DynamicCache, got {found}; {remedy}.")
+        cached = past.get_seq_length()
+        if cached == 0:
+            return
+        rows, width = len(past.layers[0].keys), len(self.rows[0].real)
+        if rows != len(self.rows) or cached > width:
+            raise ValueError(
+                f"past_key_values= holds {rows} rows of {cached} tokens, the prompts are {len(self.rows)} rows of {width}: "
+                "pass the whole conversation as input_ids, what is cached included."
+            )
+        for row in self.rows:
+            row.committed = min(sum(row.real[:cached]), len(row.tokens) - 1)  # the last is fed for its logits
+        for layer, theirs in zip(self.layers, past.layers, strict=True):
+            layer.lazy_initialization(theirs.keys, theirs.values)
+            first = cached - theirs.keys.shape[2]  # sliding layers hold the last columns alone
+            for row in self.rows:
+                columns = [column - first for column, real in enumerate(row.real[:cached]) if real and column >= first]
+                end = self.scratch + sum(row.real[:cached])
+                layer.keys[row.index, :, end - len(columns) : end] = theirs.keys[row.index][:, columns]
+                layer.values[row.index, :, end - len(columns) : end] = theirs.values[row.index][:, columns]
+
+    def store(self, past: Cache) -> None:
+        """Hand back the columns that are cached in all rows."""
+        columns = [[*row.real, *[True] * (len(row.tokens) - row.prompt_length)] for row in self.rows]
+        # A stop may have cut a row shorter than what is cached of it.
+        cached = min(len(row.real) - row.prompt_length + min(row.committed, len(row.tokens)) for row in self.rows)
+        past.layers = _cache_layers(self.model)
+        for theirs, layer in zip(past.layers, self.layers, strict=True):
+            keys, values = (
+                states.new_zeros((*states.shape[:2], cached, states.shape[3])) for states in (layer.keys, layer.values)
+            )
+            for row, real in zip(self.rows, columns, strict=True):
+                where = [column for column in range(cached) if real[column]]
+                text = slice(self.scratch, self.scratch + len(where))
+                keys[row.index][:, where], values[row.index][:, where] = (
+                    layer.keys[row.index, :, text],
+                    layer.values[row.index, :, text],
+                )
+            theirs.update(keys, values)
+
+
+class _RecurrentForward(_Forward):
+    """For models with recurrent layers, whose states cannot forget: a state stays behind tokens that are certain.
+
+    A step goes from there, feeds [tokens behind the state | drafts | masks | pad], and puts the state back. When
+    `STATE_TOKENS` certain tokens lie behind a row's state, a pass over tokens alone moves it on: by the same number of
+    tokens for every row that moves, since padding, too, would change a state. Attention is cached as elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: _Settings,
+        arguments: frozenset[str],
+        rows: list[_Row],
+        config: GenerationConfig,
+        *,
+        synced: bool,
+    ) -> None:
+        super().__init__(model, settings, arguments, synced=synced)
+        if config.cache_implementation == "static":
+            raise ValueError(
+                f"{type(model).__name__} has recurrent layers, which decode in steps of many shapes: leave static out."
+            )
+        self.trash = max(row.limit for row in rows)
+        self.placement = _Placement(slots=self.trash + 1)
+        self.layers = [_beside_states(layer, self.placement) for layer in _cache_layers(model)]
+        attends = any(isinstance(layer, _RowOffsetLayer) for layer in self.layers)
+        self.attention = _Attention(model, slots=self.placement.slots, scratch=0, block=1) if attends else None
+        self.cache_name = "past_key_values" if "past_key_values" in arguments else "cache_params"
+        self.cache = Cache(layers=self.layers)
+        self.read: dict[int, int] = {}  # tokens behind which a row's state stands, by its index
+
+    def __call__(self, alive: list[_Row], k: int) -> tuple[Tensor, int]:
+        """Logits [A, P, V], and how many of the P places are masks'."""
+        masks = k - 1
+        if not self.read:
+            # Padding before the text leaves a state as it is: at 0.
+            prompts = [row.tokens if masks == 0 else row.tokens[:-1] for row in alive]
+            self.read = dict.fromkeys((row.index for row in alive), 0)
+            logits = self.feed(alive, prompts, before=True)
+            self.read = {row.index: len(prompt) for row, prompt in zip(alive, prompts, strict=True)}
+            if masks == 0:
+                return logits[:, -1:], 0
+            self.count_pass(alive)
+        self.move_on(alive, at_least=STATE_TOKENS if masks else 1)
+
+        fed = [row.tokens[self.read[row.index] :] + row.drafts for row in alive]
+        if masks == 0 and all(len(tokens) == 1 for tokens in fed):
+            logits = self.feed(alive, fed)
+            self.read = {row.index: len(row.tokens) for row in alive}
+            return logits, 0
+        with self.put_back(range(len(alive))):
+            logits = self.feed(alive, fed, masks=masks)
+        own = 1 + max(len(row.drafts) for row in alive)
+        first = torch.tensor([len(tokens) - own for tokens in fed], device=logits.device)
+        places = (first[:, None] + torch.arange(own + masks, device=logits.device)).clamp(min=0)  # before 0 none is read
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), masks
+
+    def move_on(self, alive: list[_Row], *, at_least: int) -> None:
+        """Read certain tokens into the states where there are so many, but for the last, whose logits the step reads."""
+        while True:
+            behind = [len(row.tokens) - 1 - self.read[row.index] for row in alive]
+            moving = [length >= at_least for length in behind]
+            if not any(moving):
+                return
+            step = min(length for length in behind if length >= at_least)
+            starts = [self.read[row.index] for row in alive]
+            fed = [row.tokens[s : s + step] if moves else [] for row, s, moves in zip(alive, starts, moving, strict=True)]
+            with self.put_back([member for member, moves in enumerate(moving) if not moves]):
+                self.feed(alive, fed)
+            for row, tokens in zip(alive, fed, strict=True):
+                self.read[row.index] += len(tokens)
+            self.count_pass(alive)
+
+    def count_pass(self, alive: list[_Row]) -> None:
+        """A pass that gave nothing."""
+        for row in alive:
+            row.block_lengths.append(0)
+
+    def feed(self, alive: list[_Row], fed: list[list[int]], *, masks: int = 0, before: bool = False) -> Tensor:
+        """Logits [A, W, V] of a pass over tokens of each row from its state on and masks; padding is last, or first."""
+        width = max(1, max(map(len, fed))) + masks
+        columns, real, is_mask = [], [], []
+        for row, tokens in zip(alive, fed, strict=True):
+            count, start = len(tokens) + masks, self.read[row.index]
+            pad = [0] * (width - count)
+            positions = list(range(start, start + count))
+            slots = [position if position < row.limit else self.trash for position in positions]
+            parts = [(tokens + [self.mask] * masks, pad), (positions, pad), (slots, [self.trash] * len(pad)), (positions, pad)]
+            columns.append([padding + part if before else part + padding for part, padding in parts])
+            real.append([0] * len(pad) + [1] * count)
+            is_mask.append([False] * len(tokens) + [True] * masks + [False] * len(pad))
+        ids, positions_AW, slots_AW, anchors_AW = torch.tensor(columns, device=self.device).unbind(1)
+        last = max(min(self.read[row.index] + len(tokens) + masks, row.limit) for row, tokens in zip(alive, fed, strict=True))
+        top = min(-(-max(last, 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
+        self.placement.place(slots_AW, top=top)
+        states: Any = torch.tensor(real, device=ids.device) if before else None
+        mask: Any
+        if self.attention is None:
+            mask = states
+        else:
+            mask = self.attention.masks(positions_AW, anchors_AW, masks=0, top=top, dtype=self.attention.dtype)
+            mask = {**mask, "linear_attention": states, "conv": states}
+        return self.run(
+            read=width,
+            gate=torch.tensor(is_mask, device=ids.device) if masks else 0,
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=True,
+            **{self.cache_name: self.cache},
+            **({"position_ids": positions_AW} if self.takes_positions else {}),
+        )
+
+    def states(self) -> list[tuple[dict[int, Tensor], int]]:
+        """Where the recurrent layers keep their states, [A, ...] each."""
+        holders = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
+        found = [(states, i) for layer in holders for states in (layer.conv_states, layer.recurrent_states) for i in states]
+        return [(states, i) for states, i in found if states[i] is not None]
+
+    @contextmanager
+    def put_back(self, members: Sequence[int]) -> Iterator[None]:
+        """The states of some rows as they were, after the block."""
+        kept = [states[i][members].clone() for states, i in self.states()] if members else []
+        yield
+        for (states, i), state in zip(self.states() if members else [], kept, strict=True):
+            states[i][members] = state
+
+    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
+        """The last row takes the place of a finished one, in the states as well."""
+        for place in reversed(range(len(alive))):
+            if alive[place].done:
+                alive[place] = alive[-1]
+                alive.pop()
+                for states, i in self.states():
+                    states[i][place] = states[i][-1].clone()
+                    states[i] = states[i][:-1]
+                for layer in self.layers:
+                    if isinstance(layer, _RowOffsetLayer):
+                        layer.replace_row(place)
+        return alive
+
 
 class _UncachedForward(_Forward):
     """Feeds every row whole in every step, padded on the left."""
 
-    def __call__(self, alive: list[_Row]) -> tuple[Tensor, int]:
+    def __call__(self, alive: list[_Row], k: int) -> tuple[Tensor, int]:
         """Logits [A, P, V], and how many of the P places are masks'."""
-        fed = [row.tokens + row.drafts + self.masks for row in alive]
+        fed = [row.tokens + row.drafts + [self.mask] * (k - 1) for row in alive]
         width = max(map(len, fed))
         device = self.model.device
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
-        own = 1 + max(len(row.drafts) for row in alive)
-        logits = self.run(masks=self.k - 1, own=own, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
-        return logits, self.k - 1
+        read = max(len(row.drafts) for row in alive) + k
+        logits = self.run(read=read, gate=k - 1, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        return logits, k - 1
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         return [row for row in alive if not row.done]
@@ -600,6 +930,17 @@ class _RowOffsetLayer(StaticLayer):
         self.keys, self.values = self.keys[:-1], self.values[:-1]
 
 
+class _RowOffsetHybridLayer(_RowOffsetLayer, LinearAttentionAndStaticFullAttentionLayer):
+    """The same beside a recurrent state."""
+
+
+def _beside_states(layer: Any, placement: _Placement) -> Any:
+    """A layer's cache where some layers are recurrent."""
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return _RowOffsetHybridLayer(placement)
+    return layer if type(layer) is LinearAttentionLayer else _RowOffsetLayer(placement)
+
+
 class _Attention:
     """Masks of a step: causal in positions, with each layer type's window, in the form the attention backend takes."""
 
@@ -612,13 +953,15 @@ class _Attention:
             )
         # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1.
         self.dtype = model.dtype if config._attn_implementation == "eager" else None
-        self.slots_T = torch.arange(slots, device=model.device)  # of the text; scratch slots lie before them
-        place_S = torch.arange(scratch, device=model.device)
+        device = _execution_device(model.get_input_embeddings())
+        self.slots_T = torch.arange(slots, device=device)  # of the text; scratch slots lie before them
+        place_S = torch.arange(scratch, device=device)
         self.hidden_SS = (place_S[:, None] // max(block, 1) != place_S // max(block, 1)) | (place_S > place_S[:, None])
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
         # As in transformers' create_masks_for_generate: several masks where a config names its layers, else one.
-        self.layer_types = sorted(set(config.layer_types)) if hasattr(config, "layer_types") else []
+        names = {"full_attention" if name == "hybrid" else name for name in getattr(config, "layer_types", [])}
+        self.layer_types = sorted(names - {"linear_attention", "conv"})
         self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
     def masks(
@@ -676,10 +1019,15 @@ _POINTWISE = (
 
 
 class _Choice:
-    """The tokens chosen at every place that is read, and how much of each block is accepted."""
+    """The tokens chosen at every place that is read, and how much of each block is accepted.
+
+    Attributes:
+        scores_APV: of the last call, logits after all processors.
+    """
+
+    scores_APV: Tensor
 
     def __init__(self, settings: _Settings, processors: LogitsProcessorList, text: _Text, *, sampling: bool) -> None:
-        self.k = settings.k
         self.threshold = settings.threshold
         # Verified: every place is drawn. Otherwise only a block of length one is, and longer blocks are the argmax.
         self.draw_all = sampling and settings.verify
@@ -691,31 +1039,31 @@ class _Choice:
         self.text = text
 
     def __call__(
-        self, logits_APV: Tensor, alive: list[_Row], *, masks: int
+        self, logits_APV: Tensor, alive: list[_Row], k: int, *, masks: int
     ) -> Iterator[tuple[list[int], dict[int, list[int]]]]:
         """Of each row, the choices behind its 0, 1, ... drafts, and by the number confirmed what is accepted behind.
 
         The last `masks` places are those of the blocks of masks, the others those of pending tokens.
         """
         A, P, _ = logits_APV.shape
-        own, block, E = P - masks, self.k - 1, masks // (self.k - 1) if masks else 1
+        own, block, E = P - masks, k - 1, masks // (k - 1) if masks else 1
         ends = [row.ends(self.settings.blocks) for row in alive]
         choose = self._all_places if self.at_once else self._place_by_place
-        chosen_AP, probs_AP, first_AV = choose(logits_APV, alive, own, ends)
+        chosen_AP, probs_AP, self.scores_APV = choose(logits_APV, alive, own, ends, k)
         columns = [chosen_AP]
         if probs_AP is not None:
-            probs_AEK = probs_AP[:, None, -self.k :]
+            probs_AEK = probs_AP[:, None, -k:]
             if E > 1:
                 first = [[own - 1 - len(r.drafts) + end for end in _padded(e, E)] for r, e in zip(alive, ends, strict=True)]
                 first_AE = probs_AP.gather(1, torch.tensor(first, device=probs_AP.device))
                 probs_AEK = torch.cat([first_AE[..., None], probs_AP[:, own:].view(A, E, block)], -1)
             columns.append(accept_confident_prefix(probs_AEK.flatten(0, 1), threshold=self.threshold).view(A, E))
         if self.draw_single:
-            columns.append(_draw(first_AV, alive, [row.end for row in alive])[:, None])
+            columns.append(_draw(self.scores_APV[:, own - 1], alive, [row.end for row in alive])[:, None])
         host = torch.cat(columns, 1).tolist() if len(columns) > 1 else chosen_AP.tolist()  # a step's one wait
         for row, row_ends, values in zip(alive, ends, host, strict=True):
             chosen = values[own - 1 - len(row.drafts) : own]
-            lengths = [self.k] * E if probs_AP is None else values[P : P + E]
+            lengths = [k] * E if probs_AP is None else values[P : P + E]
             room = row.limit - len(row.tokens)
             blocks = {}
             for place, end in enumerate(row_ends):
@@ -726,16 +1074,16 @@ class _Choice:
             yield chosen, blocks
 
     def _all_places(
-        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range]
+        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range], k: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         scores_APV = self.confadapt(None, logits_APV)
         for processor in self.processors:
             scores_APV = processor(None, scores_APV.flatten(0, 1)).view_as(scores_APV)
-        E = (scores_APV.shape[1] - own) // max(self.k - 1, 1)
+        E = (scores_APV.shape[1] - own) // max(k - 1, 1)
         if self.draw_all:
             positions = [
                 [row.end - own + 1 + place for place in range(own)]
-                + [len(row.tokens) + end + place for end in _padded(row_ends, E) for place in range(1, self.k)]
+                + [len(row.tokens) + end + place for end in _padded(row_ends, E) for place in range(1, k)]
                 for row, row_ends in zip(alive, ends, strict=True)
             ]
             chosen_AP = _draw(scores_APV, alive, positions)
@@ -745,16 +1093,16 @@ class _Choice:
         if self.threshold > 0:
             read = (slice(None), slice(0 if E > 1 else own - 1, None))  # a single block begins at the last pending token
             probs_AP = self.confadapt.confidence(chosen_AP[read], read)
-        return chosen_AP, probs_AP, scores_APV[:, own - 1]
+        return chosen_AP, probs_AP, scores_APV
 
     def _place_by_place(
-        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range]
+        self, logits_APV: Tensor, alive: list[_Row], own: int, ends: list[range], k: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Left to right, each place with the tokens before it: what processors that read `input_ids` need."""
         chosen_AP = logits_APV.new_zeros(logits_APV.shape[:2], dtype=torch.long)
         probs_AP = torch.zeros_like(chosen_AP, dtype=torch.float32)
-        first_AV = torch.zeros_like(logits_APV[:, 0], dtype=torch.float32)
-        history_BL = self.text.tensor(room=self.k)
+        scores_APV = torch.zeros_like(logits_APV, dtype=torch.float32)
+        history_BL = self.text.tensor(room=k)
         for place in range(logits_APV.shape[1]):
             offset = place - own + 1  # in the block; before 0, behind a draft
             for length, members in self.text.by_length(alive, offset).items():
@@ -765,11 +1113,10 @@ class _Choice:
                 picked_M = _draw(scores_MV, rows, positions) if self.draw_all else scores_MV.argmax(-1)
                 chosen_AP[members, place] = picked_M
                 probs_AP[members, place] = self.confadapt.confidence(picked_M, indices)
+                scores_APV[members, place] = scores_MV
                 if offset >= 0:
                     history_BL[indices, length] = picked_M
-                if offset == 0:
-                    first_AV[members] = scores_MV
-        return chosen_AP, probs_AP, first_AV
+        return chosen_AP, probs_AP, scores_APV
 
     def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[_Row]) -> Tensor:
         """Scores [B, V] of the whole batch, in which processors may count rows; rows that ended have zeros."""
@@ -873,6 +1220,116 @@ class _Stops:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# mtp_k="auto": the block of each step
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARGIN = 1.05  # what a longer block must promise, in tokens per second, to be preferred to plain decoding
+DECAY = 0.98  # per draft: about the last 50 drafts of a place count
+PROBES_SHARE = 0.02  # of the time may be spent on looking at the other way of decoding
+
+
+class _Measured:
+    """What a model's calls have shown so far: passes timed, by whether they had one column per row, and drafts kept."""
+
+    def __init__(self, k_max: int) -> None:
+        self.plain: deque[tuple[int, float]] = deque(maxlen=16)  # tokens fed, seconds
+        self.wide: deque[tuple[int, float]] = deque(maxlen=16)
+        self.reached, self.kept = [0.0] * k_max, [0.0] * k_max  # how often draft 1, 2, ... came up, and was right
+        self.since_probe = 0.0  # seconds
+
+    def seconds(self) -> Callable[[float], float]:
+        """A pass's time by the tokens it takes: the line through what was timed."""
+        passes = [*self.plain, *self.wide]
+        fed, time = (sum(column) / len(passes) for column in zip(*passes, strict=True))
+        spread = sum((n - fed) ** 2 for n, _ in passes)
+        slope = max(0.0, sum((n - fed) * (t - time) for n, t in passes) / spread) if spread else 0.0
+        slope = min(slope, time / fed)  # no pass takes less than nothing
+        return lambda n: time + slope * (n - fed)
+
+    def survival(self) -> list[float]:
+        """Probability that at least 1, 2, ... drafts are kept; a place that was never reached is like the one before."""
+        rates, rate = [], 0.7
+        for reached, kept in zip(self.reached, self.kept, strict=True):
+            rate = (kept + 2 * rate) / (reached + 2)
+            rates.append(rate)
+        return list(itertools.accumulate(rates, operator.mul))
+
+
+class _Pace:
+    """How long the next block shall be."""
+
+    measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, _Measured]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings, *, sampling: bool, static: bool) -> None:
+        self.longest, self.auto = settings.k, settings.auto
+        self.k = settings.k
+        self.laid: dict[int, int] = {}  # masks of a row's last block
+        self.probes: list[int] = []  # blocks to come, whatever they promise
+        # Static shapes know two lengths: every other would be compiled too.
+        self.lengths = sorted({1, self.longest} if static else {1, *(k for k in (2, 4, 8) if k < self.longest), self.longest})
+        if self.auto:
+            key = (settings.threshold, settings.k, sampling, static)
+            self.so_far = self.measured.setdefault(model, {}).setdefault(key, _Measured(settings.k))
+
+    @contextmanager
+    def step(self, alive: list[_Row], forward: _Forward) -> Iterator[int]:
+        """The block to lay in a step, which is timed."""
+        if not self.auto:
+            yield self.longest
+            return
+        prefill = not self.laid
+        self.k = self.next(len(alive))
+        pending = {len(row.pending) for row in alive}
+        started = time.perf_counter()
+        yield self.k
+        if not prefill:
+            passes, seconds = (
+                self.so_far.plain if self.k == 1 and pending == {1} else self.so_far.wide,
+                time.perf_counter() - started,
+            )
+            passes.append((forward.fed, seconds))
+            self.so_far.since_probe += seconds
+
+    def learn(self, row: _Row, *, kept: int) -> None:
+        """So many drafts turned out to be right of the block laid before; older blocks count less and less."""
+        if not self.auto:
+            return
+        so_far = self.so_far
+        if not row.done:  # else what cut the block short may have been the end
+            for place in range(min(self.laid.get(row.index, 0), kept + 1)):
+                so_far.reached[place] = DECAY * so_far.reached[place] + 1
+                so_far.kept[place] = DECAY * so_far.kept[place] + (place < kept)
+        self.laid[row.index] = self.k - 1
+
+    def next(self, rows: int) -> int:
+        """The block that promises most tokens per second, or one that has not been looked at for long."""
+        if not self.so_far.wide:
+            return self.longest
+        if len(self.so_far.plain) < 2:
+            return 1
+        if self.probes:
+            return self.probes.pop()
+        best, seconds = self.best(rows), self.so_far.seconds()
+        other = [1, 1] if best > 1 else [self.lengths[min(1, len(self.lengths) - 1)]]  # the first 1 reads what is pending
+        costs = sum(seconds(rows * (1 if k == 1 else 2 * k)) for k in other)
+        if PROBES_SHARE * self.so_far.since_probe > costs:
+            self.so_far.since_probe, self.probes = 0.0, other
+            return self.probes.pop()
+        return best
+
+    def best(self, rows: int) -> int:
+        survival, seconds = self.so_far.survival(), self.so_far.seconds()
+
+        def tokens_per_second(k: int) -> float:
+            kept = survival[: k - 1]
+            widest = 1 + sum(1 - (1 - share) ** rows for share in kept)  # of the rows' pending tokens
+            return (1 + sum(kept)) / seconds(rows * (widest + k - 1))
+
+        best = max(self.lengths, key=tokens_per_second)
+        return best if tokens_per_second(best) > MARGIN * tokens_per_second(1) else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The call: defaults, checks, refusals
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -882,19 +1339,22 @@ class _Request:
     """Arguments of the call that transformers does not know or does not pass on."""
 
     confadapt: float | None
-    mtp_k: int | None
+    mtp_k: int | str | None
     verify: bool | None
     mtp_blocks: int | None
     mtp_token_id: int | None
     tokenizer: PreTrainedTokenizerBase | None
     streamer: BaseStreamer | None
+    past: Cache | None
+    synced_gpus: bool
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a call comes to: block size, threshold (0 is static k), verification, and the ids that matter."""
+    """What a call comes to: largest block, threshold (0 is static k), verification, and the ids that matter."""
 
     k: int
+    auto: bool
     threshold: float
     verify: bool
     blocks: int
@@ -912,7 +1372,9 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
         return next(one for one in given if one is not None)
 
     mtp = _mask_tokens(model, request, adapter)
-    k = _checked_k(value("mtp_k", mtp["k_max"]))
+    k = value("mtp_k", mtp["k_max"])
+    auto = k == "auto"
+    k = mtp["k_max"] if auto else _checked_k(k)
     if k > mtp["k_max"]:
         warnings.warn(f"mtp_k={k} is more than the block size trained, {mtp['k_max']}; use at most that.", stacklevel=2)
     if k > 1 and mtp["mask_token_id"] is None:
@@ -923,17 +1385,24 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
     verify = value("verify", False)
     if not isinstance(verify, bool):
         raise ValueError(f"verify must be True or False, got {verify!r}.")
+    if auto and (not verify or request.synced_gpus):
+        reason = (
+            "processes that share weights must agree on the block" if verify else "only verified text does not depend on it"
+        )
+        raise ValueError(f"mtp_k='auto' goes by the clock, and {reason}; pass a number, or verify=True on its own.")
     blocks = _checked_blocks(value("mtp_blocks", 1))
+    if auto and (request.mtp_blocks or 1) > 1:
+        raise ValueError(f"mtp_blocks={blocks} does not go with mtp_k='auto'; pass a number as mtp_k, or leave mtp_blocks out.")
     if request.mtp_blocks is not None and blocks > 1 and not verify:
         raise ValueError(f"mtp_blocks={blocks} lays masks where drafts may be rejected; pass verify=True, or leave it out.")
     threshold = _checked_threshold(value("confadapt", 0.0))
-    blocks = min(blocks, k) if verify else 1  # a default for verified decoding says nothing about other calls
-    return _Settings(k, threshold, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
+    blocks = min(blocks, k) if verify and not auto else 1  # a default for verified decoding says nothing about other calls
+    return _Settings(k, auto, threshold, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 
 def _checked_k(k: Any) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"mtp_k must be a whole number >= 1, got {k!r}; 1 decodes one token per pass.")
+        raise ValueError(f"mtp_k must be a whole number >= 1 or 'auto', got {k!r}; 1 decodes one token per pass.")
     return k
 
 
@@ -990,8 +1459,8 @@ def _mask_ids_by_name(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
 
 
 def _pad_token_id(config: GenerationConfig) -> int:
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    return next((int(token) for token in (config.pad_token_id, eos) if token is not None), 0)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return next((int(token) for token in (config.pad_token_id, *ends) if token is not None), 0)
 
 
 def _with_stop_strings(
@@ -1043,8 +1512,6 @@ _UNSUPPORTED: dict[str, Any] = {  # of GenerationConfig, with the value that ask
     "token_healing": False,
     "prefill_chunk_size": None,
     "use_cache": True,
-    "output_scores": False,
-    "output_logits": False,
     "output_attentions": False,
     "output_hidden_states": False,
 }
@@ -1236,9 +1703,9 @@ class MaskGatedAdapter(nn.Module):
         """Act in `model` from now on, as its submodule `mtp_adapter`."""
         for name, update in zip(self.names, self.updates, strict=True):
             layer, hook = model.get_submodule(name), functools.partial(self._adapt, name, update)
-            update.to(layer.weight.device)  # layers may be spread over devices
+            update.to(_execution_device(layer))  # layers may be spread over devices
             self._hooks.append(layer.register_forward_hook(hook))
-        self.mask_row.to(model.get_input_embeddings().weight.device)
+        self.mask_row.to(_execution_device(model.get_input_embeddings()))
         self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
         return self
