@@ -70,8 +70,8 @@ def summary() -> str:
 
 
 def _fastest(rows: list[Row], kind: str) -> str:
-    row = max((row for row in rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass)
-    return f"{row.tokens_per_pass:.2f} at {row.setting.threshold:g}"
+    row = max((row for row in rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass, default=None)
+    return "-" if row is None else f"{row.tokens_per_pass:.2f} at {row.setting.threshold:g}"
 
 
 def updated() -> dict[Path, str]:
