@@ -88,10 +88,38 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--batch-size", type=int, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+    harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
+    harness.add_argument("--tasks", type=_names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
+    harness.add_argument("--chat-template", action="store_true", help="put prompts through the tokenizer's chat template")
+    harness.add_argument(
+        "--task-data",
+        type=_task_file,
+        action="append",
+        default=[],
+        metavar="TASK=FILE",
+        help="JSON Lines as the test set",
+    )
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own")
 
     def command(options: argparse.Namespace) -> int:
-        from .evaluation.commands import run_eval
+        from .evaluation.commands import run_eval, run_tasks
 
+        if options.tasks:
+            run_tasks(
+                options.model,
+                options.tasks,
+                base=options.base,
+                ks=options.static,
+                thresholds=options.thresholds,
+                verify=options.verify,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                chat_template=options.chat_template,
+                data=dict(options.task_data),
+                tasks_folder=options.include_path,
+                output=options.output,
+            )
+            return 0
         run_eval(
             options.model,
             _task(options),
@@ -244,6 +272,17 @@ def _publishing_options(parser: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _task_file(text: str) -> tuple[str, Path]:
+    task, equals, path = text.partition("=")
+    if not equals or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FILE with a file that is there")
+    return task, Path(path)
 
 
 def _integers(text: str) -> list[int]:
