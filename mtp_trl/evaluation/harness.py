@@ -120,8 +120,8 @@ def run_task(
         if definition is None:
             raise ValueError(f"{task!r} is a group of tasks: give each of them its own file.")
         files = {"data_files": {"test": str(data.resolve())}}
-        source = load_yaml(definition) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
-        source |= dict.fromkeys(("training_split", "validation_split")) | {"test_split": "test"}
+        changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "test_split": "test"}
+        source = {**load_yaml(definition), **changes, "training_split": None, "validation_split": None}
     model.use(setting)
     results = simple_evaluate(
         model,
