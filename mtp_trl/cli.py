@@ -210,6 +210,25 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _app(parser: argparse.ArgumentParser) -> Command:
+    """A page in the browser: threshold, verification, plain decoding beside it, the ratio of speeds (needs mtp-trl[app])."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
+    parser.add_argument("--port", type=int, metavar="N", help="on loopback (default: the first free one from 7860)")
+
+    def command(options: argparse.Namespace) -> int:
+        from importlib.util import find_spec
+
+        if find_spec("gradio") is None:
+            raise ValueError("The page needs Gradio, which is not installed; pip install 'mtp-trl[app]'.")
+        from .evaluation.app import run_app
+
+        run_app(options.model, base=options.base, port=options.port)
+        return 0
+
+    return command
+
+
 def _push(parser: argparse.ArgumentParser) -> Command:
     """Upload an adapted model to the Hub in one commit, with its decoder, defaults, provenance and card."""
     parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
@@ -295,6 +314,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "eval": _eval,
     "calibrate": _calibrate,
     "show": _show,
+    "app": _app,
     "export": _export,
     "push": _push,
     "env": _env,
