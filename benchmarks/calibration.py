@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--pool", type=Path, required=True, help="folder that keeps the decoded pool")
-    parser.add_argument("--problems", type=int, default=4000)
+    parser.add_argument("--problems", type=int, default=3500)
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     decode_pool(options.model, options.pool, fresh_problems(options.problems))

@@ -105,10 +105,38 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--batch-size", type=int, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+    harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
+    harness.add_argument("--tasks", type=_names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
+    harness.add_argument("--chat-template", action="store_true", help="put prompts through the tokenizer's chat template")
+    harness.add_argument(
+        "--task-data",
+        type=_task_file,
+        action="append",
+        default=[],
+        metavar="TASK=FILE",
+        help="JSON Lines as the test set",
+    )
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own")
 
     def command(options: argparse.Namespace) -> int:
-        from .evaluation.commands import run_eval
+        from .evaluation.commands import run_eval, run_tasks
 
+        if options.tasks:
+            run_tasks(
+                options.model,
+                options.tasks,
+                base=options.base,
+                ks=options.static,
+                thresholds=options.thresholds,
+                verify=options.verify,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                chat_template=options.chat_template,
+                data=dict(options.task_data),
+                tasks_folder=options.include_path,
+                output=options.output,
+            )
+            return 0
         run_eval(
             options.model,
             _task(options),
@@ -230,6 +258,25 @@ def _serve(parser: argparse.ArgumentParser) -> Command:
     return command
 
 
+def _app(parser: argparse.ArgumentParser) -> Command:
+    """A page in the browser: threshold, verification, plain decoding beside it, the ratio of speeds (needs mtp-trl[app])."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
+    parser.add_argument("--port", type=int, metavar="N", help="on loopback (default: the first free one from 7860)")
+
+    def command(options: argparse.Namespace) -> int:
+        from importlib.util import find_spec
+
+        if find_spec("gradio") is None:
+            raise ValueError("The page needs Gradio, which is not installed; pip install 'mtp-trl[app]'.")
+        from .evaluation.app import run_app
+
+        run_app(options.model, base=options.base, port=options.port)
+        return 0
+
+    return command
+
+
 def _push(parser: argparse.ArgumentParser) -> Command:
     """Upload an adapted model to the Hub in one commit, with its decoder, defaults, provenance and card."""
     parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
@@ -294,6 +341,17 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _task_file(text: str) -> tuple[str, Path]:
+    task, equals, path = text.partition("=")
+    if not equals or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FILE with a file that is there")
+    return task, Path(path)
+
+
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -306,6 +364,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "calibrate": _calibrate,
     "show": _show,
     "serve": _serve,
+    "app": _app,
     "export": _export,
     "push": _push,
     "env": _env,

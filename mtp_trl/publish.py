@@ -134,10 +134,10 @@ def _add_results(path: Path, folder: Path) -> None:
     """Under the name of its folder if it is called results.json, as `mtp-trl eval` does."""
     folder.mkdir(exist_ok=True)
     name = path.resolve().parent.name if path.stem == "results" else path.stem
-    shutil.copyfile(path, folder / f"{name}.json")
-    for plot in (path.with_name("pareto.png"), path.with_suffix(".png")):
-        if plot.is_file():
-            shutil.copyfile(plot, folder / f"{name}.png")
+    plots = [plot for plot in (path.with_suffix(".png"), path.with_name("pareto.png")) if plot.is_file()]
+    for source, target in ((path, folder / f"{name}.json"), *((plot, folder / f"{name}.png") for plot in plots[:1])):
+        target.unlink(missing_ok=True)  # it may be a link to the run's own file
+        shutil.copyfile(source, target)
 
 
 def _write_eval_results(folder: Path) -> None:
@@ -181,8 +181,8 @@ def push(
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    # A snapshot by hard links, which cost nothing: saved files are replaced, never written into.
-    # Beside the folder, which may be a checkpoint that training removes meanwhile.
+    # A snapshot beside the folder, which may be a checkpoint that training removes meanwhile. Hard links cost nothing, but
+    # show what is written into a file later.
     parent = Path(folder).resolve().parent
     temporary = tempfile.TemporaryDirectory(
         prefix=".push-", dir=parent if os.access(parent, os.W_OK) else None, ignore_cleanup_errors=True
@@ -190,7 +190,7 @@ def push(
     try:
         snapshot = export(
             folder, Path(temporary.name) / "model", repo_id=repo_id, adapter_only=adapter_only, results=results, tags=tags,
-            copy=_link_or_copy,
+            copy=_link_or_copy if blocking else shutil.copy2,
         )  # fmt: skip
     except BaseException:
         temporary.cleanup()

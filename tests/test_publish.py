@@ -195,6 +195,19 @@ def test_a_push_is_one_commit_and_an_unchanged_one_is_none(folder, online, capsy
     assert {path.name for path in folder.parent.iterdir()} == {"out"}  # no snapshot is left
 
 
+def test_a_push_with_other_results_leaves_the_folders_own_files_alone(folder, online, tmp_path):
+    results = HERE.parent / "docs" / "results" / "tiny_exact.json"
+    (folder / "mtp_results").mkdir()
+    own = (folder / "mtp_results" / "tiny_exact.json", folder / "README.md")
+    own[0].write_text(results.read_text().replace("word problems", "our problems"))
+    own[1].write_text(MARK)
+    before = [path.read_text() for path in own]
+    push(folder, REPOSITORY, results=[results])
+    assert [path.read_text() for path in own] == before
+    repository = online.repositories[REPOSITORY]
+    assert b"our problems" not in repository.commits[repository.head]["README.md"]
+
+
 def test_what_an_earlier_push_left_of_the_model_goes_and_what_is_the_authors_stays(folder, online):
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]

@@ -1,6 +1,6 @@
 """What `mtp-trl eval`, `calibrate` and `show` do: load a model, decode, print and write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from ..hub import run_facts, write_atomically, write_decoding_defaults
+from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
 from .calibration import CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
 from .models import load_base, load_student
 from .report import Report, terminal_table, write_report
@@ -62,6 +62,60 @@ def run_eval(
     console.print(Text(report.caption), style="dim")
     if output is not None:
         console.print("\n".join(map(str, write_report(output, report, sweep))))
+
+
+def run_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    base: str | None,
+    ks: Sequence[int],
+    thresholds: Sequence[float],
+    verify: bool,
+    batch_size: int,
+    limit: int | None = None,
+    chat_template: bool = False,
+    data: Mapping[str, Path] | None = None,
+    tasks_folder: Path | None = None,
+    output: Path | None,
+) -> None:
+    """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
+
+    Args:
+        data: JSON Lines files in place of tasks' own test sets, by task.
+        output: a folder, with one more for each task; a run that was interrupted goes on from what is there.
+
+    Raises:
+        ValueError: as `run_eval`; tasks that the harness does not know or that do not generate text.
+    """
+    from .harness import HarnessModel, run_settings, table
+
+    _check(ks, thresholds)
+    student, tokenizer = load_student(model, base=base)
+    verified = thresholds if verify else ()
+    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, base=base is not None)
+    harness = HarnessModel(student, tokenizer, base=None if base is None else load_base(base), batch_size=batch_size)
+    console = Console()
+    for task in tasks:
+        parts = run_settings(
+            harness,
+            task,
+            settings,
+            parts=None if output is None else output / "parts",
+            limit=limit,
+            chat_template=chat_template,
+            data=(data or {}).get(task),
+            tasks_folder=tasks_folder,
+        )
+        dataset = parts[Setting("plain")].dataset
+        facts = run_facts() | {"model": model, "base_model": base}
+        if dataset is not None and is_hub_id(dataset):
+            facts["dataset"] = {"id": dataset, "task_id": task}
+        report = Report(task, table(parts), batch_size, None, facts)
+        console.print(terminal_table(report))
+        console.print(Text(report.caption), style="dim")
+        if output is not None:
+            console.print("\n".join(map(str, write_report(output / task, report))))
 
 
 def run_calibrate(

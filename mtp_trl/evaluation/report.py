@@ -42,7 +42,7 @@ class Report:
     title: str
     rows: list[Row]
     batch_size: int
-    max_new_tokens: int
+    max_new_tokens: int | None  # None: as the task says
     provenance: dict[str, Any]
     single: list[Row] = dataclasses.field(default_factory=list)
 
@@ -69,9 +69,12 @@ class Report:
         versions = facts["versions"]
         trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
         blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
+        longest = (
+            f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else "lm-evaluation-harness's prompts and stops"
+        )
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
         return (
-            f"{self.title}: {self.rows[0].problems} problems{single}, greedy, up to {self.max_new_tokens} new tokens; "
+            f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
             f"same: share of answers that are token for token theirs{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
@@ -161,14 +164,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_report(folder: Path, report: Report, sweep: Sweep) -> list[Path]:
-    """Write results.md, results.json, answers.jsonl and, with accuracies, pareto.png; each file whole or not at all."""
+def write_report(folder: Path, report: Report, sweep: Sweep | None = None) -> list[Path]:
+    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.md": markdown(report),
         "results.json": to_json(report),
-        "answers.jsonl": "".join(_answer_lines(sweep.records)),
     }
+    if sweep is not None:
+        texts["answers.jsonl"] = "".join(_answer_lines(sweep.records))
     for name, text in texts.items():
         write_atomically(folder / name, text)
     written = [folder / name for name in texts]

@@ -275,8 +275,8 @@ def _decode_batch(
     answers = output.sequences[:, prompt_BL.shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
     if setting.kind == "base":  # transformers' own decoding: one token per pass, padded behind the end of text
-        ends = _end_of_text_ids(model)
-        blocks = [[1] * _length(answer, ends) for answer in answers]
+        ends = end_of_text_ids(model)
+        blocks = [[1] * answer_length(answer, ends) for answer in answers]
         passes = [len(lengths) for lengths in blocks]
     else:
         blocks, passes = output.block_lengths, output.forward_passes.tolist()
@@ -288,11 +288,12 @@ def _decode_batch(
     return records
 
 
-def _end_of_text_ids(model: PreTrainedModel) -> set[int]:
+def end_of_text_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens that end a text, by the model's generation_config."""
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
 
 
-def _length(token_ids: Sequence[int], ends: set[int]) -> int:
+def answer_length(token_ids: Sequence[int], ends: set[int]) -> int:
     """Tokens up to the first end of text, inclusive."""
     return next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))

@@ -1,0 +1,206 @@
+"""lm-evaluation-harness with every decoding in one model load: its tasks, prompts, stops and answer extraction."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..hub import write_atomically
+from .metrics import mean_with_error, paired_difference, share_identical
+from .sweep import Row, Setting, answer_length, end_of_text_ids
+
+# The figures that the paper reports: (metric, filter) of each of its tasks. Other tasks report their first metric.
+PAPER_TASKS = {
+    "gsm8k_cot": ("exact_match", "flexible-extract"),
+    "bbh_cot_fewshot": ("exact_match", "get-answer"),
+    "ifeval": ("prompt_level_strict_acc", "none"),
+    "cnn_dailymail": ("rougeL", "none"),
+    "aime25": ("exact_match", "none"),
+    "gpqa_main_cot_n_shot": ("exact_match", "flexible-extract"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task decoded in one setting. `scores` and `answers` are in the task's order, one per problem."""
+
+    scores: list[float]
+    answers: list[str]
+    tokens: int
+    passes: int
+    seconds: float
+    dataset: str | None
+
+
+class HarnessModel(HFLM):
+    """A model that decodes as its `setting` says, and counts tokens, passes and seconds."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base: PreTrainedModel | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        super().__init__(pretrained=student, tokenizer=tokenizer, batch_size=batch_size)
+        self.student, self.base = student, base
+        self.use(Setting("plain"))
+
+    def use(self, setting: Setting) -> None:
+        """Decode so from now on, and count from zero."""
+        self.setting = setting
+        self.tokens = self.passes = 0
+        self.seconds = 0.0
+        self._model = self.base if setting.kind == "base" else self.student
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        arguments: dict[str, Any] = dict(self.setting.arguments)
+        if self.setting.kind == "base":
+            arguments["suppress_tokens"] = list(self.student.config.mtp["barred_token_ids"])
+        started = time.perf_counter()
+        output = super()._model_generate(
+            context, max_length, stop, return_dict_in_generate=True, **generation_kwargs, **arguments
+        )
+        answers = output.sequences[:, context.shape[1] :].tolist()  # waits for the device
+        self.seconds += time.perf_counter() - started
+        if self.setting.kind == "base":
+            lengths = [answer_length(answer, end_of_text_ids(self.model)) for answer in answers]
+            self.tokens, self.passes = self.tokens + sum(lengths), self.passes + sum(lengths)
+        else:
+            self.tokens += sum(map(sum, output.block_lengths))
+            self.passes += int(output.forward_passes.sum())
+        sequences: torch.Tensor = output.sequences
+        return sequences
+
+
+def run_task(
+    model: HarnessModel,
+    task: str,
+    setting: Setting,
+    *,
+    limit: int | None = None,
+    chat_template: bool = False,
+    data: Path | None = None,
+    tasks_folder: Path | None = None,
+) -> Part:
+    """Decode and score one task or group of tasks.
+
+    Args:
+        task: a name that the harness knows.
+        limit: problems of each task; all by default.
+        chat_template: whether prompts go through the tokenizer's chat template.
+        data: a JSON Lines file in place of the task's test set.
+        tasks_folder: where tasks of one's own are.
+
+    Raises:
+        ValueError: no such task, or one that does not generate text.
+    """
+    manager = _task_manager(tasks_folder)
+    if task not in manager.all_tasks:
+        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+    source: str | dict[str, Any] = task
+    if data is not None:
+        definition = manager.task_index[task].yaml_path
+        if definition is None:
+            raise ValueError(f"{task!r} is a group of tasks: give each of them its own file.")
+        files = {"data_files": {"test": str(data.resolve())}}
+        changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "test_split": "test"}
+        source = {**load_yaml(definition), **changes, "training_split": None, "validation_split": None}
+    model.use(setting)
+    results = simple_evaluate(
+        model,
+        tasks=[source],
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat_template,
+        task_manager=manager,
+        log_samples=True,
+    )
+    samples = [sample for name in sorted(results["samples"]) for sample in results["samples"][name]]
+    if model.passes == 0:
+        raise ValueError(f"The task {task!r} generates no text, so there is nothing to accelerate; take a generating one.")
+    metric, chosen = PAPER_TASKS.get(task, (samples[0]["metrics"][0], samples[0]["filter"]))
+    samples = [sample for sample in samples if sample["filter"] == chosen]
+    configuration = next(iter(results["configs"].values()))
+    return Part(
+        scores=[float(sample[metric]) for sample in samples],
+        answers=[str(sample["resps"][0][0]) for sample in samples],
+        tokens=model.tokens,
+        passes=model.passes,
+        seconds=model.seconds,
+        dataset=None if data is not None else configuration.get("dataset_path"),
+    )
+
+
+@functools.cache
+def _task_manager(folder: Path | None) -> TaskManager:
+    """Reading the list of all tasks takes seconds."""
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
+def run_settings(
+    model: HarnessModel, task: str, settings: Sequence[Setting], *, parts: Path | None = None, **options: Any
+) -> dict[Setting, Part]:
+    """A task in every setting. With a folder for `parts`, what an earlier run with the same options finished is read there.
+
+    Raises:
+        ValueError: the parts there were made with other options.
+    """
+    finished: dict[Setting, Part] = {}
+    console = Console(stderr=True)
+    for number, setting in enumerate(settings, start=1):
+        path = None if parts is None else parts / f"{task}.{setting.label.replace(' ', '_').replace(',', '')}.json"
+        asked = json.loads(json.dumps({"task": task, **options}, default=str))
+        if path is not None and path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["options"] != asked:
+                raise ValueError(f"{path} was made with {saved['options']}, not {asked}; name another output folder.")
+            finished[setting] = Part(**saved["part"])
+            continue
+        console.print(f"{task}: {setting.label} ({number} of {len(settings)})", highlight=False)
+        finished[setting] = run_task(model, task, setting, **options)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({"options": asked, "part": vars(finished[setting])}) + "\n")
+    return finished
+
+
+def table(parts: Mapping[Setting, Part]) -> list[Row]:
+    """The rows of a report; pure. Differences are paired by problem."""
+    plain, base = parts[Setting("plain")], parts.get(Setting("base"))
+    return [_row(setting, part, plain=plain, base=base) for setting, part in parts.items()]
+
+
+def _row(setting: Setting, part: Part, *, plain: Part, base: Part | None) -> Row:
+    return Row(
+        setting=setting,
+        problems=len(part.scores),
+        accuracy=mean_with_error(part.scores),
+        versus_base=None if base is None else paired_difference(part.scores, base.scores),
+        versus_plain=paired_difference(part.scores, plain.scores),
+        same_as_base=None if base is None else _same(part, base),
+        same_as_plain=_same(part, plain),
+        tokens_per_pass=part.tokens / part.passes,
+        tokens_per_second=part.tokens / part.seconds,
+        tokens_per_answer=part.tokens / len(part.scores),
+    )
+
+
+def _same(part: Part, reference: Part) -> float:
+    return share_identical([list(map(ord, text)) for text in part.answers], [list(map(ord, t)) for t in reference.answers])

@@ -1,0 +1,60 @@
+"""The page shows what the model decodes, escaped; tried in a browser by hand."""
+
+import pytest
+import torch
+
+from mtp_trl.cli import main
+from mtp_trl.custom_generate.generate import attach_decoder
+from mtp_trl.evaluation.app import EXAMPLES, build, compare
+
+
+class Tokenizer:
+    """One character per token, from the tiny model's 64."""
+
+    pad_token_id = 0
+
+    def __call__(self, text, return_tensors):
+        return Encoded(input_ids=torch.tensor([[2 + ord(letter) % 58 for letter in text]]))
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join("<&" if token == 5 else chr(60 + token) for token in ids)
+
+
+class Encoded(dict):
+    def to(self, device):
+        return self
+
+
+def test_verified_blocks_are_the_plain_text_and_everything_is_escaped(tiny_model):
+    model = attach_decoder(tiny_model("llama", context=0.05))
+    blocks, plain, summary = compare(model, Tokenizer(), "abc <b>", 0.2, True, 16)
+    assert "the same text" in summary
+    assert "times as many tokens per second" in summary
+    assert blocks.count("<span") >= 1
+    assert "<&" not in blocks + plain
+
+
+def test_whole_blocks_take_fewer_passes(tiny_model):
+    model = attach_decoder(tiny_model("llama"))
+    blocks, _, summary = compare(model, Tokenizer(), "abc", 0.0, False, 16)
+    assert "<b>8.00</b> tokens per forward pass (16 in 2)" in summary
+    assert blocks.count("<span") == 2
+
+
+def test_an_empty_prompt_is_answered_with_a_request_for_one():
+    assert compare(None, None, "  ", 0.5, True, 16) == ("", "", "Write a prompt first.")
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["app", "nowhere"]) == 2
+    assert "pip install 'mtp-trl[app]'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_has_its_controls(tiny_model):
+    pytest.importorskip("gradio")
+    page = build(tiny_model("llama"), Tokenizer())
+    kinds = {type(block).__name__ for block in page.blocks.values()}
+    assert {"Textbox", "Slider", "Checkbox", "Button", "HTML"} <= kinds
+    assert len(EXAMPLES) == 3

@@ -1,0 +1,102 @@
+"""Every code block of docs/ and of no other place runs, in order, on the bundled model with fewer steps."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtp_trl
+from mtp_trl.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# What makes an example worth running takes too long for a test, or needs the model that comes of it.
+SHORTER = {
+    "max_steps=500": "max_steps=1",
+    "max_steps=400": "max_steps=1",
+    '"train", 12000': '"train", 32',
+    "--limit 100": "--limit 2",
+    "--max-new-tokens 64": "--max-new-tokens 8",
+    "max_new_tokens=64": "max_new_tokens=8",
+    "max_completion_length=64": "max_completion_length=4",
+    "--max-drop 0.05": "--max-drop 0.9",
+    "--max_steps 10": "--max_steps 1 --dataset_size 32 --use_cpu true",
+    "--verify --output": "--verify --max-new-tokens 8 --output",
+}
+PARSED_ONLY = {"push", "train"}  # the one needs a Hub (tests/test_publish.py), the other a process (tests/test_launch.py)
+
+
+def blocks(document):
+    return BLOCK.findall((DOCS / document).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that looks like a checkout, with the files that the examples take from the reader."""
+    (tmp_path / "mtp_trl").symlink_to(ROOT / "mtp_trl")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    prompts = [f"Question: Nora has {n} pens.\nAnswer:" for n in range(60)]
+    for name, count in (("held_out.jsonl", 2), ("calibration.jsonl", 60)):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[:count]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shortened(code):
+    for long, short in SHORTER.items():
+        code = code.replace(long, short)
+    return code
+
+
+def run(document, *, namespace=None):
+    """Python in one namespace, commands through the command line's own function."""
+    namespace = {} if namespace is None else namespace
+    for language, code in blocks(document):
+        if language == "python":
+            exec(compile(shortened(code), document, "exec"), namespace)
+        elif language == "sh":
+            for line in shortened(code).strip().splitlines():
+                tool, command, *arguments = shlex.split(line)
+                assert tool == "mtp-trl"
+                assert command in COMMANDS
+                if command not in PARSED_ONLY:
+                    assert main([command, *arguments]) == 0, line
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_every_block_of_the_documents_runs(place, capsys):
+    torch.manual_seed(0)
+    run("quickstart.md")
+    assert (place / "my_export" / "README.md").is_file()
+    assert "tokens per forward pass" in capsys.readouterr().out
+    run("choosing_a_threshold.md")
+    assert (place / "my_model" / "mtp_calibration.json").is_file()
+    for document in ("your_own_domain.md", "recipes.md", "faq.md", "troubleshooting.md"):
+        run(document)
+
+
+def test_every_language_of_a_block_is_one_that_the_test_above_knows():
+    for path in sorted(DOCS.glob("*.md")):
+        if path.name != "api.md":
+            assert {language for language, _ in blocks(path.name)} <= {"python", "sh"}, path.name
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in sorted(DOCS.glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (DOCS / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_api_reference_is_that_of_the_docstrings():
+    """Mended by `python benchmarks/api_reference.py`."""
+    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "benchmarks" / "api_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.DOCUMENT.read_text(encoding="utf-8") == module.reference()
+    documented = {name.rpartition(".")[2] for names in module.PUBLIC.values() for name in names}
+    assert set(mtp_trl.__all__) - {"__version__"} <= documented

@@ -1,0 +1,27 @@
+"""The `evaluate` modules count as the plainest loop does."""
+
+import pytest
+
+from mtp_trl.evaluation.evaluate_metrics import Acceleration, BlockAgreement, FinalAnswer
+
+
+def test_acceleration_is_tokens_per_pass():
+    assert Acceleration().compute(predictions=[[3, 1, 4], [2, 2]]) == {"acceleration": 12 / 5}
+
+
+def test_block_agreement_counts_up_to_the_first_difference():
+    found = BlockAgreement().compute(predictions=[[1, 2, 3, 4], [5, 6], [7]], references=[[1, 2, 9, 4], [5, 6], [7, 8]])
+    assert found == {"block_agreement": (2 + 2 + 1) / (4 + 2 + 2), "identical": pytest.approx(1 / 3)}
+
+
+def test_final_answer_reads_the_number_behind_the_mark():
+    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,200", "no mark 5", "#### 8 #### 9"]
+    found = FinalAnswer().compute(predictions=texts, references=["#### 7", "1200", "5", "#### 9"])
+    assert found["final_answer"] == 0.5
+    assert found["standard_error"] == pytest.approx((1 / 3 / 4) ** 0.5)
+
+
+def test_modules_describe_themselves():
+    for module in (Acceleration(), BlockAgreement(), FinalAnswer()):
+        assert "2602.06019" in module.citation
+        assert module.description

@@ -1,0 +1,165 @@
+"""lm-evaluation-harness on a local task: what it counts is what `generate` reports, and its own `hf` model works too."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mtp_trl import hub
+from mtp_trl.cli import main
+from mtp_trl.evaluation.harness import HarnessModel, Part, run_settings, run_task, table
+from mtp_trl.evaluation.models import load_base, load_student
+from mtp_trl.evaluation.report import from_json
+from mtp_trl.evaluation.sweep import Setting
+from mtp_trl.mask_token import add_mask_token
+from mtp_trl.word_problems import tokenizer as bundled
+
+# lm_eval 0.4.13 writes its own deprecations and leaves files to be closed by the collector
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+QUESTIONS = ["3 + 4 =", "Tom has 3 pens and buys 4. How many?", "How many pens?"]
+TASK = """
+task: local_sums
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["Q:"]
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A random base, the same as a student, and a task whose right answers are the base's own."""
+    root = tmp_path_factory.mktemp("harness")
+    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    add_mask_token(model, tokenizer, k_max=4)
+    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
+    model.save_pretrained(root / "student")
+    tokenizer.save_pretrained(root / "student")
+    hub.write_decoder(root / "student", model, {"base_model": "base"})
+    (root / "tasks").mkdir()
+    rows = [{"question": question, "answer": own_answer(root, question)} for question in QUESTIONS]
+    rows[2]["answer"] = "never"
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "tasks" / "local_sums.yaml").write_text(TASK.format(data=root / "test.jsonl"))
+    return root
+
+
+def own_answer(root, question):
+    """What the base says, by transformers alone."""
+    model, tokenizer = load_base(root / "base"), AutoTokenizer.from_pretrained(root / "student")
+    barred = load_student(root / "student")[0].config.mtp["barred_token_ids"]
+    ids = tokenizer(question, return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=8, do_sample=False, suppress_tokens=barred)
+    return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).split("Q:")[0]
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    student, tokenizer = load_student(root / "student")
+    return HarnessModel(student, tokenizer, base=load_base(root / "base"), batch_size=1)
+
+
+def test_scores_and_counts_are_those_of_the_decoding(root, model):
+    settings = [Setting("base"), Setting("plain"), Setting("static", k=2), Setting("verified", threshold=0.0)]
+    parts = run_settings(model, "local_sums", settings, tasks_folder=root / "tasks")
+    assert parts[Setting("base")].scores == parts[Setting("plain")].scores == [1.0, 1.0, 0.0]
+    assert parts[Setting("verified", threshold=0.0)].answers == parts[Setting("plain")].answers
+    rows = {row.setting.kind: row for row in table(parts)}
+    assert rows["base"].tokens_per_pass == rows["plain"].tokens_per_pass == 1.0
+    assert rows["static"].tokens_per_pass == pytest.approx(2.0, abs=0.35)
+    assert rows["verified"].same_as_base == 1.0
+    assert rows["verified"].versus_base.value == 0.0
+    assert rows["plain"].accuracy.value == pytest.approx(2 / 3)
+    student, tokenizer = load_student(root / "student")
+    passes = 0
+    for question in QUESTIONS:
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        output = student.generate(ids, mtp_k=2, confadapt=0.0, max_new_tokens=8, return_dict_in_generate=True)
+        passes += int(output.forward_passes.sum())
+    assert parts[Setting("static", k=2)].passes == passes
+
+
+def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, model, tmp_path, monkeypatch):
+    settings = [Setting("plain"), Setting("static", k=2)]
+    asked = []
+
+    def counted(harness, task, setting, **options):
+        asked.append(setting.label)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return Part([1.0], ["x"], 4, 2, 1.0, None)
+
+    monkeypatch.setattr("mtp_trl.evaluation.harness.run_task", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_settings(model, "local_sums", settings, parts=tmp_path, limit=2)
+    assert len(run_settings(model, "local_sums", settings, parts=tmp_path, limit=2)) == 2
+    assert asked == ["student, k=1", "static k=2", "static k=2"]
+    with pytest.raises(ValueError, match="name another output folder"):
+        run_settings(model, "local_sums", settings, parts=tmp_path, limit=3)
+
+
+def test_an_unknown_task_is_refused(root, model):
+    with pytest.raises(ValueError, match="knows no task 'nonsense'"):
+        run_task(model, "nonsense", Setting("plain"), tasks_folder=root / "tasks")
+
+
+def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"question": QUESTIONS[0], "answer": "never"}) + "\n")
+    options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--task-data", f"local_sums={other}"]
+    assert main(["eval", str(root / "student"), *options, "--thresholds", "0.5", "--output", str(tmp_path / "out")]) == 0
+    report = from_json((tmp_path / "out" / "local_sums" / "results.json").read_text())
+    assert [row.setting.label for row in report.rows] == ["student, k=1", "ConfAdapt 0.5"]
+    assert report.rows[0].problems == 1
+    assert report.rows[0].accuracy.value == 0.0
+    assert "dataset" not in report.provenance  # a local file is no dataset of the Hub
+    assert "prompts and stops" in capsys.readouterr().out
+
+
+def test_the_harness_own_model_decodes_in_blocks(root, monkeypatch):
+    """`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --gen_kwargs confadapt=0.9`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    given = []
+    generate = HFLM._model_generate
+    monkeypatch.setattr(HFLM, "_model_generate", lambda *a, **options: given.append(options) or generate(*a, **options))
+    results = simple_evaluate(
+        "hf",
+        model_args=f"pretrained={root / 'student'},trust_remote_code=True,dtype=float32",
+        tasks=["local_sums"],
+        task_manager=TaskManager(include_path=str(root / "tasks"), include_defaults=False),
+        gen_kwargs="confadapt=0.9,verify=True",
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    assert results["results"]["local_sums"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert {options["confadapt"] for options in given} == {0.9}

@@ -1,0 +1,164 @@
+"""Nothing comes in by the back door: what the uploaded decoder may do, and what hostile files can make it do."""
+
+import ast
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mtp_trl
+from mtp_trl import hub
+from mtp_trl.custom_generate.generate import MaskGatedAdapter
+from mtp_trl.evaluation.show import as_html
+from mtp_trl.publish import export
+
+PACKAGE = Path(mtp_trl.__file__).parent
+DECODER = ast.parse((PACKAGE / "custom_generate" / "generate.py").read_text(encoding="utf-8"))
+FORBIDDEN_MODULES = set(
+    "asyncio builtins code codeop ctypes ftplib http httpx importlib marshal multiprocessing os pickle pty requests runpy "
+    "shelve shutil smtplib socket socketserver ssl subprocess tempfile urllib webbrowser xmlrpc zipimport".split()
+)
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "open", "__import__", "input", "breakpoint", "globals", "vars"}
+WRITING = re.compile(
+    r"write\w*|save\w*|unlink|rmdir|mkdir|touch|rename|symlink_to|hardlink_to|chmod|push_to_hub|upload\w*|urlopen"
+)
+
+
+def called(node):
+    """The name of what is called: `f` of f(...), `g` of a.b.g(...)."""
+    function = node.func
+    return function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+
+
+CALLS = [node for node in ast.walk(DECODER) if isinstance(node, ast.Call)]
+
+
+# ---- the decoder's source ----
+
+
+def test_the_decoder_imports_nothing_that_opens_connections_or_runs_programs():
+    names = set()
+    for node in ast.walk(DECODER):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add((node.module or "").split(".")[0])
+    assert not names & FORBIDDEN_MODULES
+
+
+def test_the_decoder_evaluates_no_text_and_opens_no_file():
+    used = {node.id for node in ast.walk(DECODER) if isinstance(node, ast.Name)}
+    assert not used & FORBIDDEN_NAMES
+    loads = {ast.unparse(node.func) for node in CALLS if called(node) in ("load", "loads", "load_file", "safe_open")}
+    assert loads == {"json.loads", "safe_open"}  # no pickle: not torch.load either
+
+
+def test_the_decoder_writes_nothing():
+    # `_save_to_state_dict` is defined there, to keep the adapter out of the model's own file; nothing calls it.
+    assert [ast.unparse(node) for node in CALLS if WRITING.fullmatch(called(node))] == []
+
+
+def test_the_decoder_fetches_its_own_adapter_at_its_own_revision_and_nothing_else():
+    fetches = [
+        node for node in CALLS if called(node) in ("cached_file", "hf_hub_download", "snapshot_download", "from_pretrained")
+    ]
+    assert {called(node) for node in fetches} == {"cached_file"}
+    for node in fetches:
+        assert ast.unparse(node.args[1]) == "ADAPTER_FILE"
+        keywords = {keyword.arg for keyword in node.keywords}
+        assert "revision" in keywords or None in keywords  # None: **hub_options, which the caller gave
+        assert ast.unparse(node.args[0]) in ("repository", "source[0]")
+
+
+def test_the_package_reads_no_pickle():
+    """torch.load runs what a file says; weights are safetensors."""
+    for path in PACKAGE.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        assert not [
+            call for call in calls if ast.unparse(call.func) in ("torch.load", "pickle.load", "pickle.loads", "eval", "exec")
+        ]
+
+
+# ---- hostile repositories ----
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    model = tiny_model("llama")
+    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(PACKAGE / "word_problems" / "base").save_pretrained(tmp_path / "model")
+    facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 8, "settings": {}}
+    hub.write_decoder(tmp_path / "model", model, facts | hub.run_facts())
+    return tmp_path / "model"
+
+
+def change(folder, name, **values):
+    content = json.loads((folder / name).read_text())
+    part = content["mtp"] if name == "config.json" else content
+    part.update(values)
+    (folder / name).write_text(json.dumps(content))
+
+
+def decode(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"confadapt": "0.9"}, {"confadapt": 1.5}, {"confadapt": -1}, {"confadapt": True}, {"confadapt": [0.9]},
+        {"mtp_k": 0}, {"mtp_k": "8"}, {"mtp_k": 2.5}, {"mtp_k": -3}, {"mtp_blocks": 0}, {"mtp_blocks": "many"},
+        {"verify": "yes"}, {"verify": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_decoding_defaults_are_refused(folder, values):
+    change(folder, "generation_config.json", **values)
+    with pytest.raises(ValueError, match=next(iter(values))):
+        decode(folder)
+
+
+def test_weights_that_are_a_pickle_are_not_published(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
+    with pytest.raises(ValueError, match="published as safetensors"):
+        export(folder, tmp_path / "out")
+
+
+def test_secrets_and_pickles_beside_a_model_are_not_published(folder, tmp_path):
+    for name in (".env", ".netrc", "token", "training_args.bin", "scheduler.pt", "model.pkl", "custom_generate/other.py"):
+        (folder / name).write_text("hf_secret")
+    published = export(folder, tmp_path / "out")
+    for path in published.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes()
+
+
+def test_an_adapter_file_with_hostile_metadata_fails_before_anything_runs(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    save_file(
+        {"mask_row": torch.zeros(4)}, path, metadata={"r": "__import__('os')", "lora_alpha": "1", "mtp": "{}", "defaults": "{}"}
+    )
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        MaskGatedAdapter.from_tensors(load_file(path), metadata)
+
+
+# ---- text of models and data ----
+
+
+def test_a_models_answer_cannot_become_markup_in_the_page():
+    page = as_html(["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;"])
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&amp;lt;" in page
