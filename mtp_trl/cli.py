@@ -200,7 +200,7 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("prompt", help="text to complete, as it stands")
     parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
     parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
-    parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
+    parser.add_argument("--k", type=_block, metavar="K", help="largest block, or auto (default: the model's)")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -335,6 +335,10 @@ def _publishing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
     )
+
+
+def _block(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _numbers(text: str) -> list[float]:

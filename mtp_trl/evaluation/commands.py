@@ -192,7 +192,7 @@ def run_show(
     *,
     base: str | None = None,
     confadapt: float | None,
-    mtp_k: int | None,
+    mtp_k: int | str | None,
     verify: bool | None,
     max_new_tokens: int,
     html: Path | None,

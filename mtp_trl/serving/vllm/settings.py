@@ -89,7 +89,9 @@ class Served:
                 f"The mask token is {mtp['mask_token_id']}, and {model.model} has {rows} tokens: serve the model that was "
                 "saved with the adapter."
             )
-        options = {name: repository[name] for name in OPTIONS if repository.get(name) is not None} | options
+        # `mtp_k="auto"` is for one process's clock; an engine has one block for all.
+        said = {name: repository.get(name) for name in OPTIONS}
+        options = {name: value for name, value in said.items() if value not in (None, "auto")} | options
         k_max = int(mtp["k_max"])
         defaults = Settings(k_max, 0.0, verify=True).with_options(options, k_max=k_max)
         return cls(
