@@ -34,7 +34,13 @@ from mtp_trl.hub import run_facts, write_atomically
 
 LLAMAS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 Encoded = dict[str, torch.Tensor]
@@ -136,7 +142,8 @@ def measure(
         return GenerationMixin.generate(base, **batch, **options, **barred, **way.arguments)
 
     for way in listed:
-        call(way, batches[0])
+        for batch in batches if "compile_config" in way.arguments else batches[:1]:  # widths are compiled one by one
+            call(way, batch)
     for batch in track(batches, f"batch {len(batches[0]['input_ids'])}"):
         for way in listed:
             gc.collect()  # of an earlier way, at nobody's expense

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 from collections import Counter
@@ -345,6 +346,25 @@ def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architec
     assert len(widths) == int(output.forward_passes[0])
     assert max(widths[1:]) < decoder.STATE_TOKENS + 2 * 4
     assert output.block_lengths[0].count(0) <= 1 + 100 // decoder.STATE_TOKENS
+
+
+@pytest.mark.parametrize("rows", [[[7]], [[7], [9]], [[7], [9, 3]]])
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_states_begin_at_nothing(tiny_model, architecture, rows):
+    """A prompt of one token leaves nothing to read before the step."""
+    model = tiny_model(architecture, context=0.4)
+    output = decode(model, rows, mtp_k=5, verify=True)
+    assert torch.equal(output.sequences, greedy(model, rows))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_recurrent_models_in_exact_mode_and_by_the_clock(tiny_model, exact):
+    model, rows = tiny_model("granitemoehybrid", context=0.4), prompts(4)
+    if exact:
+        with_random_adapter(model)
+    own = greedy(model, rows, max_new_tokens=60)
+    for k in (6, "auto", "auto"):
+        assert torch.equal(decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60).sequences, own)
 
 
 def test_recurrent_layers_refuse_what_they_cannot_do(tiny_model):
@@ -725,6 +745,30 @@ def test_a_cache_of_rows_that_ended_covers_what_all_have(tiny_model, verify, sto
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_a_cache_of_the_whole_prompt_or_with_padding_inside_is_read_as_far_as_it_reaches(tiny_model, architecture):
+    """Sliding layers keep their last columns alone: padding among them pushes out tokens that the window still shows."""
+    model = tiny_model(architecture)
+    ids = torch.randint(2, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 12:18] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "mtp_k": 4}
+    for columns in (20, 24):
+        past = DynamicCache(config=model.config)
+        positions = (mask[:, :columns].cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            model(ids[:, :columns], attention_mask=mask[:, :columns], position_ids=positions, past_key_values=past)
+        expected = generate(ids, attention_mask=mask, model=model, **options)
+        # transformers' own window is in columns where padding stands inside the text, ours in tokens
+        rows = slice(None) if architecture == "llama" else slice(1, None)
+        past.batch_select_indices(torch.arange(2)[rows])
+        output = generate(ids[rows], attention_mask=mask[rows], model=model, past_key_values=past, **options)
+        assert torch.equal(output, expected[rows])
+    past = DynamicCache(config=model.config)
+    generate(ids[:, :20], attention_mask=mask[:, :20], model=model, past_key_values=past, **{**options, "max_new_tokens": 1})
+    assert torch.equal(generate(ids, attention_mask=mask, model=model, past_key_values=past, **options), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
 def test_a_cache_passes_to_transformers_and_back(tiny_model, architecture):
     model, rows = tiny_model(architecture, context=0.5), prompts(3)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "suppress_tokens": BARRED}
@@ -805,10 +849,9 @@ def test_auto_is_hardly_slower_than_the_best_fixed_block(tiny_model, monkeypatch
 
     own = greedy(model, batch, max_new_tokens=150, eos_token_id=None, pad_token_id=PAD)
     fixed = {k: took(k) for k in (1, 2, 4, 8)}
-    took("auto")
-    auto = took("auto")  # the first call had to find out
+    auto = [took("auto") for _ in range(4)][-1]  # the first calls had to find out
     assert auto < 1.1 * (min(fixed[1], fixed[8]) if static else min(fixed.values()))
-    assert auto < 1.05 * fixed[1]
+    assert auto < 1.06 * fixed[1]
 
 
 def test_auto_takes_one_token_where_wide_passes_are_dear_and_blocks_where_they_are_not(tiny_model, monkeypatch):
@@ -1001,7 +1044,7 @@ REFUSED = {
     "confadapt=1.5": ({"confadapt": 1.5}, r"\[0, 1\], got 1.5"),
     "confadapt=nan": ({"confadapt": math.nan}, "got nan"),
     "confadapt='0.9'": ({"confadapt": "0.9"}, "got '0.9'"),
-    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1 or 'auto', got 0"),
+    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1, at most 1024, or 'auto', got 0"),
     "mtp_k=True": ({"mtp_k": True}, "got True"),
     "mtp_k=2.5": ({"mtp_k": 2.5}, "got 2.5"),
     "mtp_blocks=0": ({"mtp_blocks": 0, "verify": True}, "mtp_blocks must be a whole number >= 1, got 0"),
@@ -1034,6 +1077,22 @@ def test_what_cannot_be_is_refused(tiny_model, name):
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         decode(tiny_model("llama"), prompts(1), **options)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"k_max": 10**9}, {"k_max": "8"}, {"k_max": 0}, {"mask_token_id": -5}, {"mask_token_id": "x"}, {"mask_token_id": 10**9},
+        {"barred_token_ids": [10**9]}, {"barred_token_ids": "abc"}, {"barred_token_ids": [-1]},
+        {"barred_token_ids": list(range(64))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_config_is_refused(tiny_model, hostile):
+    model = tiny_model("llama")
+    model.config.mtp |= hostile
+    with pytest.raises(ValueError, match=f"config.mtp has {next(iter(hostile))}="):
+        decode(model, prompts(1))
 
 
 def test_a_streamer_takes_one_row(tiny_model):
@@ -1210,6 +1269,7 @@ def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
     """MTP_FUZZ=2500 makes 10,000 calls of it."""
     rng = random.Random(part)
     tried, decoded, refused = int(os.environ.get("MTP_FUZZ", "150")), 0, Counter()
+    compared = 0
     for number in range(tried):
         if number % 50 == 0:
             model = tiny_model(["llama", "mistral", "qwen3_next", "gpt_oss"][part], seed=number, context=0.3)
@@ -1219,7 +1279,7 @@ def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
         try:
             output = generate(**batch, model=model, **{"max_new_tokens": 9, **options})
         except ValueError as error:
-            refused[str(error).split(" ")[0]] += 1
+            refused[re.sub(r"[\d.]+", "N", str(error))[:40]] += 1
             continue
         except Exception as error:
             raise AssertionError(f"{options} with rows of {batch['attention_mask'].sum(1).tolist()}") from error
@@ -1229,8 +1289,16 @@ def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
         assert not new & set(BARRED), options
         assert ids.shape[1] <= batch["input_ids"].shape[1] + max(1, options.get("max_new_tokens", 9)), options
         decoded += 1
+        if options.get("verify") is True and not options.get("do_sample"):
+            plain = {name: value for name, value in options.items() if name not in ("mtp_k", "mtp_blocks", "max_time")}
+            if "max_time" not in options:
+                again = generate(**batch, model=model, **{"max_new_tokens": 9, **plain, "mtp_k": 1})
+                assert torch.equal(ids, again if torch.is_tensor(again) else again.sequences), options
+                compared += 1
     assert decoded > tried / 5
-    assert len(refused) > 5
+    assert compared > 0
+    assert len(refused) > 10
+    assert not [m for m in refused if re.match(r"zip\(|expected sequence|too many dim|not enough values", m)], refused
 
 
 # --- spread and offloaded ---------------------------------------------------------------------------------------------
