@@ -4,7 +4,8 @@
 
 Ways: plain vLLM; PARD, vLLM's own parallel drafting with the same folder as drafter (not for exact mode, whose folder has
 nothing to draft with by itself); the plugin, verified; the plugin, ConfAdapt. One server after the other answers the same
-prompts under every number of clients. Needs vLLM and the bundled word problems' tokenizer or `--prompts FILE`, one a line.
+prompts under every number of clients: the bundled word problems, or `--prompts FILE`, one a line. Any other option is
+vLLM's: `--dtype float32 --enforce-eager --max-model-len 512`. About ten minutes on 2 quiet CPU cores with a tiny model.
 """
 
 from __future__ import annotations
