@@ -71,8 +71,10 @@ class NothingLost(DistillationTrainer):
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
-        # nodes that do not share a disk have a folder each; of those that do, one finds it
-        if self.is_local_process_zero() and (partial / name).is_dir():
+        if self.is_world_process_zero():
+            _publish(partial / name, place)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and (partial / name).is_dir():  # nodes that share no disk have a folder each
             _publish(partial / name, place)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_trl.forward import (
     attention_masks,
@@ -104,3 +105,21 @@ def test_eager_and_sdpa_read_the_same_layout_alike(tiny_model):
             masks = attention_masks(model.config, layout, torch.float32)
             outputs.append(hidden_states(model, layout.ids_XT, layout, masks)[layout.read_BRK[layout.drawn_BRK]])
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # which takes a minute
+@torch.no_grad()
+def test_block_masks_of_flex_attention_mean_the_same(tiny_model):
+    """Windows in positions and regions included. Forward alone: FlexAttention has no backward on CPUs."""
+    model = tiny_model("mistral")
+    layout = layout_for(model)
+    read = layout.read_BRK[layout.drawn_BRK]
+    hidden = {}
+    for backend in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(backend)
+        masks = attention_masks(model.config, layout, model.dtype)
+        with torch.compiler.set_stance("force_eager"):
+            hidden[backend] = hidden_states(model, layout.ids_XT, layout, masks)[read]
+    assert isinstance(masks, BlockMask)
+    torch.testing.assert_close(hidden["flex_attention"], hidden["sdpa"], atol=2e-5, rtol=1e-4)
