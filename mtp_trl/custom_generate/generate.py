@@ -1478,7 +1478,7 @@ def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAd
     if recorded is None and adapter is not None:
         recorded = _within_vocabulary(adapter.mtp, model)
     if recorded is not None:
-        _check_mask_tokens(recorded, rows=model.get_input_embeddings().weight.shape[0])
+        _check_mask_tokens(recorded, rows=model.config.get_text_config().vocab_size)
         if request.mtp_token_id not in (None, recorded["mask_token_id"]):
             raise ValueError(
                 f"mtp_token_id={request.mtp_token_id} contradicts config.mtp, whose mask token is "
@@ -1515,8 +1515,8 @@ def _check_mask_tokens(mtp: Any, *, rows: int) -> None:
     for name, is_right in right.items():
         if not is_right:
             raise ValueError(
-                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not all of "
-                f"them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
+                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not all "
+                f"of them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
             )
 
 

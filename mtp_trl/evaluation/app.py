@@ -19,6 +19,8 @@ EXAMPLES = (
     "Question: Finn has 73 candles and buys 8 more. How many candles does he have?\nAnswer:",
 )
 
+RUNS = 3  # in turns, of which the fastest counts
+
 
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int, **options: Any
@@ -47,9 +49,13 @@ def compare(
     if not prompt.strip():
         return "", "", "Write a prompt first."
     length = int(tokens)
-    own, own_tokens, own_seconds = answer(model, tokenizer, prompt, max_new_tokens=length, mtp_k=1, verify=False)
-    texts, count, seconds = answer(model, tokenizer, prompt, max_new_tokens=length, confadapt=threshold, verify=verify)
-    ratio = (count / seconds) / (own_tokens / own_seconds)
+    seconds: list[float] = []
+    own_seconds: list[float] = []
+    for _ in range(RUNS):
+        own, own_tokens, own_time = answer(model, tokenizer, prompt, max_new_tokens=length, mtp_k=1, verify=False)
+        texts, count, taken = answer(model, tokenizer, prompt, max_new_tokens=length, confadapt=threshold, verify=verify)
+        seconds, own_seconds = [*seconds, taken], [*own_seconds, own_time]
+    ratio = (count / min(seconds)) / (own_tokens / min(own_seconds))
     same = "the same text" if "".join(texts) == "".join(own) else "another text"
     summary = (
         f"<b>{count / len(texts):.2f}</b> tokens per forward pass ({count} in {len(texts)}), <b>{ratio:.2f}</b> times as many "
