@@ -38,6 +38,7 @@ import inspect
 import itertools
 import json
 import operator
+import statistics
 import sys
 import time
 import warnings
@@ -103,6 +104,7 @@ __all__ = [
 ]
 
 PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
+LARGEST_BLOCK = 1024  # a pass lays as many masks; no model is trained for more
 PAPER_MASK_TOKENS = "<|mtp_special_token_"  # their mask tokens; the first is the one that is fed
 STATE_TOKENS = 16  # a recurrent state moves on when so many certain tokens lie behind it; until then they are fed again
 SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
@@ -127,7 +129,7 @@ class MTPGenerateOutput(ModelOutput):
         scores: with `output_scores`, of each generated token what it was chosen from: logits after the processors, float32
             [B, V] each, the barred ids at -inf. Behind a row's end the pad token has 0 and all others -inf.
         logits: with `output_logits`, the same before any processor.
-        past_key_values: the cache handed in, with what has been cached since.
+        past_key_values: the cache handed in, which now holds the columns that have been cached in all rows; None without one.
     """
 
     sequences: Tensor | None = None
@@ -193,7 +195,7 @@ def generate(
     """`GenerationMixin.generate`, several tokens per forward pass. Arguments not listed here mean what they mean there.
 
     A `past_key_values=` handed in (a `DynamicCache`, for a conversation that goes on) covers the first columns of
-    `inputs`; in the end it covers what has been generated and cached since.
+    `inputs`; in the end it covers the columns, generated ones too, that are cached in all rows.
 
     Args:
         inputs: prompts, int64 [B, L], padded on the left; `attention_mask` tells tokens from padding.
@@ -227,7 +229,8 @@ def generate(
         **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "cache_params", "position_ids")},
     )
     _refuse_cache(kwargs.get("cache_implementation"))  # transformers would leave for paged decoding
-    if kwargs.get("eos_token_id", 0) == []:  # none at all; transformers would look at the first
+    config = generation_config or model.generation_config
+    if kwargs.get("eos_token_id", config.eos_token_id) == []:  # none at all; transformers would look at the first
         kwargs["eos_token_id"] = None
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     if synced_gpus is None:  # as in GenerationMixin.generate
@@ -294,16 +297,18 @@ def _decode(
     if request.streamer is not None and len(rows) > 1:
         raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
 
-    # A block that is longer than all that may come would be masks for nothing.
-    settings = replace(settings, k=min(settings.k, max(row.limit - row.prompt_length for row in rows)))
+    if not request.synced_gpus:  # a block that is longer than all that may come would be masks for nothing
+        room = max(row.limit - row.prompt_length for row in rows)
+        settings = replace(settings, k=min(settings.k, room), blocks=min(settings.blocks, room))
 
     text = _Text(input_ids, rows, pad_token_id=_pad_token_id(generation_config))
     choose = _Choice(settings, logits_processor, text, sampling=seed is not None)
     forward = _forward_pass(model, choose.settings, rows, generation_config, request)
     scores = _Scores(generation_config, rows)
-    pace = _Pace(model, choose.settings, sampling=seed is not None, static=generation_config.cache_implementation == "static")
+    static = generation_config.cache_implementation == "static"
+    pace = _Pace(model, choose.settings, rows, sampling=seed is not None, static=static)
     alive = list(rows)
-    with forward.without_adapter() if settings.k == 1 else nullcontext():
+    with forward.without_adapter() if settings.k == 1 and not request.synced_gpus else nullcontext():
         while alive:
             with pace.step(alive, forward) as k:
                 logits_APV, masks = forward(alive, k)
@@ -402,6 +407,11 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None, *, max_length: int, 
     """Rows without their padding. A row's noise depends on its own prompt, so not on what else is in the batch."""
     width = input_ids.shape[1]
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if real.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask is {tuple(real.shape)}, input_ids {tuple(input_ids.shape)}: one column for each token, those that "
+            "a cache holds included."
+        )
     rows, copies = [], Counter[tuple[int, ...]]()
     for index, (ids, keep) in enumerate(zip(input_ids.tolist(), real.bool().tolist(), strict=True)):
         prompt = [token for token, kept in zip(ids, keep, strict=True) if kept]
@@ -507,10 +517,16 @@ class _Forward:
     """Logits of a step at the places that are read: behind every pending token that matters, and at the masks.
 
     Attributes:
-        fed: how many tokens, padding counted, the last pass took.
+        fed: how many tokens, padding counted, were fed since it was last set to 0.
+        fed_again: about how many certain tokens of a row a step with masks feeds although they were fed before.
     """
 
-    fed: int
+    fed = 0
+    fed_again = 0
+
+    def rows_fed(self, alive: list[_Row]) -> int:
+        """Of the batch; those that ended may be among them."""
+        return len(alive)
 
     def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], *, synced: bool) -> None:
         self.model = model
@@ -532,7 +548,7 @@ class _Forward:
             inputs["logits_to_keep"] = read
         with nullcontext() if self.adapter is None else self.adapter.acting_on(gate):  # exact mode
             logits: Tensor = self.call(**inputs, **self.constants, return_dict=True).logits
-        self.fed = inputs["input_ids"].numel()
+        self.fed += inputs["input_ids"].numel()
         return logits[:, -read:]
 
     @contextmanager
@@ -560,7 +576,7 @@ class _Forward:
             return False
         count = torch.tensor(int(working), device=self.device)
         dist.all_reduce(count)
-        return bool(count)
+        return working or bool(count)
 
 
 class _CachedForward(_Forward):
@@ -630,6 +646,9 @@ class _CachedForward(_Forward):
         )
         return (logits if fed is alive else logits[[row.index for row in alive]]), masks
 
+    def rows_fed(self, alive: list[_Row]) -> int:
+        return len(self.rows if self.keeps_rows else alive)
+
     def mask_dtype(self) -> torch.dtype | None:
         """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
         first = self.layers[0]
@@ -683,12 +702,25 @@ class _CachedForward(_Forward):
             return
         rows, width = len(past.layers[0].keys), len(self.rows[0].real)
         if rows != len(self.rows) or cached > width:
+            remedy = "pass the whole conversation as input_ids, what is cached included"
+            if rows != len(self.rows):
+                remedy = "for several answers to one prompt call its batch_repeat_interleave(num_return_sequences) first"
             raise ValueError(
                 f"past_key_values= holds {rows} rows of {cached} tokens, the prompts are {len(self.rows)} rows of {width}: "
-                "pass the whole conversation as input_ids, what is cached included."
+                f"{remedy}."
             )
+        if len(past.layers) != len(self.layers):
+            sizes = f"{len(past.layers)} layers, the model {len(self.layers)}"
+            raise ValueError(f"past_key_values= has {sizes}; pass DynamicCache(config=model.config).")
         for row in self.rows:
             row.committed = min(sum(row.real[:cached]), len(row.tokens) - 1)  # the last is fed for its logits
+            for theirs in past.layers:
+                if isinstance(theirs, DynamicSlidingWindowLayer):
+                    # It holds its last columns alone. Where padding takes their room, or the last token is fed again, they
+                    # do not reach back to all that the next token sees: then the row is read anew.
+                    first = sum(row.real[: cached - theirs.keys.shape[2]])
+                    if first > max(0, row.committed - theirs.sliding_window + 1):
+                        row.committed = 0
         for layer, theirs in zip(self.layers, past.layers, strict=True):
             layer.lazy_initialization(theirs.keys, theirs.values)
             first = cached - theirs.keys.shape[2]  # sliding layers hold the last columns alone
@@ -726,6 +758,8 @@ class _RecurrentForward(_Forward):
     tokens for every row that moves, since padding, too, would change a state. Attention is cached as elsewhere.
     """
 
+    fed_again = STATE_TOKENS
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -757,10 +791,10 @@ class _RecurrentForward(_Forward):
             # Padding before the text leaves a state as it is: at 0.
             prompts = [row.tokens if masks == 0 else row.tokens[:-1] for row in alive]
             self.read = dict.fromkeys((row.index for row in alive), 0)
-            logits = self.feed(alive, prompts, before=True)
+            logits = self.feed(alive, prompts, before=True, read=1)
             self.read = {row.index: len(prompt) for row, prompt in zip(alive, prompts, strict=True)}
             if masks == 0:
-                return logits[:, -1:], 0
+                return logits, 0
             self.count_pass(alive)
         self.move_on(alive, at_least=STATE_TOKENS if masks else 1)
 
@@ -787,7 +821,7 @@ class _RecurrentForward(_Forward):
             starts = [self.read[row.index] for row in alive]
             fed = [row.tokens[s : s + step] if moves else [] for row, s, moves in zip(alive, starts, moving, strict=True)]
             with self.put_back([member for member, moves in enumerate(moving) if not moves]):
-                self.feed(alive, fed)
+                self.feed(alive, fed, read=1)
             for row, tokens in zip(alive, fed, strict=True):
                 self.read[row.index] += len(tokens)
             self.count_pass(alive)
@@ -797,9 +831,15 @@ class _RecurrentForward(_Forward):
         for row in alive:
             row.block_lengths.append(0)
 
-    def feed(self, alive: list[_Row], fed: list[list[int]], *, masks: int = 0, before: bool = False) -> Tensor:
-        """Logits [A, W, V] of a pass over tokens of each row from its state on and masks; padding is last, or first."""
-        width = max(1, max(map(len, fed))) + masks
+    def feed(
+        self, alive: list[_Row], fed: list[list[int]], *, masks: int = 0, before: bool = False, read: int | None = None
+    ) -> Tensor:
+        """Logits of a pass over tokens of each row from its state on and masks; padding is last, or first.
+
+        [A, W, V], or of the last `read` columns.
+        """
+        # transformers leaves the mask of a single column out, which would be padding before an empty prompt.
+        width = max(2 if before else 1, max(map(len, fed))) + masks
         columns, real, is_mask = [], [], []
         for row, tokens in zip(alive, fed, strict=True):
             count, start = len(tokens) + masks, self.read[row.index]
@@ -822,8 +862,9 @@ class _RecurrentForward(_Forward):
             mask = self.attention.masks(positions_AW, anchors_AW, masks=0, top=top, dtype=self.attention.dtype)
             mask = {**mask, "linear_attention": states, "conv": states}
         return self.run(
-            read=width,
-            gate=torch.tensor(is_mask, device=ids.device) if masks else 0,
+            read=width if read is None else read,
+            # Processes that share weights run the adapter in the same passes.
+            gate=torch.tensor(is_mask, device=ids.device) if masks or (self.synced and self.longest > 1) else 0,
             input_ids=ids,
             attention_mask=mask,
             use_cache=True,
@@ -840,10 +881,11 @@ class _RecurrentForward(_Forward):
     @contextmanager
     def put_back(self, members: Sequence[int]) -> Iterator[None]:
         """The states of some rows as they were, after the block."""
-        kept = [states[i][members].clone() for states, i in self.states()] if members else []
+        rows = torch.tensor(list(members), device=self.device)
+        kept = [states[i].index_select(0, rows.to(states[i].device)) for states, i in self.states()] if members else []
         yield
         for (states, i), state in zip(self.states() if members else [], kept, strict=True):
-            states[i][members] = state
+            states[i].index_copy_(0, rows.to(states[i].device), state)
 
     def drop_finished(self, alive: list[_Row]) -> list[_Row]:
         """The last row takes the place of a finished one, in the states as well."""
@@ -867,7 +909,7 @@ class _UncachedForward(_Forward):
         """Logits [A, P, V], and how many of the P places are masks'."""
         fed = [row.tokens + row.drafts + [self.mask] * (k - 1) for row in alive]
         width = max(map(len, fed))
-        device = self.model.device
+        device = self.device
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
@@ -1236,10 +1278,16 @@ class _Measured:
         self.wide: deque[tuple[int, float]] = deque(maxlen=16)
         self.reached, self.kept = [0.0] * k_max, [0.0] * k_max  # how often draft 1, 2, ... came up, and was right
         self.since_probe = 0.0  # seconds
+        self.longer_next = False  # of the lengths on both sides of the best one, which is looked at next
 
     def seconds(self) -> Callable[[float], float]:
-        """A pass's time by the tokens it takes: the line through what was timed."""
-        passes = [*self.plain, *self.wide]
+        """A pass's time by the tokens it takes: the line through what was timed, compilation and hiccups left out."""
+        passes = [
+            one
+            for timed in (self.plain, self.wide)
+            for one in timed
+            if one[1] <= 3 * statistics.median(seconds for _, seconds in timed)
+        ]
         fed, time = (sum(column) / len(passes) for column in zip(*passes, strict=True))
         spread = sum((n - fed) ** 2 for n, _ in passes)
         slope = max(0.0, sum((n - fed) * (t - time) for n, t in passes) / spread) if spread else 0.0
@@ -1260,7 +1308,7 @@ class _Pace:
 
     measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, _Measured]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, model: PreTrainedModel, settings: _Settings, *, sampling: bool, static: bool) -> None:
+    def __init__(self, model: PreTrainedModel, settings: _Settings, rows: list[_Row], *, sampling: bool, static: bool) -> None:
         self.longest, self.auto = settings.k, settings.auto
         self.k = settings.k
         self.laid: dict[int, int] = {}  # masks of a row's last block
@@ -1268,7 +1316,8 @@ class _Pace:
         # Static shapes know two lengths: every other would be compiled too.
         self.lengths = sorted({1, self.longest} if static else {1, *(k for k in (2, 4, 8) if k < self.longest), self.longest})
         if self.auto:
-            key = (settings.threshold, settings.k, sampling, static)
+            context = max(row.limit for row in rows).bit_length()  # what a pass takes depends on what it looks back at
+            key = (settings.threshold, settings.k, sampling, static, context)
             self.so_far = self.measured.setdefault(model, {}).setdefault(key, _Measured(settings.k))
 
     @contextmanager
@@ -1278,16 +1327,14 @@ class _Pace:
             yield self.longest
             return
         prefill = not self.laid
-        self.k = self.next(len(alive))
-        pending = {len(row.pending) for row in alive}
+        rows = forward.rows_fed(alive)
+        self.k, forward.fed = self.next(rows, forward.fed_again), 0
         started = time.perf_counter()
         yield self.k
+        seconds = time.perf_counter() - started
         if not prefill:
-            passes, seconds = (
-                self.so_far.plain if self.k == 1 and pending == {1} else self.so_far.wide,
-                time.perf_counter() - started,
-            )
-            passes.append((forward.fed, seconds))
+            plain = forward.fed == rows  # one column per row
+            (self.so_far.plain if plain else self.so_far.wide).append((forward.fed, seconds))
             self.so_far.since_probe += seconds
 
     def learn(self, row: _Row, *, kept: int) -> None:
@@ -1301,29 +1348,34 @@ class _Pace:
                 so_far.kept[place] = DECAY * so_far.kept[place] + (place < kept)
         self.laid[row.index] = self.k - 1
 
-    def next(self, rows: int) -> int:
+    def next(self, rows: int, fed_again: int) -> int:
         """The block that promises most tokens per second, or one that has not been looked at for long."""
-        if not self.so_far.wide:
+        so_far = self.so_far
+        if not so_far.wide:
             return self.longest
-        if len(self.so_far.plain) < 2:
+        if len(so_far.plain) < 2:
             return 1
         if self.probes:
             return self.probes.pop()
-        best, seconds = self.best(rows), self.so_far.seconds()
-        other = [1, 1] if best > 1 else [self.lengths[min(1, len(self.lengths) - 1)]]  # the first 1 reads what is pending
-        costs = sum(seconds(rows * (1 if k == 1 else 2 * k)) for k in other)
-        if PROBES_SHARE * self.so_far.since_probe > costs:
-            self.so_far.since_probe, self.probes = 0.0, other
+        seconds = so_far.seconds()
+        best = self.best(rows, fed_again, seconds)
+        longer = self.lengths[self.lengths.index(best) + 1 :][:1]
+        # The first step of one token reads what is pending, the second shows what such a step takes.
+        other = longer if longer and (best == 1 or so_far.longer_next) else [1, 1]
+        costs = sum(seconds(rows * (1 if k == 1 else 2 * k + fed_again)) for k in other)
+        if PROBES_SHARE * so_far.since_probe > costs:
+            so_far.since_probe, so_far.longer_next, self.probes = 0.0, not so_far.longer_next, other
             return self.probes.pop()
         return best
 
-    def best(self, rows: int) -> int:
-        survival, seconds = self.so_far.survival(), self.so_far.seconds()
+    def best(self, rows: int, fed_again: int, seconds: Callable[[float], float]) -> int:
+        survival = self.so_far.survival()
 
         def tokens_per_second(k: int) -> float:
             kept = survival[: k - 1]
             widest = 1 + sum(1 - (1 - share) ** rows for share in kept)  # of the rows' pending tokens
-            return (1 + sum(kept)) / seconds(rows * (widest + k - 1))
+            columns = widest + k - 1 + (fed_again if k > 1 else 0)
+            return (1 + sum(kept)) / seconds(rows * columns)
 
         best = max(self.lengths, key=tokens_per_second)
         return best if tokens_per_second(best) > MARGIN * tokens_per_second(1) else 1
@@ -1401,8 +1453,10 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
 
 
 def _checked_k(k: Any) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"mtp_k must be a whole number >= 1 or 'auto', got {k!r}; 1 decodes one token per pass.")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= LARGEST_BLOCK:
+        raise ValueError(
+            f"mtp_k must be a whole number >= 1, at most {LARGEST_BLOCK}, or 'auto', got {k!r}; 1 is plain decoding."
+        )
     return k
 
 
@@ -1424,6 +1478,7 @@ def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAd
     if recorded is None and adapter is not None:
         recorded = _within_vocabulary(adapter.mtp, model)
     if recorded is not None:
+        _check_mask_tokens(recorded, rows=model.config.get_text_config().vocab_size)
         if request.mtp_token_id not in (None, recorded["mask_token_id"]):
             raise ValueError(
                 f"mtp_token_id={request.mtp_token_id} contradicts config.mtp, whose mask token is "
@@ -1442,6 +1497,27 @@ def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAd
         "barred_token_ids": sorted({*barred, *([] if mask is None else [mask])}),
         "k_max": PAPER_K_MAX,
     }
+
+
+def _check_mask_tokens(mtp: Any, *, rows: int) -> None:
+    """A config comes with the repository, from anybody: its values are looked at before anything is built of them."""
+
+    def is_number(value: Any, low: int, high: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    known = mtp if isinstance(mtp, dict) else {}
+    barred = known.get("barred_token_ids")
+    right = {
+        "mask_token_id": is_number(known.get("mask_token_id"), 0, rows - 1),
+        "k_max": is_number(known.get("k_max"), 1, LARGEST_BLOCK),
+        "barred_token_ids": isinstance(barred, list) and len(barred) < rows and all(is_number(t, 0, rows - 1) for t in barred),
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise ValueError(
+                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not all "
+                f"of them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
+            )
 
 
 def _within_vocabulary(mtp: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -1755,7 +1831,7 @@ class MaskGatedAdapter(nn.Module):
     def _where_gated(self, output: Tensor, changed: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """The output with some columns changed: `changed` takes them, and their place, and may write into them."""
         if isinstance(self.gate, Tensor):
-            return torch.where(self.gate[..., None], changed(output.clone(), slice(None)), output)
+            return torch.where(self.gate.to(output.device)[..., None], changed(output.clone(), slice(None)), output)
         if self.gate == 0:
             return output
         tail = changed(output[:, -self.gate :], slice(-self.gate, None))
