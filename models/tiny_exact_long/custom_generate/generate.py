@@ -1515,8 +1515,8 @@ def _check_mask_tokens(mtp: Any, *, rows: int) -> None:
     for name, is_right in right.items():
         if not is_right:
             raise ValueError(
-                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not all "
-                f"of them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
+                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not "
+                f"all of them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
             )
 
 
