@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ablate  # noqa: E402
 import calibration  # noqa: E402
+import decode  # noqa: E402
 import exactness  # noqa: E402
 import memory  # noqa: E402
 import serve  # noqa: E402
@@ -41,6 +42,8 @@ def table(name: str) -> str:
     results = json.loads(text)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
+    if "way" in results["rows"][0] and "same_as_greedy" in results["rows"][0]:
+        return decode.table(results)
     if "max_drop" in results["rows"][0]:
         return calibration.table(results)
     if "gib" in results["rows"][0]:

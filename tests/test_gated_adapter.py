@@ -320,7 +320,7 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     assert steps - {"checkpoint-3"}
 
 
-def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys):
+def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys, monkeypatch):
     trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
     student, _ = load_student(tmp_path / "adapter", base=BASE)
     ids = torch.tensor([[0, 25, 31, 42]])
@@ -329,6 +329,7 @@ def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys):
     assert student.config.mtp["k_max"] == 6
     assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?", "--base", BASE, "--max-new-tokens", "8"]) == 0
     assert "forward passes" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)  # where the base's path inside a checkout leads nowhere
     assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?"]) == 2
     assert "name it with --base" in capsys.readouterr().err
 

@@ -1,13 +1,16 @@
 """Coloured blocks: no text is lost or invented, bytes of one character stay together, HTML is escaped."""
 
+import io
 import re
 from itertools import pairwise
 
 import pytest
+import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mtp_trl.evaluation.show import as_html, block_texts, coloured
+from mtp_trl.evaluation.show import ColouredStreamer, as_html, block_texts, coloured, html_page
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,33 @@ def test_html_escapes_the_answer():
     assert not re.search(r"<(?!/?(?:div|span)\b)", page)
     assert "&lt;script" in page
     assert page.count("<span") == 2
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_streamed_blocks_are_those_of_the_whole_answer(tokenizer, length):
+    """Each printed when its pass is done; a character whose bytes are on the way waits."""
+    text = "Tom pays €12 — “done” 🙂\n#### 12"
+    ids = encode(tokenizer, text)
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    console = Console(width=30, record=True, force_terminal=True, file=io.StringIO())
+    streamer = ColouredStreamer(tokenizer, console)
+    streamer.put(torch.tensor([[5, 6]]))
+    seen = []
+    for part in parts:
+        streamer.put(torch.tensor(part))
+        seen.append(console.export_text(clear=False))
+    streamer.end()
+    whole = coloured(block_texts(tokenizer, ids, map(len, parts))).plain
+    assert console.export_text() == whole + "\n"
+    assert all(whole.startswith(part) for part in seen)
+    assert len(set(seen)) > 1
+    assert not any("\ufffd" in part for part in seen)
+
+
+def test_the_page_stands_alone_and_is_escaped():
+    page = html_page("<b>1 & 2</b>", ["<i>one", " two"], "2 tokens")
+    assert page.startswith("<!doctype html>")
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "&lt;b&gt;1 &amp; 2" in page
+    assert not re.search(r"(src|href)=|<script", page)

@@ -12,7 +12,7 @@ from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_default
 from .calibration import CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
 from .models import load_base, load_student
 from .report import Report, terminal_table, write_report
-from .show import as_html, block_texts, coloured
+from .show import ColouredStreamer, block_texts, html_page
 from .sweep import Record, Setting, decode, decoding_settings, evaluate_decoding
 from .tasks import Task
 
@@ -197,12 +197,14 @@ def run_show(
     max_new_tokens: int,
     html: Path | None,
 ) -> None:
-    """Answer one prompt greedily and print it with a colour for each forward pass; None means the folder's default."""
+    """Answer one prompt greedily, printed as it comes with a colour for each pass; None means the folder's default."""
     student, tokenizer = load_student(model, base=base)
     encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
+    console = Console()
     with torch.inference_mode():
         output = student.generate(
             **encoded,
+            streamer=ColouredStreamer(tokenizer, console),
             do_sample=False,
             return_dict_in_generate=True,
             confadapt=confadapt,
@@ -212,11 +214,9 @@ def run_show(
             pad_token_id=tokenizer.pad_token_id,
         )
     token_ids = output.sequences[0, encoded["input_ids"].shape[1] :].tolist()
-    texts = block_texts(tokenizer, token_ids, output.block_lengths[0])
-    console = Console()
-    console.print(coloured(texts))
     passes = int(output.forward_passes[0])
     speed = f"{len(token_ids)} tokens in {passes} forward passes: {output.acceleration:.2f} per pass"
     console.print(speed, style="dim", highlight=False)
     if html is not None:
-        write_atomically(html, as_html(texts) + "\n")
+        texts = block_texts(tokenizer, token_ids, output.block_lengths[0])
+        write_atomically(html, html_page(prompt, texts, f"{speed}."))

@@ -327,7 +327,7 @@ def _decode(
         forward.keep_company()
 
     if isinstance(forward, _CachedForward) and request.past is not None:
-        forward.store(request.past)
+        forward.hand_back(request.past)
     if request.streamer is not None:
         request.streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -615,7 +615,7 @@ class _CachedForward(_Forward):
         self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
         self.compile_config = config.compile_config
         if past is not None:
-            self.load(past)
+            self.take_over(past)
 
     def __call__(self, alive: list[_Row], k: int) -> tuple[Tensor, int]:
         """Logits [A, P, V], and how many of the P places are masks': k - 1 of each block."""
@@ -691,7 +691,7 @@ class _CachedForward(_Forward):
                     layer.replace_row(place)
         return alive
 
-    def load(self, past: Cache) -> None:
+    def take_over(self, past: Cache) -> None:
         """Take over keys and values that were handed in, one column for each of the first columns of the prompts."""
         if any(type(layer) not in _ATTENTION for layer in past.layers):
             found = f"{type(past).__name__} of {sorted({type(layer).__name__ for layer in past.layers})}"
@@ -730,7 +730,7 @@ class _CachedForward(_Forward):
                 layer.keys[row.index, :, end - len(columns) : end] = theirs.keys[row.index][:, columns]
                 layer.values[row.index, :, end - len(columns) : end] = theirs.values[row.index][:, columns]
 
-    def store(self, past: Cache) -> None:
+    def hand_back(self, past: Cache) -> None:
         """Hand back the columns that are cached in all rows."""
         columns = [[*row.real, *[True] * (len(row.tokens) - row.prompt_length)] for row in self.rows]
         # A stop may have cut a row shorter than what is cached of it.
@@ -1132,7 +1132,7 @@ class _Choice:
         else:
             chosen_AP = scores_APV.argmax(-1)
         probs_AP = None
-        if self.threshold > 0:
+        if self.threshold > 0 and k > 1:
             read = (slice(None), slice(0 if E > 1 else own - 1, None))  # a single block begins at the last pending token
             probs_AP = self.confadapt.confidence(chosen_AP[read], read)
         return chosen_AP, probs_AP, scores_APV
@@ -1316,8 +1316,9 @@ class _Pace:
         # Static shapes know two lengths: every other would be compiled too.
         self.lengths = sorted({1, self.longest} if static else {1, *(k for k in (2, 4, 8) if k < self.longest), self.longest})
         if self.auto:
-            context = max(row.limit for row in rows).bit_length()  # what a pass takes depends on what it looks back at
-            key = (settings.threshold, settings.k, sampling, static, context)
+            # What a pass takes depends on the rows, of which a line says little beyond those measured, and on the context.
+            sizes = len(rows).bit_length(), max(row.limit for row in rows).bit_length()
+            key = (settings.threshold, settings.k, sampling, static, *sizes)
             self.so_far = self.measured.setdefault(model, {}).setdefault(key, _Measured(settings.k))
 
     @contextmanager
