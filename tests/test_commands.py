@@ -128,7 +128,7 @@ def test_show_prints_the_answer_and_writes_it_as_html(folders, tmp_path, capsys)
     options = ["--confadapt", "0", "--verify", "--max-new-tokens", str(NEW_TOKENS), "--html", str(page)]
     assert main(["show", str(folders / "student"), prompt, *options]) == 0
     assert f"{NEW_TOKENS} tokens in " in capsys.readouterr().out
-    assert page.read_text().startswith("<div")
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_the_command_line_decodes_what_its_options_say(folders, tmp_path, capsys):
