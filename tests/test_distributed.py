@@ -60,7 +60,10 @@ if options["decode"]:  # each process another prompt and another length: one of 
     texts = [generate(ids, model=trainer.model, mtp_k=k, confadapt=0.3, verify=False, **limits) for k in (1, 4)]
     Path(args.output_dir, f"texts_{rank}.json").write_text(json.dumps([text[0].tolist() for text in texts]))
 if trainer.is_world_process_zero():
-    print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), flush=True)
+if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
 """
 
 
