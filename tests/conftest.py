@@ -26,6 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _private_folder("TORCH_EXTENSIONS_DIR")
 
 from collections.abc import Callable, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import psutil  # noqa: E402
@@ -162,6 +163,50 @@ def _randomise(model: PreTrainedModel, *, seed: int, logit_scale: float, context
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Builds a tiny random model: `tiny_model("gemma3")`."""
     return _build
+
+
+@pytest.fixture(scope="session")
+def write_student() -> Callable[..., Path]:
+    """Writes a random model that reads text, adapted but untrained: `write_student(folder, confadapt=0.9, verify=False)`.
+
+    The same weights without a mask token go to the folder `base`, where one is named.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mtp_trl import hub
+    from mtp_trl.mask_token import add_mask_token
+    from mtp_trl.word_problems.tokenizer import train_tokenizer
+
+    def write(
+        folder: Path,
+        *,
+        confadapt: float,
+        verify: bool,
+        base: Path | None = None,
+        positions: int = 512,
+        chat_template: str | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> Path:
+        tokenizer = train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
+        tokenizer.chat_template = chat_template
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=positions, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        if base is not None:
+            model.save_pretrained(base)
+            tokenizer.save_pretrained(base)
+        add_mask_token(model, tokenizer, k_max=4)
+        hub.set_decoding_defaults(model, confadapt=confadapt, verify=verify)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        hub.write_decoder(folder, model, provenance or {"base_model": "base"})
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, multinomial
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mtp_trl import hub
 from mtp_trl.card import read_evidence, render_card
@@ -28,8 +28,6 @@ from mtp_trl.evaluation.calibration import (
 from mtp_trl.evaluation.commands import run_calibrate
 from mtp_trl.evaluation.sweep import Record
 from mtp_trl.evaluation.tasks import load_task
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.word_problems import tokenizer as bundled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,28 +141,10 @@ def test_answers_are_compared_problem_by_problem():
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_student):
     """A random model: it is never sure, so that strict thresholds decode as it does by itself and whole blocks do not."""
-    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    add_mask_token(model, tokenizer, k_max=4)
-    hub.set_decoding_defaults(model, confadapt=0.25, verify=True)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 4, "settings": {}}
-    hub.write_decoder(tmp_path / "model", model, facts | hub.run_facts())
-    return tmp_path / "model"
+    return write_student(tmp_path / "model", confadapt=0.25, verify=True, provenance=facts | hub.run_facts())
 
 
 def write_prompts(path, count):

@@ -3,17 +3,13 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from mtp_trl import hub
 from mtp_trl.cli import main
 from mtp_trl.evaluation.harness import HarnessModel, Part, run_settings, run_task, table
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import from_json
 from mtp_trl.evaluation.sweep import Setting
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.word_problems import tokenizer as bundled
 
 # lm_eval 0.4.13 writes its own deprecations and leaves files to be closed by the collector
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
@@ -39,30 +35,10 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, write_student):
     """A random base, the same as a student, and a task whose right answers are the base's own."""
     root = tmp_path_factory.mktemp("harness")
-    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
-    add_mask_token(model, tokenizer, k_max=4)
-    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
-    model.save_pretrained(root / "student")
-    tokenizer.save_pretrained(root / "student")
-    hub.write_decoder(root / "student", model, {"base_model": "base"})
+    write_student(root / "student", base=root / "base", confadapt=0.9, verify=False, positions=128)
     (root / "tasks").mkdir()
     rows = [{"question": question, "answer": own_answer(root, question)} for question in QUESTIONS]
     rows[2]["answer"] = "never"

@@ -3,13 +3,8 @@
 import socket
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtp_trl import hub
 from mtp_trl.evaluation.models import load_student
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.word_problems import tokenizer as bundled
 
 # transformers' server and the libraries below it, not ours
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
@@ -18,29 +13,11 @@ TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, write_student):
     """A random model whose default is whole blocks, which gives another text than one token per pass."""
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     folder = tmp_path_factory.mktemp("served") / "model"
-    tokenizer = bundled.train_tokenizer(["Tom has 3 pens and buys 4 pens. How many? 3 + 4 = 7 #### 7"] * 3, vocabulary=300)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    add_mask_token(model, tokenizer, k_max=4)
-    hub.set_decoding_defaults(model, confadapt=0.0, verify=False)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    hub.write_decoder(folder, model, {"base_model": "base"})
-    return folder
+    return write_student(folder, confadapt=0.0, verify=False, chat_template=template)
 
 
 @pytest.fixture(scope="module")

@@ -519,14 +519,12 @@ class _Forward:
     Attributes:
         fed: how many tokens, padding counted, were fed since it was last set to 0.
         fed_again: about how many certain tokens of a row a step with masks feeds although they were fed before.
+        keeps_rows: whether rows that ended stay in the batch.
     """
 
     fed = 0
     fed_again = 0
-
-    def rows_fed(self, alive: list[_Row]) -> int:
-        """Of the batch; those that ended may be among them."""
-        return len(alive)
+    keeps_rows = False
 
     def __init__(self, model: PreTrainedModel, settings: _Settings, arguments: frozenset[str], *, synced: bool) -> None:
         self.model = model
@@ -550,6 +548,20 @@ class _Forward:
             logits: Tensor = self.call(**inputs, **self.constants, return_dict=True).logits
         self.fed += inputs["input_ids"].numel()
         return logits[:, -read:]
+
+    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
+        """The last row takes the place of a finished one: nothing else moves, and the batch shrinks."""
+        if self.keeps_rows:
+            return [row for row in alive if not row.done]
+        for place in reversed(range(len(alive))):
+            if alive[place].done:
+                alive[place] = alive[-1]
+                alive.pop()
+                self.replace_row(place)
+        return alive
+
+    def replace_row(self, place: int) -> None:
+        """In what is kept of the rows between steps, the last one takes that place."""
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -646,9 +658,6 @@ class _CachedForward(_Forward):
         )
         return (logits if fed is alive else logits[[row.index for row in alive]]), masks
 
-    def rows_fed(self, alive: list[_Row]) -> int:
-        return len(self.rows if self.keeps_rows else alive)
-
     def mask_dtype(self) -> torch.dtype | None:
         """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
         first = self.layers[0]
@@ -679,17 +688,10 @@ class _CachedForward(_Forward):
         """The columns of a row that has ended, where shapes must not change."""
         return [[0] * width, [0] * width, [self.trash] * width, [0] * width]
 
-    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
-        """The last row takes the place of a finished one: nothing else moves, and the batch shrinks."""
-        if self.keeps_rows:
-            return [row for row in alive if not row.done]
-        for place in reversed(range(len(alive))):
-            if alive[place].done:
-                alive[place] = alive[-1]
-                alive.pop()
-                for layer in self.layers:
-                    layer.replace_row(place)
-        return alive
+    def replace_row(self, place: int) -> None:
+        """In every layer's keys and values."""
+        for layer in self.layers:
+            layer.replace_row(place)
 
     def take_over(self, past: Cache) -> None:
         """Take over keys and values that were handed in, one column for each of the first columns of the prompts."""
@@ -887,19 +889,14 @@ class _RecurrentForward(_Forward):
         for (states, i), state in zip(self.states() if members else [], kept, strict=True):
             states[i].index_copy_(0, rows.to(states[i].device), state)
 
-    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
-        """The last row takes the place of a finished one, in the states as well."""
-        for place in reversed(range(len(alive))):
-            if alive[place].done:
-                alive[place] = alive[-1]
-                alive.pop()
-                for states, i in self.states():
-                    states[i][place] = states[i][-1].clone()
-                    states[i] = states[i][:-1]
-                for layer in self.layers:
-                    if isinstance(layer, _RowOffsetLayer):
-                        layer.replace_row(place)
-        return alive
+    def replace_row(self, place: int) -> None:
+        """In every layer's state, and keys and values."""
+        for states, i in self.states():
+            states[i][place] = states[i][-1].clone()
+            states[i] = states[i][:-1]
+        for layer in self.layers:
+            if isinstance(layer, _RowOffsetLayer):
+                layer.replace_row(place)
 
 
 class _UncachedForward(_Forward):
@@ -909,16 +906,12 @@ class _UncachedForward(_Forward):
         """Logits [A, P, V], and how many of the P places are masks'."""
         fed = [row.tokens + row.drafts + [self.mask] * (k - 1) for row in alive]
         width = max(map(len, fed))
-        device = self.device
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=device)
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=self.device)
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=self.device)
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
         read = max(len(row.drafts) for row in alive) + k
         logits = self.run(read=read, gate=k - 1, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
         return logits, k - 1
-
-    def drop_finished(self, alive: list[_Row]) -> list[_Row]:
-        return [row for row in alive if not row.done]
 
 
 class _Placement:
@@ -1288,11 +1281,11 @@ class _Measured:
             for one in timed
             if one[1] <= 3 * statistics.median(seconds for _, seconds in timed)
         ]
-        fed, time = (sum(column) / len(passes) for column in zip(*passes, strict=True))
+        fed, took = (sum(column) / len(passes) for column in zip(*passes, strict=True))
         spread = sum((n - fed) ** 2 for n, _ in passes)
-        slope = max(0.0, sum((n - fed) * (t - time) for n, t in passes) / spread) if spread else 0.0
-        slope = min(slope, time / fed)  # no pass takes less than nothing
-        return lambda n: time + slope * (n - fed)
+        slope = max(0.0, sum((n - fed) * (t - took) for n, t in passes) / spread) if spread else 0.0
+        slope = min(slope, took / fed)  # no pass takes less than nothing
+        return lambda n: took + slope * (n - fed)
 
     def survival(self) -> list[float]:
         """Probability that at least 1, 2, ... drafts are kept; a place that was never reached is like the one before."""
@@ -1309,7 +1302,7 @@ class _Pace:
     measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, _Measured]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, settings: _Settings, rows: list[_Row], *, sampling: bool, static: bool) -> None:
-        self.longest, self.auto = settings.k, settings.auto
+        self.longest, self.auto, self.rows = settings.k, settings.auto, rows
         self.k = settings.k
         self.laid: dict[int, int] = {}  # masks of a row's last block
         self.probes: list[int] = []  # blocks to come, whatever they promise
@@ -1328,7 +1321,7 @@ class _Pace:
             yield self.longest
             return
         prefill = not self.laid
-        rows = forward.rows_fed(alive)
+        rows = len(self.rows if forward.keeps_rows else alive)
         self.k, forward.fed = self.next(rows, forward.fed_again), 0
         started = time.perf_counter()
         yield self.k
