@@ -119,18 +119,22 @@ class Result:
 
 
 def cells(*, only: Sequence[str], seeds: Sequence[int], changes: dict[str, str]) -> list[Cell]:
-    """Every level of the factors named (all by default) under every seed; `changes` override `DEFAULT`.
+    """Every level of the factors named (all by default), or the one of `factor=level`, under every seed.
+
+    `changes` override `DEFAULT`.
 
     Raises:
-        ValueError: a factor that is not there.
+        ValueError: a factor or a level that is not there.
     """
-    if unknown := set(only) - set(FACTORS):
-        raise ValueError(f"There is no factor {', '.join(sorted(unknown))}; there are {', '.join(FACTORS)}.")
+    every = [(factor, level) for factor, levels in FACTORS.items() for level in levels]
+    named = {name: [pair for pair in every if name in (pair[0], "=".join(pair))] for name in only}
+    if unknown := [name for name, pairs in named.items() if not pairs]:
+        raise ValueError(f"There is no factor {', '.join(unknown)}; there are {', '.join(FACTORS)}.")
+    wanted = dict.fromkeys(pair for pairs in named.values() for pair in pairs) if only else every
     return [
-        Cell(factor, level, seed, DEFAULT | changes | options | {"seed": str(seed)})
+        Cell(factor, level, seed, DEFAULT | changes | FACTORS[factor][level] | {"seed": str(seed)})
         for seed in seeds
-        for factor in only or FACTORS
-        for level, options in FACTORS[factor].items()
+        for factor, level in wanted
     ]
 
 
@@ -272,7 +276,9 @@ def _integers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="FACTOR,...", help=", ".join(FACTORS))
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="FACTOR[=LEVEL],...", help=", ".join(FACTORS)
+    )
     parser.add_argument("--seeds", type=_integers, default=[0], metavar="N,...")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems decoded in each cell (default: 100)")
     parser.add_argument("--change", type=json.loads, default={}, metavar="JSON", help="options of every cell")

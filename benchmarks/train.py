@@ -7,7 +7,9 @@ others use too; the table has medians. Peak memory is that of a process of its o
     python benchmarks/train.py --hidden 2048 --layers 16 --heads 32 --vocabulary 128256 --length 512 --dtype bfloat16
 
 The layouts draw the same number of places for each clean token: the paper's regions stand at an even stride over the
-whole text with one k per step, ours anywhere in the completion with a k of their own.
+whole text with one k per step, ours anywhere in the completion with a k of their own. The paper's layout is there twice: as
+`model(...).logits` reads it, with logits at every place of student and teacher, and with logits at the places read alone, as
+everywhere in this project.
 """
 
 from __future__ import annotations
@@ -24,15 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_trl import MTPDistillConfig
+from mtp_trl.forward import attention_masks
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
 from mtp_trl.hub import run_facts, write_atomically
-from mtp_trl.regions import Regions, row_generator, sample_regions
-from mtp_trl.self_distillation import Batch, Reader, Tokens, WholeRows, distillation_pass
+from mtp_trl.objective import bar_tokens
+from mtp_trl.regions import Regions, row_generator, sample_regions, student_forced_ids
+from mtp_trl.self_distillation import Batch, Reader, Tokens, WholeRows, build_layout, distillation_pass
 
-WAYS = {"interleaved": "full, the paper's interleaved layout", "full": "full fine-tuning", "exact": "exact mode"}
+WAYS = {
+    "plain": "full, the paper's interleaved layout, logits everywhere",
+    "interleaved": "full, the paper's interleaved layout",
+    "full": "full fine-tuning",
+    "exact": "exact mode",
+}
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,70 @@ class Row:
 
 
 class Way:
-    """One way to train, ready for `step`."""
+    """One way to train `model`, ready for `step`.
+
+    Args:
+        slots: mask slots behind each text, in every way.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tokens, *, k_max: int, slots: int, rank: int) -> None:
+        self.name, self.model, self.tokens = name, model, tokens
+        self.args = MTPDistillConfig(
+            "unused", k_max=k_max, slots_per_row=slots, use_cpu=model.device.type == "cpu", bf16=False, report_to="none"
+        )
+        self.reader: Reader
+        if name == "exact":
+            add_gated_adapter(model, rank=rank, alpha=2 * rank)
+            self.reader = MaskGated(model, with_teacher=True)
+        else:
+            teacher = copy.deepcopy(model).requires_grad_(False).eval()
+            self.reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
+        model.train()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def regions(self, lengths_B: Tensor, prompt_lengths_B: Tensor, step: int) -> Regions:
+        """The paper's, at an even stride with one k; or independent ones. The slots are the same in number."""
+        rows, k_max, slots = len(lengths_B), self.args.k_max, self.args.slots_per_row
+        if self.name in ("full", "exact"):
+            generators = [row_generator(0, step, row) for row in range(rows)]
+            first, last = (prompt_lengths_B - 1).tolist(), (lengths_B - 2).tolist()
+            return sample_regions(first, last, k_min=2, k_max=k_max, slots=slots, generators=generators)
+        number = max(1, int(lengths_B.max()) // (2 * k_max))
+        share_R = (torch.arange(number) + step % (2 * k_max) / (2 * k_max)) / number
+        anchor_BR = (share_R * (lengths_B - 1)[:, None].cpu()).long()
+        return Regions(anchor_BR, torch.full_like(anchor_BR, 1 + slots // number))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The mean loss, and the number of places it is taken over (in exact mode not the first of each block)."""
+        if self.name == "plain":
+            return self._plain_loss(batch)
+        output = distillation_pass(self.reader, batch, self.tokens, self.args, objective="hard")
+        return output.loss / output.weight, int(output.weight)
+
+    def _plain_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Two plain forwards: all the logits of the student, then all those of the teacher."""
+        layout = build_layout(self.model, batch, self.tokens, self.args)
+        masks = attention_masks(self.model.config, layout, self.model.dtype)
+
+        def all_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+            inputs = {"input_ids": ids, "attention_mask": masks, "position_ids": layout.positions_XT, "use_cache": False}
+            return bar_tokens(model(**inputs).logits, self.tokens.barred)
+
+        student_TV = all_logits(self.model, layout.ids_XT).flatten(0, 1)
+        rollout = layout.read_BRK.new_zeros(layout.drawn_BRK.shape)
+        read_P = layout.read_BRK[layout.drawn_BRK]
+        rollout[layout.drawn_BRK] = student_TV.argmax(-1)[read_P]
+        with torch.no_grad():
+            teacher_TV = all_logits(self.reader.teacher, student_forced_ids(layout, rollout)).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(student_TV[read_P], teacher_TV.argmax(-1)[read_P])
+        return loss, len(read_P)
+
+
+class Costs:
+    """Optimizer steps of one way on random texts."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self.options = name, options
+        self.options = options
         torch.manual_seed(0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = LlamaConfig(
@@ -65,72 +135,49 @@ class Way:
         )
         model = LlamaForCausalLM(config).to(device, getattr(torch, options.dtype))
         model.config.mtp = {"mask_token_id": options.vocabulary - 1, "k_max": options.k_max, "barred_token_ids": []}
-        self.tokens = Tokens(
+        if options.checkpointing:
+            model.gradient_checkpointing_enable()
+        tokens = Tokens(
             mask_id=options.vocabulary - 1,
             pad_id=0,
             barred=torch.tensor([options.vocabulary - 1], device=device),
             eos=torch.tensor([1], device=device),
         )
-        self.slots = options.length // (2 * options.k_max) * (options.k_max // 2)
-        self.args = MTPDistillConfig(
-            "unused", k_max=options.k_max, slots_per_row=self.slots, use_cpu=device == "cpu", bf16=False, report_to="none"
-        )
-        if options.checkpointing:
-            model.gradient_checkpointing_enable()
-        self.reader: Reader
-        if name == "exact":
-            add_gated_adapter(model, rank=options.rank, alpha=2 * options.rank)
-            self.reader = MaskGated(model, with_teacher=True)
-        else:
-            teacher = copy.deepcopy(model).requires_grad_(False).eval()
-            self.reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
-        self.model = model.train()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        slots = options.length // (2 * options.k_max) * (options.k_max // 2)
+        self.way = Way(name, model, tokens, k_max=options.k_max, slots=slots, rank=options.rank)
+        self.optimizer = torch.optim.AdamW(self.way.parameters, lr=1e-5)
         self.count = 0
 
-    def regions(self) -> Regions:
-        """The paper's, at an even stride with one k; or independent ones. The slots are the same in number."""
-        rows, length, k_max = self.options.rows, self.options.length, self.options.k_max
-        if self.name != "interleaved":
-            generators = [row_generator(0, self.count, row) for row in range(rows)]
-            first, last = [length // 3] * rows, [length - 2] * rows
-            return sample_regions(first, last, k_min=2, k_max=k_max, slots=self.slots, generators=generators)
-        number = length // (2 * k_max)
-        size = 1 + self.slots // number
-        anchors = torch.arange(number) * 2 * k_max + self.count % (2 * k_max)
-        return Regions(anchors.clamp(max=length - 2).expand(rows, -1), torch.full((rows, number), size))
-
     def step(self) -> tuple[float, int]:
-        """One optimizer step: seconds, and places drawn for the loss (in exact mode not the first of each block)."""
+        """Seconds of one optimizer step, and its places."""
         generator = torch.Generator().manual_seed(self.count)
         rows, length = self.options.rows, self.options.length
-        clean = torch.randint(3, self.options.vocabulary - 1, (rows, length), generator=generator).to(self.model.device)
+        clean = torch.randint(3, self.options.vocabulary - 1, (rows, length), generator=generator).to(self.way.model.device)
         lengths = torch.full((rows,), length, device=clean.device)
-        batch = Batch(clean, lengths // 3, lengths, self.regions())
+        prompts = lengths // 3
+        batch = Batch(clean, prompts, lengths, self.way.regions(lengths, prompts, self.count))
         self._wait()
         started = time.perf_counter()
-        output = distillation_pass(self.reader, batch, self.tokens, self.args, objective="hard")
-        (output.loss / output.sums["drawn"]).backward()
+        loss, places = self.way.loss(batch)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._wait()
         self.count += 1
-        places = int(output.sums["drawn"]) - (int((batch.regions.size_BR > 0).sum()) if self.name == "exact" else 0)
         return time.perf_counter() - started, places
 
     def _wait(self) -> None:
-        if self.model.device.type == "cuda":
+        if self.way.model.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def peak_mb(name: str, options: argparse.Namespace) -> float:
     """Peak memory of three steps in this process, beyond what it used before: allocated on CUDA, resident on a CPU."""
     before = resident_mb()
-    way = Way(name, options)
+    costs = Costs(name, options)
     for _ in range(3):
-        way.step()
-    if way.model.device.type == "cuda":
+        costs.step()
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resident_mb() - before
 
@@ -142,31 +189,31 @@ def resident_mb() -> float:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    ways = [Way(name, options) for name in WAYS]
+    ways = {name: Costs(name, options) for name in WAYS}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     places: dict[str, list[int]] = {name: [] for name in WAYS}
     for turn in range(options.steps + 2):
-        for way in ways:
-            duration, count = way.step()
+        for name, costs in ways.items():
+            duration, count = costs.step()
             if turn >= 2:  # the first steps allocate
-                seconds[way.name].append(duration)
-                places[way.name].append(count)
-            print(f"\rstep {turn + 1} of {options.steps + 2}, {WAYS[way.name]:<40}", end="", file=sys.stderr, flush=True)
+                seconds[name].append(duration)
+                places[name].append(count)
+            print(f"\rstep {turn + 1} of {options.steps + 2}, {WAYS[name]:<60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows = []
-    for way in ways:
-        median = statistics.median(seconds[way.name])
+    for name, costs in ways.items():
+        median = statistics.median(seconds[name])
         alone = subprocess.run(
-            [sys.executable, *sys.argv, "--peak", way.name], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, *sys.argv, "--peak", name], stdout=subprocess.PIPE, text=True, check=True
         ).stdout
         rows.append(
             Row(
-                way=WAYS[way.name],
+                way=WAYS[name],
                 seconds=median,
                 clean_per_second=options.rows * options.length / median,
-                places_per_second=statistics.median(places[way.name]) / median,
+                places_per_second=statistics.median(places[name]) / median,
                 peak_mb=float(alone.split()[-1]),
-                trainable=sum(p.numel() for p in way.parameters),
+                trainable=sum(p.numel() for p in costs.way.parameters),
             )
         )
     return rows

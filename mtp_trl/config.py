@@ -27,15 +27,16 @@ class MTPDistillConfig(DistillationConfig):
             `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
-            from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, and `ntp_coef` with it.
+            from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, unless `ntp_coef` needs it.
         k_curriculum (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, over which the largest block drawn grows from `k_min` to `k_max`.
         place_decay (`float`, *optional*, defaults to `1.0`):
             Place j of a block counts `place_decay ** (j - 1)` in the loss: below 1 the places that are reached most often
             in decoding count most.
         completions_by (`str`, *optional*, defaults to `"student"`):
-            Who completes prompts that come without a completion: `"student"` or `"teacher"`. In exact mode both are the
-            base.
+            Who completes prompts that come without a completion: `"student"` or `"teacher"`, one token at a time (in exact
+            mode both are the base), or `"student_blocks"`: the student in blocks, kept as far as `confadapt` says. Then each
+            block starts from the blocks before it, as in decoding, and a text takes fewer passes.
         reward_floor (`float`, *optional*, defaults to `-20.0`):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
@@ -87,7 +88,9 @@ class MTPDistillConfig(DistillationConfig):
     )
     k_curriculum: float = field(default=0.0, metadata={"help": "Share of the steps over which blocks grow to k_max."})
     place_decay: float = field(default=1.0, metadata={"help": "Weight of each place of a block against the one before."})
-    completions_by: str = field(default="student", metadata={"help": "Who completes bare prompts: student or teacher."})
+    completions_by: str = field(
+        default="student", metadata={"help": "Who completes bare prompts: student, teacher or student_blocks."}
+    )
     reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
     ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
     drift_limit: float | None = field(default=None, metadata={"help": "Largest KL to the base in nats per clean token."})
@@ -150,8 +153,12 @@ class MTPDistillConfig(DistillationConfig):
                 raise ValueError(f"{name} is a share of the steps in [0, 1], got {getattr(self, name)}.")
         if self.place_decay <= 0:
             raise ValueError(f"place_decay must be > 0, got {self.place_decay}; 1 counts all places alike.")
-        if self.completions_by not in ("student", "teacher"):
-            raise ValueError(f"completions_by must be student or teacher, got {self.completions_by!r}.")
+        if self.completions_by not in ("student", "teacher", "student_blocks"):
+            raise ValueError(f"completions_by must be student, teacher or student_blocks, got {self.completions_by!r}.")
+        if self.completions_by == "student_blocks" and self.use_vllm:
+            raise ValueError(
+                "completions_by='student_blocks' decodes with this project's own generate; with use_vllm=True use 'student'."
+            )
         for threshold in (self.confadapt, *self.thresholds):
             if not 0.0 <= threshold <= 1.0:
                 raise ValueError(f"A ConfAdapt threshold is a probability in [0, 1], got {threshold}.")

@@ -124,8 +124,7 @@ class MTPDistillTrainer(NothingLost):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        # completions made on policy are plain samples of the model, one token at a time
-        self.generation_config.mtp_k = 1
+        self._decode_completions()
         attach_decoder(self.model)
         if self.teacher_model is not None:  # its decoder never samples the mask token
             attach_decoder(self.accelerator.unwrap_model(self.teacher_model))
@@ -145,6 +144,14 @@ class MTPDistillTrainer(NothingLost):
             barred=torch.tensor(mtp["barred_token_ids"], device=device),
             eos=torch.tensor(self.eos_token_ids, device=device),
         )
+
+    def _decode_completions(self) -> None:
+        """How bare prompts are completed: one token per pass, or in the student's own blocks, as ConfAdapt takes them."""
+        self.generation_config.mtp_k = 1
+        if self.args.completions_by == "student_blocks":
+            self.generation_config.mtp_k = self.args.k_max
+            self.generation_config.confadapt = self.args.confadapt
+            self.generation_config.verify = False
 
     # ---- data ----
 
@@ -187,7 +194,7 @@ class MTPDistillTrainer(NothingLost):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Completions of bare prompts, by the student or by its teacher."""
-        if self.args.completions_by == "student" or self.args.exact:
+        if self.args.completions_by != "teacher" or self.args.exact:
             return super()._generate_single_turn(*args, **kwargs)
         if self.teacher_model is None:
             with adapters_off(self.accelerator.unwrap_model(self.model)):
@@ -260,7 +267,8 @@ class MTPDistillTrainer(NothingLost):
         student = causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
         compared = self.args.objective != "ground_truth" or self.args.ntp_coef > 0 or not self.model.training
-        with_teacher = compared and self._objective() == self.args.objective  # it rests in the warm-up
+        warming_up = self._objective() != self.args.objective
+        with_teacher = compared and (self.args.ntp_coef > 0 or not warming_up)
         if self.args.exact:
             return MaskGated(student, with_teacher=with_teacher)
         return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)

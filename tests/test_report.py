@@ -40,7 +40,7 @@ def make_sweep(*, scored=True):
         step = 1 + i
         blocks = [step] * (12 // step) + ([12 % step] if 12 % step else [])
         records[setting] = [record(12, blocks, (p % 4 != 0 and p > i) if scored else None) for p in range(20)]
-    return Sweep(records, aggregate(records), batch_size=4, max_new_tokens=64)
+    return Sweep(records, aggregate(records, batch_size=4), batch_size=4, max_new_tokens=64)
 
 
 def make_report(sweep=None, **changes):
@@ -56,7 +56,7 @@ def test_json_round_trip_keeps_every_number():
 
 def test_json_is_strict_where_an_error_does_not_exist():
     records = {Setting("plain"): [record(3, [3], True)]}
-    text = to_json(make_report(rows=aggregate(records)))
+    text = to_json(make_report(rows=aggregate(records, batch_size=4)))
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert math.isnan(from_json(text).rows[0].accuracy.standard_error)
 

@@ -100,11 +100,13 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objectiv
 
 
 def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
-    args = arguments(tmp_path, ground_truth_warmup=0.5, max_steps=4)
-    trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
-    trainer.train()
-    with_teacher = ["reward" in entry for entry in trainer.state.log_history if "loss" in entry]
-    assert with_teacher == [False, False, True, True]
+    """Meanwhile no teacher reads, unless the KL on the text's own tokens wants one."""
+    for ntp_coef, expected in ((0.0, [False, False, True, True]), (1.0, [True] * 4)):
+        args = arguments(tmp_path, ground_truth_warmup=0.5, max_steps=4, ntp_coef=ntp_coef)
+        trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+        trainer.train()
+        with_teacher = ["reward" in entry for entry in trainer.state.log_history if "loss" in entry]
+        assert with_teacher == expected
 
 
 def test_a_curriculum_lets_blocks_grow(tmp_path, tokenizer):
@@ -158,6 +160,29 @@ def test_who_completes_bare_prompts(tmp_path, tokenizer, by, adapters):
             same[teacher] += torch.equal(greedy(row[:length], teacher)[:end], row[:end])
     assert same[by == "teacher"] == 4
     assert same[by != "teacher"] < 4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_student_completes_in_its_own_blocks(tmp_path, tokenizer, exact):
+    """What `completions_by="student_blocks"` trains on is what the student's unverified decoding writes, block upon block."""
+    args = arguments(
+        tmp_path, completions_by="student_blocks", confadapt=0.0, generation_kwargs={"do_sample": False}, exact=exact
+    )
+    prompts = rows().select_columns(["prompt"])
+    trainer = MTPDistillTrainer(model(initializer_range=0.3), args, prompts, processing_class=tokenizer)
+    batch = trainer._generate_and_score_completions([{"prompt": prompts[n]["prompt"]} for n in range(4)])
+
+    def greedy(prompt, **options):
+        return trainer.model.generate(prompt[None], max_new_tokens=12, do_sample=False, **options)[0]
+
+    token_by_token = 0
+    for row, length, end in zip(batch["clean_ids"], batch["prompt_lengths"], batch["lengths"], strict=True):
+        blocks = greedy(row[:length], mtp_k=args.k_max, confadapt=0.0, verify=False)[:end]
+        torch.testing.assert_close(blocks, row[:end], atol=0, rtol=0)
+        token_by_token += torch.equal(greedy(row[:length], mtp_k=1)[:end], row[:end])
+    assert token_by_token < 4
+    trainer.train()
+    assert all(loss > 0 for loss in losses(trainer))
 
 
 def test_the_next_token_term_acts_on_ground_truth_as_well(tmp_path, tokenizer):
@@ -307,6 +332,7 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"k_curriculum": -0.1}, "share of the steps"),
         ({"place_decay": 0.0}, "place_decay"),
         ({"completions_by": "nobody"}, "completions_by"),
+        ({"completions_by": "student_blocks", "use_vllm": True}, "own generate"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
     ],
 )  # fmt: skip

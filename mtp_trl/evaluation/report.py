@@ -72,11 +72,12 @@ class Report:
         longest = (
             f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else "lm-evaluation-harness's prompts and stops"
         )
+        speed = "; tokens per s: the median batch" if self.max_new_tokens else ""
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
-            f"same: share of answers that are token for token theirs{blocks}. "
+            f"same: share of answers that are token for token theirs{speed}{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
             f"transformers {versions['transformers']}; {code_span(facts['command'])}."
         )

@@ -2,6 +2,7 @@
 
 # B batch, L tokens of a row (prompt and answer)
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -155,7 +156,7 @@ def evaluate_decoding(
                 bar.advance(task, len(batch))
     if scorer is not None:
         records = {setting: _scored(answers, scorer) for setting, answers in records.items()}
-    return Sweep(records, aggregate(records), batch_size, max_new_tokens)
+    return Sweep(records, aggregate(records, batch_size=batch_size), batch_size, max_new_tokens)
 
 
 def decode(
@@ -184,14 +185,14 @@ def progress_bar(*, shown: bool) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
 
 
-def aggregate(records: dict[Setting, list[Record]]) -> list[Row]:
+def aggregate(records: dict[Setting, list[Record]], *, batch_size: int) -> list[Row]:
     """The table of decoded settings; pure. Needs the student's k=1, compares with the base where it is there."""
     plain = records[Setting("plain")]
     base = records.get(Setting("base"))
-    return [_row(setting, answers, plain=plain, base=base) for setting, answers in records.items()]
+    return [_row(setting, answers, batch_size, plain=plain, base=base) for setting, answers in records.items()]
 
 
-def _row(setting: Setting, answers: list[Record], *, plain: list[Record], base: list[Record] | None) -> Row:
+def _row(setting: Setting, answers: list[Record], batch_size: int, *, plain: list[Record], base: list[Record] | None) -> Row:
     tokens = [len(record.token_ids) for record in answers]
     return Row(
         setting=setting,
@@ -202,8 +203,16 @@ def _row(setting: Setting, answers: list[Record], *, plain: list[Record], base: 
         same_as_base=None if base is None else _same(answers, base),
         same_as_plain=_same(answers, plain),
         tokens_per_pass=ratio_of_sums(tokens, [record.passes for record in answers]),
-        tokens_per_second=ratio_of_sums(tokens, [record.seconds for record in answers]),
+        tokens_per_second=_median_speed(answers, batch_size),
         tokens_per_answer=mean_with_error(tokens).value,
+    )
+
+
+def _median_speed(answers: list[Record], batch_size: int) -> float:
+    """Tokens per second of the median batch: one during which the machine was busy elsewhere decides nothing."""
+    batches = [answers[start : start + batch_size] for start in range(0, len(answers), batch_size)]
+    return statistics.median(
+        ratio_of_sums([len(record.token_ids) for record in batch], [record.seconds for record in batch]) for batch in batches
     )
 
 

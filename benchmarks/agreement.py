@@ -1,0 +1,165 @@
+"""How long training takes until the student's blocks agree with the teacher: the ways of benchmarks/train.py, on real text.
+
+The bundled base on word problems, hard teacher, Muon at a constant rate, no warm-up on ground truth: the ways differ in
+regions and in what is trained, and in nothing else. Agreement is measured on held-out texts, outside the clock: the mean over
+places 2 to k of the share of places at which the student's token is the teacher's first choice, in blocks of k_max places.
+Every way runs until it has reached `--target` or spent `--seconds`; they take turns, so that they share whatever else the
+machine does.
+
+    python benchmarks/agreement.py --target 0.5 --output docs/results/agreement.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from train import WAYS, Way
+from transformers import AutoTokenizer
+
+from mtp_trl.data import prepare_dataset
+from mtp_trl.evaluation.models import load_base
+from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.mask_token import add_mask_token
+from mtp_trl.optimizer import muon_adamw
+from mtp_trl.regions import Regions
+from mtp_trl.self_distillation import Batch, Tokens, distillation_pass
+from mtp_trl.word_problems import load_dataset
+
+BASE = "mtp_trl/word_problems/base"
+
+
+@dataclass
+class Row:
+    """A way, and its agreement over time: (optimizer steps, seconds of training, agreement)."""
+
+    way: str
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def seconds_to(self, target: float) -> float | None:
+        return next((seconds for _, seconds, agreement in self.history if agreement >= target), None)
+
+
+class Run:
+    """One way in training."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.options = options
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+        model = load_base(BASE).float()
+        add_mask_token(model, tokenizer, mask_token="<|mtp|>", k_max=options.k_max, seed=0)
+        mtp = model.config.mtp
+        tokens = Tokens(
+            mask_id=mtp["mask_token_id"],
+            pad_id=tokenizer.pad_token_id,
+            barred=torch.tensor(mtp["barred_token_ids"]),
+            eos=torch.tensor([tokenizer.eos_token_id]),
+        )
+        self.way = Way(name, model, tokens, k_max=options.k_max, slots=options.slots, rank=options.rank)
+        self.optimizer = muon_adamw(model, lr=options.learning_rate, weight_decay=0.0)
+        rows = options.rows
+        self.train = _texts(tokenizer, "train", 200 * rows, seed=1)
+        self.held_out = _collate(_texts(tokenizer, "test", 64, seed=0), tokens.pad_id)
+        self.row, self.step, self.seconds = Row(WAYS[name]), 0, 0.0
+
+    @property
+    def is_done(self) -> bool:
+        reached = bool(self.row.history) and self.row.history[-1][2] >= self.options.target
+        return reached or self.seconds >= self.options.seconds
+
+    def go_on(self) -> None:
+        """`--every` optimizer steps, then the agreement on held-out text."""
+        rows = self.options.rows
+        for _ in range(self.options.every):
+            first = self.step * rows % len(self.train)
+            clean, prompts, lengths = _collate(self.train[first : first + rows], self.way.tokens.pad_id)
+            batch = Batch(clean, prompts, lengths, self.way.regions(lengths, prompts, self.step))
+            started = time.perf_counter()
+            loss, _ = self.way.loss(batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.seconds += time.perf_counter() - started
+            self.step += 1
+        self.row.history.append((self.step, round(self.seconds, 2), round(self._agreement(), 4)))
+
+    @torch.no_grad()
+    def _agreement(self) -> float:
+        clean, prompts, lengths = self.held_out
+        k_max = self.options.k_max
+        number = self.options.slots // (k_max - 1)  # blocks of k_max places, at an even stride over each answer
+        share = (torch.arange(number) + 0.5) / number
+        anchors = (prompts[:, None] - 1 + share * (lengths - 1 - prompts)[:, None]).long()
+        batch = Batch(clean, prompts, lengths, Regions(anchors, torch.full_like(anchors, k_max)))
+        sums = distillation_pass(self.way.reader, batch, self.way.tokens, self.way.args, objective="hard").sums
+        return float((sums["agree_K"][1:] / sums["places_K"][1:].clamp(min=1)).mean())
+
+
+def _texts(tokenizer: Any, split: str, count: int, *, seed: int) -> list[dict[str, list[int]]]:
+    texts = prepare_dataset(
+        load_dataset(split, count, seed), tokenizer, column_map=None, max_length=256, mask_token="<|mtp|>", desc=split
+    )
+    return list(texts)
+
+
+def _collate(texts: list[dict[str, list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = [torch.tensor(text["prompt_ids"] + text["completion_ids"]) for text in texts]
+    clean = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    prompts = torch.tensor([len(text["prompt_ids"]) for text in texts])
+    return clean, prompts, torch.tensor([len(text) for text in ids])
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    runs = [Run(name, options) for name in WAYS]
+    console = Console(stderr=True)
+    while unfinished := [run for run in runs if not run.is_done]:
+        for run in unfinished:
+            run.go_on()
+            step, seconds, agreement = run.row.history[-1]
+            console.print(f"{run.row.way}: step {step}, {seconds:.0f} s, agreement {agreement:.3f}", highlight=False)
+    return [run.row for run in runs]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds."""
+    rows, facts, target = [Row(**row) for row in results["rows"]], results["provenance"], results["target"]
+    first = rows[0].seconds_to(target)
+    lines = [
+        f"| training | steps | s per step | agreement at the end | s to {target:g} | speed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        step, seconds, agreement = row.history[-1]
+        reached = row.seconds_to(target)
+        times = f"{reached:.0f}" if reached is not None else f"not in {seconds:.0f}"
+        speed = f"{first / reached:.2f}x" if first is not None and reached is not None else "-"
+        lines.append(f"| {row.way} | {step} | {seconds / step:.3f} | {agreement:.3f} | {times} | {speed} |")
+    lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=float, default=0.5, help="agreement, from 0 to 1 (default: 0.5)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training at most, for each way (default: 300)")
+    sizes = {"rows": 8, "k_max": 8, "slots": 40, "rank": 64, "every": 20}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    results = {"target": options.target, "rows": [asdict(row) for row in measure(options)], "provenance": run_facts()}
+    print(table(results))
+    if options.output is not None:
+        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
