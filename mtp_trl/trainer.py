@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -133,6 +133,8 @@ class MTPDistillTrainer(NothingLost):
         self._last_pass: PassOutput | None = None
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             check_output_logits(causal_lm(self.model))
+        if args.torch_compile:
+            self._compile()
         if not can_pack(causal):
             logger.info("This architecture takes one row per region (it has layers that cannot skip tokens).")
 
@@ -144,6 +146,17 @@ class MTPDistillTrainer(NothingLost):
             barred=torch.tensor(mtp["barred_token_ids"], device=device),
             eos=torch.tensor(self.eos_token_ids, device=device),
         )
+
+    def _compile(self) -> None:
+        """Compiles what a pass calls: accelerate compiles `model.forward`, which the redirection to the loss goes around."""
+        for model in (self.model, self.teacher_model):
+            if model is not None:
+                backbone = causal_lm(self.accelerator.unwrap_model(model)).base_model
+                backbone.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+
+    def _decoding_as_it_is(self) -> AbstractContextManager[Any]:
+        """Decoding has shapes of its own at every pass, and would be compiled for each."""
+        return torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
 
     def _decode_completions(self) -> None:
         """How bare prompts are completed: one token per pass, or in the student's own blocks, as ConfAdapt takes them."""
@@ -194,15 +207,17 @@ class MTPDistillTrainer(NothingLost):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Completions of bare prompts, by the student or by its teacher."""
-        if self.args.completions_by != "teacher" or self.args.exact:
-            return super()._generate_single_turn(*args, **kwargs)
-        if self.teacher_model is None:
-            with adapters_off(self.accelerator.unwrap_model(self.model)):
-                return super()._generate_single_turn(*args, **kwargs)
+        by_teacher = self.args.completions_by == "teacher" and not self.args.exact
+        switched_off = by_teacher and self.teacher_model is None
         student = self.model_wrapped
-        self.model_wrapped = self.teacher_model
+        if by_teacher and not switched_off:
+            self.model_wrapped = self.teacher_model
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            with (
+                self._decoding_as_it_is(),
+                adapters_off(self.accelerator.unwrap_model(self.model)) if switched_off else nullcontext(),
+            ):
+                return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.model_wrapped = student
 
@@ -359,9 +374,12 @@ class MTPDistillTrainer(NothingLost):
         inputs = self._tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.accelerator.device)
         metrics: dict[str, float] = {}
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model:
+        with (
+            self._decoding_as_it_is(),
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+        ):
             for verify, name in ((True, "verified"), (False, "acceleration")):
                 for threshold in self.args.thresholds:
                     output = model.generate(

@@ -132,6 +132,26 @@ def test_micro_batches_weigh_places_alike(tmp_path, tokenizer, place_decay):
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("exact", [False, True])
+def test_compiled_layers_change_no_loss(tmp_path, tokenizer, exact):
+    from torch._dynamo.utils import counters
+
+    outcomes = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        counters.clear()
+        args = arguments(tmp_path, exact=exact, gradient_checkpointing=False, max_steps=3, num_eval_prompts=2, **options)
+        trainer = MTPDistillTrainer(model(num_hidden_layers=1), args, rows(), eval_dataset=rows(8), processing_class=tokenizer)
+        trainer.train()
+        assert bool(counters["frames"]["ok"]) == bool(options)
+        frames = dict(counters["frames"])
+        metrics = trainer.evaluate()
+        outcomes.append((losses(trainer), metrics["eval_loss"], metrics["eval_decoding/verified_0.9"]))
+        compiled_in_decoding = counters["frames"]["total"] - frames.get("total", 0)
+        assert compiled_in_decoding <= 6  # the evaluation's own passes; decoding would add dozens
+    assert outcomes[0] == (pytest.approx(outcomes[1][0], rel=1e-5), *map(pytest.approx, outcomes[1][1:]))
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_who_completes_bare_prompts(tmp_path, tokenizer, by, adapters):
