@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ablate  # noqa: E402
+import agreement  # noqa: E402
 import calibration  # noqa: E402
 import decode  # noqa: E402
 import exactness  # noqa: E402
@@ -48,6 +49,8 @@ def table(name: str) -> str:
         return calibration.table(results)
     if "gib" in results["rows"][0]:
         return memory.table(results)
+    if "history" in results["rows"][0]:
+        return agreement.table(results)
     if "places_per_second" in results["rows"][0]:
         return train.table(results)
     if "time_to_first_token" in results["rows"][0]:
