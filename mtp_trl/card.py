@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData
 
-from .evaluation.calibration import CALIBRATION_FILE, Calibration
+from .evaluation.calibration import CALIBRATION_FILE, Calibration, argument
 from .evaluation.report import Report, code_span, escape_markdown, from_json, markdown
 from .hub import PROVENANCE_FILE, is_hub_id, write_atomically
 
@@ -117,7 +117,10 @@ def render_card(
         exact=bool(settings.get("exact")),
         adapter_only=adapter_only,
         # a calibrated threshold is for unverified text; verified text loses nothing at low thresholds
-        confadapt=calibrated or settings.get("confadapt", 0.5 if settings.get("exact") else 0.9),
+        confadapt=argument(
+            settings.get("confadapt", 0.5 if settings.get("exact") else 0.9) if calibrated is None else calibrated
+        ),
+        by_place=isinstance(calibrated, tuple),
         verify=bool(settings.get("verify")) and calibrated is None,
         command=code_span(provenance["command"]),
         settings=json.dumps(settings, indent=2),

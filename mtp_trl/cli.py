@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .evaluation.sweep import Threshold
     from .evaluation.tasks import Task
 
 # Imports of torch, transformers and the like stay inside the commands, so that --help is instant.
@@ -98,7 +99,9 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     _data_options(parser)
     parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
-    parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
+    parser.add_argument(
+        "--thresholds", type=_thresholds, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9); T/T/... by place"
+    )
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
     parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
     parser.add_argument("--blocks", type=int, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass")
@@ -160,6 +163,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> Command:
     _data_options(parser)
     parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
+    parser.add_argument("--per-place", action="store_true", help="also search thresholds that differ by place in the block")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
 
@@ -171,6 +175,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> Command:
             _task(options),
             max_drop=options.max_drop,
             confidence=options.confidence,
+            per_place=options.per_place,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
         )
@@ -199,7 +204,9 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument("prompt", help="text to complete, as it stands")
     parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
-    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument(
+        "--confadapt", type=_threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+    )
     parser.add_argument("--k", type=_block, metavar="K", help="largest block, or auto (default: the model's)")
     parser.add_argument(
         "--verify",
@@ -230,7 +237,9 @@ def _show(parser: argparse.ArgumentParser) -> Command:
 def _serve(parser: argparse.ArgumentParser) -> Command:
     """Serve an adapted model with vLLM's OpenAI server, several tokens per forward pass."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument(
+        "--confadapt", type=_threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+    )
     parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
     parser.add_argument(
         "--verify",
@@ -341,8 +350,13 @@ def _block(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def _thresholds(text: str) -> list["Threshold"]:
+    return [_threshold(part) for part in text.split(",")]
+
+
+def _threshold(text: str) -> "Threshold":
+    places = tuple(float(part) for part in text.split("/"))
+    return places if len(places) > 1 else places[0]
 
 
 def _names(text: str) -> list[str]:

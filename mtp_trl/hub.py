@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -169,7 +169,7 @@ def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     partial.replace(path)
 
 
-def write_decoding_defaults(folder: Path, *, confadapt: float, verify: bool) -> None:
+def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float], verify: bool) -> None:
     """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter."""
     path, adapter = folder / "generation_config.json", folder / decoder.ADAPTER_FILE
     if adapter.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def run_settings(
     finished: dict[Setting, Part] = {}
     console = Console(stderr=True)
     for number, setting in enumerate(settings, start=1):
-        path = None if parts is None else parts / f"{task}.{setting.label.replace(' ', '_').replace(',', '')}.json"
+        path = None if parts is None else parts / f"{task}.{re.sub('[ ,/]+', '_', setting.label)}.json"
         asked = json.loads(json.dumps({"task": task, **options}, default=str))
         if path is not None and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..hub import write_atomically
 from .metrics import Estimate
-from .sweep import Record, Row, Setting, Sweep
+from .sweep import Record, Row, Setting, Sweep, threshold_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +146,10 @@ def from_json(text: str) -> Report:
 
 def _row(fields: dict[str, Any]) -> Row:
     estimates = {name: _estimate(fields[name]) for name in ("accuracy", "versus_base", "versus_plain")}
-    return Row(**fields | estimates | {"setting": Setting(**fields["setting"])})
+    setting = dict(fields["setting"])
+    if isinstance(setting.get("threshold"), list):  # what JSON makes of a tuple
+        setting["threshold"] = tuple(setting["threshold"])
+    return Row(**fields | estimates | {"setting": Setting(**setting)})
 
 
 def _estimate(fields: dict[str, Any] | None) -> Estimate | None:
@@ -253,7 +256,8 @@ def _draw(axes: "Axes", rows: list[Row], *, label: str, color: str, marker: str,
     )
     for row, estimate in zip(rows, estimates, strict=True):
         setting, point = row.setting, (row.tokens_per_pass, 100 * estimate.value)
-        name = f"k={setting.k}" if setting.kind == "static" else "" if setting.threshold is None else f"{setting.threshold:g}"
+        name = "" if setting.threshold is None else threshold_text(setting.threshold)
+        name = f"k={setting.k}" if setting.kind == "static" else name
         if name:
             axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=7.5, color=color)
 
