@@ -110,7 +110,11 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
     harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
     harness.add_argument("--tasks", type=_names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
-    harness.add_argument("--chat-template", action="store_true", help="put prompts through the tokenizer's chat template")
+    harness.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the tokenizer's chat template (default: as the paper, for its Llama and no other)",
+    )
     harness.add_argument(
         "--task-data",
         type=_task_file,

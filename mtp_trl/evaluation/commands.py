@@ -11,7 +11,7 @@ from rich.text import Text
 from ..custom_generate.generate import checked_thresholds
 from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
 from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
-from .models import load_base, load_student
+from .models import base_name, load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
 from .sweep import Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
@@ -75,7 +75,7 @@ def run_tasks(
     verify: bool,
     batch_size: int,
     limit: int | None = None,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     data: Mapping[str, Path] | None = None,
     tasks_folder: Path | None = None,
     output: Path | None,
@@ -83,16 +83,21 @@ def run_tasks(
     """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
 
     Args:
+        chat_template: whether prompts go through the tokenizer's chat template; None: as the paper did with the model's base.
         data: JSON Lines files in place of tasks' own test sets, by task.
         output: a folder, with one more for each task; a run that was interrupted goes on from what is there.
 
     Raises:
         ValueError: as `run_eval`; tasks that the harness does not know or that do not generate text.
     """
-    from .harness import HarnessModel, run_settings, table
+    from .harness import PAPER_CHAT_TEMPLATE, HarnessModel, run_settings, table
 
     _check(ks, thresholds)
     student, tokenizer = load_student(model, base=base)
+    if chat_template is None:
+        chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {model} has no chat template; evaluate with --no-chat-template.")
     verified = thresholds if verify else ()
     settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, base=base is not None)
     harness = HarnessModel(student, tokenizer, base=None if base is None else load_base(base), batch_size=batch_size)
@@ -109,7 +114,7 @@ def run_tasks(
             tasks_folder=tasks_folder,
         )
         dataset = parts[Setting("plain")].dataset
-        facts = run_facts() | {"model": model, "base_model": base}
+        facts = run_facts() | {"model": model, "base_model": base, "chat_template": chat_template}
         if dataset is not None and is_hub_id(dataset):
             facts["dataset"] = {"id": dataset, "task_id": task}
         report = Report(task, table(parts), batch_size, None, facts)

@@ -33,6 +33,9 @@ PAPER_TASKS = {
     "gpqa_main_cot_n_shot": ("exact_match", "flexible-extract"),
 }
 
+# Whether the paper's prompts went through the chat template, by the base of the model. Other models go without.
+PAPER_CHAT_TEMPLATE = {"Magpie-Align/Llama-3.1-8B-Magpie-Align-SFT-v0.1": True, "Qwen/Qwen3-4B-Instruct-2507": False}
+
 
 @dataclass(frozen=True)
 class Part:

@@ -1,5 +1,6 @@
 """Models for evaluation: loaded in float32 on a CPU, as they were saved elsewhere, with the folder's own `generate`."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file, logging
 
 from ..custom_generate import generate as decoder
+from ..hub import PROVENANCE_FILE
 
 
 def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -25,6 +27,12 @@ def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrain
     if not hasattr(model.config, "mtp"):
         raise ValueError(f"{name} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
     return model, load_tokenizer(name)
+
+
+def base_name(name: str | Path) -> str | None:
+    """What an adapted model was made of, by its own provenance; None where it has none."""
+    path = _file(name, PROVENANCE_FILE)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("base_model")
 
 
 def _file(name: str | Path, file: str) -> str | None:

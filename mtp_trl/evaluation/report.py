@@ -69,9 +69,9 @@ class Report:
         versions = facts["versions"]
         trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
         blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
-        longest = (
-            f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else "lm-evaluation-harness's prompts and stops"
-        )
+        template = "through the chat template" if facts.get("chat_template") else "without a chat template"
+        harness = f"lm-evaluation-harness's prompts and stops, {template}"
+        longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
