@@ -1,6 +1,7 @@
 """A sweep on paper: Markdown, JSON, a terminal table and the plot of accuracy against acceleration."""
 
 import dataclasses
+import hashlib
 import html
 import json
 import math
@@ -196,6 +197,8 @@ def _answer_lines(records: dict[Setting, list[Record]]) -> list[str]:
 def plot_pareto(report: Report, path: Path) -> None:
     """Accuracy against tokens per pass as a PNG: the base's level, static blocks, ConfAdapt, verified decoding.
 
+    The PNG's metadata name the report as its `Source`, by `fingerprint`.
+
     Raises:
         ValueError: the report has no accuracies.
     """
@@ -219,8 +222,13 @@ def plot_pareto(report: Report, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=200, format="png")
+    figure.savefig(partial, dpi=200, format="png", metadata={"Source": fingerprint(report)})
     partial.replace(path)
+
+
+def fingerprint(report: Report) -> str:
+    """Tells reports apart: SHA-256 of the JSON."""
+    return hashlib.sha256(to_json(report).encode()).hexdigest()
 
 
 # Colours of Okabe and Ito: told apart with any colour vision, and in print by marker and line.
@@ -254,7 +262,11 @@ def _draw(axes: "Axes", rows: list[Row], *, label: str, color: str, marker: str,
         elinewidth=0.8,
         capsize=2,
     )
+    fastest = max(row.tokens_per_pass for row in rows)
+    level = len({estimate.value for estimate in estimates}) == 1  # side by side: names would hide each other
     for row, estimate in zip(rows, estimates, strict=True):
+        if level and row.tokens_per_pass < fastest:
+            continue
         setting, point = row.setting, (row.tokens_per_pass, 100 * estimate.value)
         name = "" if setting.threshold is None else threshold_text(setting.threshold)
         name = f"k={setting.k}" if setting.kind == "static" else name
