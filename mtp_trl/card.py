@@ -95,7 +95,7 @@ def render_card(
     if adapter_only is None:
         adapter_only = bool(settings.get("adapter_only"))
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter_only and not settings.get("exact") else "transformers",
         pipeline_tag="text-generation",
         license=provenance.get("license"),
         base_model=base if is_hub_id(base) else None,

@@ -343,7 +343,7 @@ def _export(parser: argparse.ArgumentParser) -> Command:
 
 def _publishing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--adapter-only", action="store_true", help="of an exact-mode model the adapter alone, without the base's weights"
+        "--adapter-only", action="store_true", help="the adapter of exact mode, or the LoRA, without the base's weights"
     )
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"

@@ -1771,6 +1771,8 @@ class MaskGatedAdapter(nn.Module):
         mtp: `config.mtp` of the model it was trained in.
         defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
         base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
+        lora_layers: where the model must have LoRA layers of PEFT's, by name: beside a LoRA, which acts at every column, this
+            adapter has no updates of its own and brings the mask's row alone.
         source: the repository and which version of its file it was read from.
     """
 
@@ -1789,6 +1791,7 @@ class MaskGatedAdapter(nn.Module):
         self.defaults: dict[str, Any] = {}
         self.base: tuple[str, str | None] = ("", None)
         self.source: tuple[str, str | None] | None = None
+        self.lora_layers: list[str] = []
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
@@ -1820,14 +1823,23 @@ class MaskGatedAdapter(nn.Module):
             if layer not in layers or linear_features(layers[layer]) != wanted:
                 found = linear_features(layers[layer]) if layer in layers else "no such layer"
                 raise ValueError(f"{expected}: {layer} must map {wanted[0]} to {wanted[1]} features, found {found}; {remedy}")
+        for layer in self.lora_layers:
+            if not hasattr(layers.get(layer), "lora_A"):
+                repository = self.source[0] if self.source else "REPOSITORY"
+                raise ValueError(
+                    f"{repository} is a LoRA adapter, and this model has no LoRA at {layer}: put it on first, with "
+                    f"peft.PeftModel.from_pretrained(model, {repository!r})."
+                )
         rows = model.get_input_embeddings().weight.shape[0]
-        if (base_rows := self.mtp.get("base_vocab_size")) and rows not in (base_rows, max(self.mtp["barred_token_ids"]) + 1):
+        base_rows = self.mtp.get("base_vocab_size")
+        # As the base has it, or grown by the mask's row, to a height that hardware likes or not.
+        if base_rows and rows not in (base_rows, self.mtp["mask_token_id"] + 1, max(self.mtp["barred_token_ids"]) + 1):
             raise ValueError(f"{expected}: its vocabulary has {base_rows} rows, this model's {rows}; {remedy}")
         own = getattr(model.config, "mtp", None)
         if own is not None and self.mtp and own["mask_token_id"] != self.mtp["mask_token_id"]:
             mask_ids = f"its mask token is {self.mtp['mask_token_id']}, this model's {own['mask_token_id']}"
             raise ValueError(f"{expected}: {mask_ids}; {remedy}")
-        actual = base_fingerprint(model, self.names)
+        actual = base_fingerprint(model, self.names + self.lora_layers)
         if fingerprint is not None and actual is None:
             warnings.warn(
                 f"{expected}; whether these weights are the same cannot be told (quantised, float16 or offloaded).",
@@ -1882,6 +1894,7 @@ class MaskGatedAdapter(nn.Module):
             "base_fingerprint": self.base[1] or "",
             "mtp": json.dumps(self.mtp),
             "defaults": json.dumps(self.defaults),
+            "lora_layers": json.dumps(self.lora_layers),
         }
 
     @classmethod
@@ -1897,6 +1910,7 @@ class MaskGatedAdapter(nn.Module):
         adapter = cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"]))
         adapter.mtp, adapter.defaults = json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
         adapter.base = (metadata["base_model_name_or_path"], metadata["base_fingerprint"] or None)
+        adapter.lora_layers = json.loads(metadata.get("lora_layers", "[]"))
         with torch.no_grad():
             for name, parameter in adapter.by_file_name().items():
                 parameter.copy_(tensors[name])

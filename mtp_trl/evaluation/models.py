@@ -10,17 +10,23 @@ from transformers.utils import cached_file, logging
 
 from ..custom_generate import generate as decoder
 from ..hub import PROVENANCE_FILE
+from ..lora import LORA_CONFIG, put_on
 
 
 def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An adapted model with the multi-token `generate` it carries, and its tokenizer.
 
     Args:
-        base: the model below an adapter-only repository; by default the one that the adapter names.
+        base: the model below adapters without weights; by default the one that they name. LoRA is merged into it.
 
     Raises:
         ValueError: the model was never adapted, or the base of an adapter cannot be loaded or is another one.
     """
+    if (config := _file(name, LORA_CONFIG)) is not None:
+        named = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        tokenizer = load_tokenizer(name)
+        adapted = put_on(_load_base_of(name, base or named), tokenizer, name)
+        return decoder.attach_decoder(adapted.merge_and_unload()), tokenizer
     if _file(name, "config.json") is None and (adapter := _file(name, decoder.ADAPTER_FILE)) is not None:
         return _load_base_with(name, adapter, base), load_tokenizer(name)
     model = _load(name, trust_remote_code=True)
@@ -44,11 +50,14 @@ def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrai
     if base is None:
         with safe_open(adapter, framework="pt") as file:
             base = file.metadata()["base_model_name_or_path"]
+    return decoder.attach_adapter(decoder.attach_decoder(_load_base_of(name, base)), str(name))
+
+
+def _load_base_of(name: str | Path, base: str) -> PreTrainedModel:
     try:
-        model = load_base(base)
+        return load_base(base)
     except OSError as error:
         raise ValueError(f"{name} is an adapter alone, and its base {base!r} cannot be loaded; name it with --base.") from error
-    return decoder.attach_adapter(decoder.attach_decoder(model), str(name))
 
 
 def load_base(name: str | Path) -> PreTrainedModel:

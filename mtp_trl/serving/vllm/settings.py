@@ -131,9 +131,17 @@ def is_plain_greedy(sampling_params: Any) -> bool:
 
 
 def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base."""
+    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base.
+
+    Raises:
+        ValueError: the adapter goes with a LoRA.
+    """
     with safe_open(adapter_file(repository), framework="pt") as file:
         metadata = file.metadata()
+    if json.loads(metadata.get("lora_layers", "[]")):
+        raise ValueError(
+            f"{repository} is a LoRA adapter; serve the merged model, which `mtp-trl export` writes without options."
+        )
     return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
 
 
