@@ -126,10 +126,13 @@ def _mask_id(model: PreTrainedModel) -> int:
 
 
 def write_lora(folder: Path, output: Path) -> None:
-    """The adapters of a folder that has been through `write_mask_row`, without the mask's row: they fit the base as it is."""
+    """The adapters of a folder that has been through `write_mask_row`, as they fit the base as it is.
+
+    Without the mask's row and the matrices that have grown by it, which PEFT saves beside them.
+    """
     config = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
     base = public_name(config["base_model_name_or_path"])
     config |= {"trainable_token_indices": None, "base_model_name_or_path": base}
-    tensors = {name: tensor for name, tensor in load_file(folder / LORA_FILE).items() if _ROWS not in name}
+    tensors = {name: tensor for name, tensor in load_file(folder / LORA_FILE).items() if "lora_" in name or ".bias" in name}
     save_file(tensors, output / LORA_FILE, metadata={"format": "pt"})
     write_atomically(output / LORA_CONFIG, json.dumps(config, indent=2) + "\n")

@@ -90,7 +90,8 @@ class MTPDistillTrainer(NothingLost):
     ) -> None:
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or MTPDistillConfig(f"{Path(name or 'model').name}-MTP")
-        if args.adapter_only and not args.exact and peft_config is None and not is_peft_model(model):
+        has_adapter = args.exact or peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.adapter_only and not has_adapter:
             raise ValueError(
                 "adapter_only=True publishes an adapter alone, and there is none; set exact=True or pass peft_config."
             )
