@@ -59,8 +59,11 @@ def read_report(path: Path) -> Report:
     """A results file of `mtp-trl eval`.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: another kind of file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}; pass the results.json of `mtp-trl eval --output`.")
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

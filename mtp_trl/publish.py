@@ -67,7 +67,7 @@ def export(
         ValueError: nothing that this package trained, weights that are missing or are not safetensors, or an adapter
             asked of a model that has none.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = _there(folder), Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another folder or remove it.")
     for path in results:
@@ -90,6 +90,12 @@ def export(
         write_card(partial, model_name=name.split("/")[-1], repo_id=name, adapter_only=not has_weights, tags=tags)
         partial.rename(output)
     return output
+
+
+def _there(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}; pass the output folder of a run or one of its checkpoints.")
+    return Path(folder)
 
 
 def _copy_repository(source: Path, target: Path, *, adapter_only: bool, copy: Callable[[Path, Path], Any]) -> None:
@@ -185,6 +191,7 @@ def push(
         ValueError: as `export`.
         OSError: the Hub refused or the connection broke.
     """
+    folder = _there(folder)
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -90,9 +90,11 @@ def run_tasks(
     Raises:
         ValueError: as `run_eval`; tasks that the harness does not know or that do not generate text.
     """
-    from .harness import PAPER_CHAT_TEMPLATE, HarnessModel, run_settings, table
+    from .harness import PAPER_CHAT_TEMPLATE, HarnessModel, check_task, run_settings, table
 
     _check(ks, thresholds)
+    for task in tasks:
+        check_task(task, tasks_folder)
     student, tokenizer = load_student(model, base=base)
     if chat_template is None:
         chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)

@@ -115,9 +115,7 @@ def run_task(
     Raises:
         ValueError: no such task, or one that does not generate text.
     """
-    manager = _task_manager(tasks_folder)
-    if task not in manager.all_tasks:
-        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+    manager = check_task(task, tasks_folder)
     source: str | dict[str, Any] = task
     if data is not None:
         definition = manager.task_index[task].yaml_path
@@ -150,6 +148,14 @@ def run_task(
         seconds=model.seconds,
         dataset=None if data is not None else configuration.get("dataset_path"),
     )
+
+
+def check_task(task: str, tasks_folder: Path | None = None) -> TaskManager:
+    """The harness's list of tasks, with this one in it; raises ValueError without."""
+    manager = _task_manager(tasks_folder)
+    if task not in manager.all_tasks:
+        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+    return manager
 
 
 @functools.cache

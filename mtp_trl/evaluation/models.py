@@ -22,6 +22,7 @@ def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrain
     Raises:
         ValueError: the model was never adapted, or the base of an adapter cannot be loaded or is another one.
     """
+    _check_there(name)
     if (config := _file(name, LORA_CONFIG)) is not None:
         named = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
         tokenizer = load_tokenizer(name)
@@ -33,6 +34,19 @@ def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrain
     if not hasattr(model.config, "mtp"):
         raise ValueError(f"{name} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
     return model, load_tokenizer(name)
+
+
+def _check_there(name: str | Path) -> None:
+    """In our words, before transformers' many."""
+    wanted = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
+    try:
+        reason = None if any(_file(name, file) for file in wanted) else "no config.json in it, or not in reach"
+    except OSError as error:  # no such repository, or none for this token
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if reason is not None and Path(name).is_dir():
+        raise ValueError(f"The folder {name} holds no model (no config.json); pass what a run saved or `mtp-trl export` wrote.")
+    if reason is not None:
+        raise ValueError(f"There is no folder {str(name)!r} here, and as a name on the Hub it cannot be read: {reason}.")
 
 
 def base_name(name: str | Path) -> str | None:
@@ -56,12 +70,13 @@ def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrai
 def _load_base_of(name: str | Path, base: str) -> PreTrainedModel:
     try:
         return load_base(base)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name} is an adapter alone, and its base {base!r} cannot be loaded; name it with --base.") from error
 
 
 def load_base(name: str | Path) -> PreTrainedModel:
     """A model as transformers decodes it, one token per pass."""
+    _check_there(name)
     return _load(name, trust_remote_code=False)
 
 
