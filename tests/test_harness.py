@@ -160,6 +160,24 @@ def test_a_chat_template_that_is_not_there_is_asked_for_in_vain(root, capsys):
     assert "has no chat template; evaluate with --no-chat-template" in capsys.readouterr().err
 
 
+def test_the_harness_own_command_decodes_in_blocks(root, tmp_path, run_program):
+    """Stock `lm_eval` as it is typed, in a process of its own: with whole blocks its answers are those of `generate`."""
+    done = run_program([
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={root / 'student'},trust_remote_code=True,dtype=float32",
+        "--tasks", "local_sums", "--include_path", root / "tasks", "--gen_kwargs", "confadapt=0.0", "--device", "cpu",
+        "--log_samples", "--output_path", tmp_path,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.rglob("samples_local_sums_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    student, tokenizer = load_student(root / "student")
+    for question in QUESTIONS:
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        tokens = student.generate(ids, max_new_tokens=8, confadapt=0.0)[0, ids.shape[1] :]
+        answers = [sample["resps"][0][0] for sample in samples if sample["doc"]["question"] == question]
+        assert answers == [tokenizer.decode(tokens, skip_special_tokens=True).split("Q:")[0]]
+
+
 def test_the_harness_own_model_decodes_in_blocks(root, monkeypatch):
     """`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --gen_kwargs confadapt=0.9`."""
     from lm_eval import simple_evaluate

@@ -45,12 +45,12 @@ def even(threshold: float) -> Threshold:
     return threshold
 
 
-def first_free(threshold: float) -> Threshold:
-    """None at the first place, whose token is the model's own and is kept anyway."""
-    return (0.0, threshold)
+def first_looser(threshold: float) -> Threshold:
+    """Ten times the doubt at the first place, whose token is the model's own and is kept anyway."""
+    return (round(max(0.0, 1 - 10 * (1 - threshold)), 6), threshold)
 
 
-BY_PLACE: tuple[Shape, ...] = (even, first_free)
+BY_PLACE: tuple[Shape, ...] = (even, first_looser)
 
 
 @dataclass(frozen=True)
