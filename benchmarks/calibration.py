@@ -32,7 +32,7 @@ from mtp_trl.word_problems import Problem, train_problems
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
 POOL_SEED = 2026
 TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
-CHUNK = 500
+CHUNK = 250
 CONFIDENCE = 0.95
 REPETITIONS = 40
 # measure, bound, problems calibrated on
