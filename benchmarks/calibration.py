@@ -30,6 +30,7 @@ from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.word_problems import Problem, train_problems
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
+GRID_BY_PLACE = THRESHOLDS[2:]
 POOL_SEED = 2026
 TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
 CHUNK = 250
@@ -66,16 +67,15 @@ def fresh_problems(count: int) -> list[Problem]:
     return list(unique.values())[:count]
 
 
-def decodings(shapes: Sequence[Shape]) -> list[Setting]:
+def decodings(shapes: Sequence[Shape], grid: Sequence[float]) -> list[Setting]:
     """What every problem is decoded with."""
-    return [Setting("plain"), *(Setting("confadapt", threshold=shape(one)) for shape in shapes for one in THRESHOLDS)]
+    return [Setting("plain"), *(Setting("confadapt", threshold=shape(one)) for shape in shapes for one in grid)]
 
 
-def decode_pool(model_name: str, folder: Path, problems: list[Problem], shapes: Sequence[Shape]) -> None:
+def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings: Sequence[Setting]) -> None:
     """One file per chunk of problems: of every threshold which answers are right and which are the model's own."""
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_student(model_name)
-    settings = decodings(shapes)
     for start in track(range(0, len(problems), CHUNK), "decoding the pool"):
         path = folder / f"{start:06d}.json"
         if path.is_file():
@@ -104,10 +104,10 @@ def decode_pool(model_name: str, folder: Path, problems: list[Problem], shapes: 
         write_atomically(path, json.dumps(answers) + "\n")
 
 
-def read_pool(folder: Path, problems: int, shapes: Sequence[Shape]) -> Pool:
+def read_pool(folder: Path, problems: int, settings: Sequence[Setting]) -> Pool:
     """The chunks in one piece: by decoding, of every problem whether the answer is right, its tokens and passes, ..."""
     chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    labels = [setting.label for setting in decodings(shapes)]
+    labels = [setting.label for setting in settings]
     return {
         label: {name: np.concatenate([chunk[label][name] for chunk in chunks])[:problems] for name in chunks[0][label]}
         for label in labels
@@ -125,7 +125,14 @@ def count(pool: Pool, threshold: Threshold, measure: Measure, part: np.ndarray) 
 
 
 def repeat(
-    pool: Pool, measure: Measure, bound: float, problems: int, *, seed: int, shapes: Sequence[Shape] = (even,)
+    pool: Pool,
+    measure: Measure,
+    bound: float,
+    problems: int,
+    *,
+    seed: int,
+    grid: Sequence[float] = THRESHOLDS,
+    shapes: Sequence[Shape] = (even,),
 ) -> dict[str, Any]:
     """Calibrate on random problems and look at the loss on all the others, `REPETITIONS` times."""
     total = len(pool["student, k=1"]["correct"])
@@ -139,7 +146,7 @@ def repeat(
             measure=measure,
             max_drop=bound,
             confidence=CONFIDENCE,
-            thresholds=THRESHOLDS,
+            thresholds=grid,
             shapes=shapes,
         )
         chosen.append(threshold)
@@ -199,20 +206,21 @@ def main() -> None:
     parser.add_argument("--per-place", action="store_true", help="thresholds by place beside the one threshold")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    shapes = BY_PLACE if options.per_place else (even,)
-    decode_pool(options.model, options.pool, fresh_problems(options.problems), shapes)
-    pool = read_pool(options.pool, options.problems, shapes)
+    grid, shapes = (GRID_BY_PLACE, BY_PLACE) if options.per_place else (THRESHOLDS, (even,))
+    settings = decodings(shapes, grid)
+    decode_pool(options.model, options.pool, fresh_problems(options.problems), settings)
+    pool = read_pool(options.pool, options.problems, settings)
     if options.per_place:
         searches = {"one threshold": (even,), "by place": BY_PLACE}
         rows = [
-            {"search": search} | repeat(pool, *case, seed=seed, shapes=along)
+            {"search": search} | repeat(pool, *case, seed=seed, grid=grid, shapes=along)
             for seed, case in enumerate(CASES_BY_PLACE)
             for search, along in searches.items()
         ]
     else:
         rows = [repeat(pool, *case, seed=seed) for seed, case in enumerate(CASES)]
     name = Path(options.model).name
-    results = {"rows": rows, "model": name, "problems": options.problems, "grid": THRESHOLDS, "provenance": run_facts()}
+    results = {"rows": rows, "model": name, "problems": options.problems, "grid": grid, "provenance": run_facts()}
     print(table(results))
     if options.output is not None:
         write_atomically(options.output, json.dumps(results, indent=2) + "\n")
