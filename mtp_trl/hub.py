@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .custom_generate import generate as decoder
 
@@ -163,6 +164,12 @@ def public_name(source: str) -> str:
     if path.resolve().is_relative_to(_PACKAGE) and path.exists():
         return str(Path(_PACKAGE.name) / path.resolve().relative_to(_PACKAGE))
     return path.name if path.exists() or not is_hub_id(source) else source
+
+
+def repository_file(name: str | Path, file: str) -> str | None:
+    """Where a file of a folder or of a repository on the Hub lies; None where it has none."""
+    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+    return path
 
 
 def is_hub_id(name: str) -> bool:

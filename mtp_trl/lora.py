@@ -12,10 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
 
 from .custom_generate import generate as decoder
-from .hub import PROVENANCE_FILE, public_name, set_decoding_defaults, write_adapter, write_atomically, write_decoder
+from .hub import (
+    PROVENANCE_FILE,
+    public_name,
+    repository_file,
+    set_decoding_defaults,
+    write_adapter,
+    write_atomically,
+    write_decoder,
+)
 from .mask_token import add_mask_token
 
 if TYPE_CHECKING:
@@ -58,12 +65,12 @@ def put_on(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str 
     """
     from peft import PeftModel
 
-    if _file(name, LORA_FILE) is None:
+    if repository_file(name, LORA_FILE) is None:
         raise ValueError(f"{name} has no {LORA_FILE}; adapters are loaded from safetensors alone.")
     made = _provenance(name)
     defaults = {"confadapt": 0.9, "verify": False} | made["settings"]
     mask_id = add_mask_token(base, tokenizer, mask_token=made["mask_token"], k_max=made["k_max"])
-    if (path := _file(name, decoder.ADAPTER_FILE)) is not None:
+    if (path := repository_file(name, decoder.ADAPTER_FILE)) is not None:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             defaults |= json.loads(file.metadata()["defaults"])
             base.get_input_embeddings().weight[mask_id] = file.get_tensor("mask_row") / _embedding_scale(base)
@@ -72,15 +79,10 @@ def put_on(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str 
 
 
 def _provenance(name: str | Path) -> dict[str, Any]:
-    if (path := _file(name, PROVENANCE_FILE)) is None:
+    if (path := repository_file(name, PROVENANCE_FILE)) is None:
         raise ValueError(f"{name} has adapters without {PROVENANCE_FILE}: MTPDistillTrainer did not save them.")
     made: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     return made
-
-
-def _file(name: str | Path, file: str) -> str | None:
-    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
-    return path
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:
@@ -105,7 +107,11 @@ def write_mask_row(folder: Path, model: PreTrainedModel, provenance: dict[str, A
         return
     config = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
     rows: dict[str, list[int]] = config.get("trainable_token_indices") or {}
-    if config["peft_type"] != "LORA" or config.get("modules_to_save") or list(rows.values()) != [[_mask_id(model)]]:
+    if (
+        config["peft_type"] != "LORA"
+        or config.get("modules_to_save")
+        or list(rows.values()) != [[model.config.mtp["mask_token_id"]]]
+    ):
         return
     (embedding,) = rows
     with safe_open(folder / LORA_FILE, framework="pt") as file:
@@ -119,10 +125,6 @@ def write_mask_row(folder: Path, model: PreTrainedModel, provenance: dict[str, A
     fingerprint = None if is_deepspeed_zero3_enabled() else decoder.base_fingerprint(model, adapter.lora_layers)
     adapter.base = ("", fingerprint)
     write_adapter(folder, model, adapter, provenance)
-
-
-def _mask_id(model: PreTrainedModel) -> int:
-    return int(model.config.mtp["mask_token_id"])
 
 
 def write_lora(folder: Path, output: Path) -> None:

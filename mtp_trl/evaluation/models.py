@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..custom_generate import generate as decoder
-from ..hub import PROVENANCE_FILE
+from ..hub import PROVENANCE_FILE, repository_file
 from ..lora import LORA_CONFIG, put_on
 
 
@@ -23,12 +23,12 @@ def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrain
         ValueError: the model was never adapted, or the base of an adapter cannot be loaded or is another one.
     """
     _check_there(name)
-    if (config := _file(name, LORA_CONFIG)) is not None:
+    if (config := repository_file(name, LORA_CONFIG)) is not None:
         named = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
         tokenizer = load_tokenizer(name)
         adapted = put_on(_load_base_of(name, base or named), tokenizer, name)
         return decoder.attach_decoder(adapted.merge_and_unload()), tokenizer
-    if _file(name, "config.json") is None and (adapter := _file(name, decoder.ADAPTER_FILE)) is not None:
+    if repository_file(name, "config.json") is None and (adapter := repository_file(name, decoder.ADAPTER_FILE)) is not None:
         return _load_base_with(name, adapter, base), load_tokenizer(name)
     model = _load(name, trust_remote_code=True)
     if not hasattr(model.config, "mtp"):
@@ -40,7 +40,7 @@ def _check_there(name: str | Path) -> None:
     """In our words, before transformers' many."""
     wanted = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
     try:
-        reason = None if any(_file(name, file) for file in wanted) else "no config.json in it, or not in reach"
+        reason = None if any(repository_file(name, file) for file in wanted) else "no config.json in it, or not in reach"
     except OSError as error:  # no such repository, or none for this token
         reason = next(iter(str(error).splitlines()), type(error).__name__)
     if reason is not None and Path(name).is_dir():
@@ -51,13 +51,8 @@ def _check_there(name: str | Path) -> None:
 
 def base_name(name: str | Path) -> str | None:
     """What an adapted model was made of, by its own provenance; None where it has none."""
-    path = _file(name, PROVENANCE_FILE)
+    path = repository_file(name, PROVENANCE_FILE)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("base_model")
-
-
-def _file(name: str | Path, file: str) -> str | None:
-    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
-    return path
 
 
 def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrainedModel:
