@@ -28,8 +28,9 @@ from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import Report, from_json, to_json
 from mtp_trl.evaluation.sweep import Row, decoding_settings, evaluate_decoding
 from mtp_trl.evaluation.tasks import BUNDLED, load_task
-from mtp_trl.hub import run_facts, save_merged, write_atomically
+from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.launch import train
+from mtp_trl.lora import save_merged
 from mtp_trl.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

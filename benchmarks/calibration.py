@@ -2,9 +2,12 @@
 once per threshold, then calibrates on one random part of it and measures the loss on the other, again and again.
 
     python benchmarks/calibration.py runs/tiny_exact_long --pool runs/calibration_pool --output docs/results/calibration.json
+    python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1500 --pool runs/calibration_by_place \\
+        --output docs/results/calibration_by_place.json
 
 The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped. The parts are drawn anew for
-every repetition and share no problem within it.
+every repetition and share no problem within it. With `--per-place` every case is searched twice on the same parts, for one
+threshold and for thresholds by place.
 """
 
 from __future__ import annotations
@@ -12,23 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from mtp_trl.evaluation.calibration import Counts, Measure, calibrate
+from mtp_trl.evaluation.calibration import BY_PLACE, Counts, Measure, Shape, argument, calibrate, even
 from mtp_trl.evaluation.models import load_student
-from mtp_trl.evaluation.sweep import Setting, evaluate_decoding
+from mtp_trl.evaluation.sweep import Setting, Threshold, evaluate_decoding
 from mtp_trl.evaluation.tasks import result
 from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.word_problems import Problem, train_problems
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
+GRID_BY_PLACE = THRESHOLDS[2:]
 POOL_SEED = 2026
 TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
-CHUNK = 500
+CHUNK = 250
 CONFIDENCE = 0.95
 REPETITIONS = 40
 # measure, bound, problems calibrated on
@@ -40,6 +45,13 @@ CASES: list[tuple[Measure, float, int]] = [
     ("accuracy", 0.05, 500),
     ("agreement", 0.02, 1500),
     ("agreement", 0.05, 500),
+]
+CASES_BY_PLACE: list[tuple[Measure, float, int]] = [
+    ("accuracy", 0.02, 500),
+    ("accuracy", 0.05, 500),
+    ("accuracy", 0.1, 500),
+    ("agreement", 0.05, 500),
+    ("agreement", 0.1, 500),
 ]
 
 Pool = dict[str, dict[str, np.ndarray]]
@@ -55,11 +67,15 @@ def fresh_problems(count: int) -> list[Problem]:
     return list(unique.values())[:count]
 
 
-def decode_pool(model_name: str, folder: Path, problems: list[Problem]) -> None:
+def decodings(shapes: Sequence[Shape], grid: Sequence[float]) -> list[Setting]:
+    """What every problem is decoded with."""
+    return [Setting("plain"), *(Setting("confadapt", threshold=shape(one)) for shape in shapes for one in grid)]
+
+
+def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings: Sequence[Setting]) -> None:
     """One file per chunk of problems: of every threshold which answers are right and which are the model's own."""
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_student(model_name)
-    settings = [Setting("plain"), *(Setting("confadapt", threshold=threshold) for threshold in THRESHOLDS)]
     for start in track(range(0, len(problems), CHUNK), "decoding the pool"):
         path = folder / f"{start:06d}.json"
         if path.is_file():
@@ -88,17 +104,17 @@ def decode_pool(model_name: str, folder: Path, problems: list[Problem]) -> None:
         write_atomically(path, json.dumps(answers) + "\n")
 
 
-def read_pool(folder: Path, problems: int) -> Pool:
+def read_pool(folder: Path, problems: int, settings: Sequence[Setting]) -> Pool:
     """The chunks in one piece: by decoding, of every problem whether the answer is right, its tokens and passes, ..."""
     chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    labels = ["student, k=1", *(Setting("confadapt", threshold=threshold).label for threshold in THRESHOLDS)]
+    labels = [setting.label for setting in settings]
     return {
         label: {name: np.concatenate([chunk[label][name] for chunk in chunks])[:problems] for name in chunks[0][label]}
         for label in labels
     }
 
 
-def count(pool: Pool, threshold: float, measure: Measure, part: np.ndarray) -> Counts:
+def count(pool: Pool, threshold: Threshold, measure: Measure, part: np.ndarray) -> Counts:
     """A threshold beside the model's own text on some of the problems."""
     own, answers = pool["student, k=1"], pool[Setting("confadapt", threshold=threshold).label]
     right, mine = answers["correct"][part], own["correct"][part]
@@ -108,10 +124,19 @@ def count(pool: Pool, threshold: float, measure: Measure, part: np.ndarray) -> C
     return Counts(len(part), int((mine * (1 - right)).sum()), int((right * (1 - mine)).sum()), speed)
 
 
-def repeat(pool: Pool, measure: Measure, bound: float, problems: int, *, seed: int) -> dict[str, Any]:
+def repeat(
+    pool: Pool,
+    measure: Measure,
+    bound: float,
+    problems: int,
+    *,
+    seed: int,
+    grid: Sequence[float] = THRESHOLDS,
+    shapes: Sequence[Shape] = (even,),
+) -> dict[str, Any]:
     """Calibrate on random problems and look at the loss on all the others, `REPETITIONS` times."""
     total = len(pool["student, k=1"]["correct"])
-    chosen: list[float | None] = []
+    chosen: list[Threshold | None] = []
     losses, speeds = [], []
     for repetition in track(range(REPETITIONS), f"{measure}, {bound:g}, {problems}"):
         order = np.random.default_rng([seed, repetition]).permutation(total)
@@ -121,7 +146,8 @@ def repeat(pool: Pool, measure: Measure, bound: float, problems: int, *, seed: i
             measure=measure,
             max_drop=bound,
             confidence=CONFIDENCE,
-            thresholds=THRESHOLDS,
+            thresholds=grid,
+            shapes=shapes,
         )
         chosen.append(threshold)
         if threshold is not None:
@@ -137,7 +163,7 @@ def repeat(pool: Pool, measure: Measure, bound: float, problems: int, *, seed: i
         "repetitions": REPETITIONS,
         "without_threshold": chosen.count(None),
         "kept": sum(loss <= bound for loss in losses) + chosen.count(None),
-        "thresholds": {f"{t:g}": n for t, n in sorted(Counter(t for t in chosen if t is not None).items(), reverse=True)},
+        "thresholds": dict(sorted(Counter(argument(t) for t in chosen if t is not None).items(), reverse=True)),
         "largest_loss": max(losses, default=0.0),
         "mean_loss": float(np.mean(losses)) if losses else 0.0,
         "tokens_per_pass": float(np.mean(speeds)) if speeds else 1.0,
@@ -150,17 +176,22 @@ def table(results: dict[str, Any]) -> str:
         "| loss of | bound, points | calibrated on | thresholds found | tokens per pass | loss on fresh ones, points | kept |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
+    searches = any("search" in row for row in results["rows"])
+    if searches:
+        lines = ["| search " + lines[0], "| --- " + lines[1]]
     for row in results["rows"]:
         found = [f"{threshold} ({times})" for threshold, times in row["thresholds"].items()]
         found += [f"none ({row['without_threshold']})"] if row["without_threshold"] else []
         lines.append(
-            f"| {row['measure']} | {100 * row['max_drop']:g} | {row['calibrated_on']} | {', '.join(found)} | "
+            (f"| {row['search']} " if searches else "")
+            + f"| {row['measure']} | {100 * row['max_drop']:g} | {row['calibrated_on']} | {', '.join(found)} | "
             f"{row['tokens_per_pass']:.2f} | mean {100 * row['mean_loss']:.2f}, largest {100 * row['largest_loss']:.2f} | "
             f"{row['kept']} of {row['repetitions']} |"
         )
     facts, model = results["provenance"], results["model"]
+    grid = f"{len(results['grid'])} thresholds" + (" and as many by place" if searches else "")
     caption = (
-        f"{model}; {results['problems']} problems decoded once at {len(results['grid'])} thresholds, "
+        f"{model}; {results['problems']} problems decoded once at {grid}, "
         f"{100 * CONFIDENCE:g} % confidence. {facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; "
         f"`{facts['command']}`"
     )
@@ -172,13 +203,24 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pool", type=Path, required=True, help="folder that keeps the decoded pool")
     parser.add_argument("--problems", type=int, default=3500)
+    parser.add_argument("--per-place", action="store_true", help="thresholds by place beside the one threshold")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    decode_pool(options.model, options.pool, fresh_problems(options.problems))
-    pool = read_pool(options.pool, options.problems)
-    rows = [repeat(pool, *case, seed=seed) for seed, case in enumerate(CASES)]
+    grid, shapes = (GRID_BY_PLACE, BY_PLACE) if options.per_place else (THRESHOLDS, (even,))
+    settings = decodings(shapes, grid)
+    decode_pool(options.model, options.pool, fresh_problems(options.problems), settings)
+    pool = read_pool(options.pool, options.problems, settings)
+    if options.per_place:
+        searches = {"one threshold": (even,), "by place": BY_PLACE}
+        rows = [
+            {"search": search} | repeat(pool, *case, seed=seed, grid=grid, shapes=along)
+            for seed, case in enumerate(CASES_BY_PLACE)
+            for search, along in searches.items()
+        ]
+    else:
+        rows = [repeat(pool, *case, seed=seed) for seed, case in enumerate(CASES)]
     name = Path(options.model).name
-    results = {"rows": rows, "model": name, "problems": options.problems, "grid": THRESHOLDS, "provenance": run_facts()}
+    results = {"rows": rows, "model": name, "problems": options.problems, "grid": grid, "provenance": run_facts()}
     print(table(results))
     if options.output is not None:
         write_atomically(options.output, json.dumps(results, indent=2) + "\n")

@@ -3,7 +3,8 @@
     python benchmarks/render_cards.py                                             # all of them anew; a test compares
     python benchmarks/render_cards.py --add runs/my_model docs/results/mine.json  # describe another model, then as above
 
-A model is described by model_cards/NAME.json: the provenance its training run wrote, and its files of docs/results.
+A model is described by model_cards/NAME.json: the provenance its training run wrote, and its files of docs/results. The
+plots of these are drawn anew where the results have changed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
-from mtp_trl.card import Evidence, read_report, render_card
+from mtp_trl.card import RESULTS_FOLDER, Evidence, read_report, render_card
 from mtp_trl.evaluation.calibration import CALIBRATION_FILE, Calibration
+from mtp_trl.evaluation.report import Report, fingerprint, plot_pareto
 from mtp_trl.hub import PROVENANCE_FILE, provenance, write_atomically
 from mtp_trl.recipe import read_recipe
 
@@ -26,13 +29,17 @@ CARDS, RESULTS = ROOT / "model_cards", ROOT / "docs" / "results"
 NOT_YET_RUN = {"llama_exact": "<|reserved_special_token_247|>", "qwen3_exact": "<|mtp|>"}
 
 
+def reports_of(path: Path) -> dict[str, Report]:
+    """The results of a model that was trained, by name."""
+    return {name: read_report(RESULTS / f"{name}.json") for name in json.loads(path.read_text(encoding="utf-8"))["results"]}
+
+
 def described(path: Path) -> str:
     """The card of a model that was trained."""
-    model = json.loads(path.read_text(encoding="utf-8"))
-    reports = {name: read_report(RESULTS / f"{name}.json") for name in model["results"]}
+    model, reports = json.loads(path.read_text(encoding="utf-8")), reports_of(path)
     found = path.with_name(f"{path.stem}.{CALIBRATION_FILE}")
     calibration = Calibration.read(found) if found.is_file() else None
-    return render_card(model["provenance"], model_name=path.stem, evidence=Evidence(reports, (), calibration))
+    return render_card(model["provenance"], model_name=path.stem, evidence=Evidence(reports, tuple(reports), calibration))
 
 
 def planned(recipe: Path, mask_token: str) -> str:
@@ -51,9 +58,29 @@ def planned(recipe: Path, mask_token: str) -> str:
     return render_card(facts, model_name=recipe.stem)
 
 
+def descriptions() -> list[Path]:
+    """The files that describe a model; calibrations lie beside them."""
+    return [path for path in sorted(CARDS.glob("*.json")) if path.stem.isidentifier()]
+
+
+def plots() -> dict[Path, Report]:
+    """What each plot that a card refers to is drawn from."""
+    return {
+        CARDS / RESULTS_FOLDER / f"{name}.png": report for path in descriptions() for name, report in reports_of(path).items()
+    }
+
+
+def is_drawn(path: Path, report: Report) -> bool:
+    """Whether a plot is there and shows this report."""
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        return bool(image.info.get("Source") == fingerprint(report))
+
+
 def rendered() -> dict[Path, str]:
     """Every card by its file."""
-    cards = {path.with_suffix(".md"): described(path) for path in sorted(CARDS.glob("*.json")) if path.stem.isidentifier()}
+    cards = {path.with_suffix(".md"): described(path) for path in descriptions()}
     for name, mask_token in NOT_YET_RUN.items():
         cards[CARDS / f"{name}.md"] = planned(ROOT / "recipes" / f"{name}.yaml", mask_token)
     return cards
@@ -75,6 +102,11 @@ def main() -> None:
     CARDS.mkdir(exist_ok=True)
     if options.add:
         add(options.add[0], options.add[1:])
+    for path, report in plots().items():
+        path.parent.mkdir(exist_ok=True)
+        if not is_drawn(path, report):
+            plot_pareto(report, path)
+            print(path.relative_to(ROOT))
     for path, text in rendered().items():
         write_atomically(path, text)
         print(path.relative_to(ROOT))

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData
 
-from .evaluation.calibration import CALIBRATION_FILE, Calibration
+from .evaluation.calibration import CALIBRATION_FILE, Calibration, argument
 from .evaluation.report import Report, code_span, escape_markdown, from_json, markdown
 from .hub import PROVENANCE_FILE, is_hub_id, write_atomically
 
@@ -59,8 +59,11 @@ def read_report(path: Path) -> Report:
     """A results file of `mtp-trl eval`.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: another kind of file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}; pass the results.json of `mtp-trl eval --output`.")
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -95,7 +98,7 @@ def render_card(
     if adapter_only is None:
         adapter_only = bool(settings.get("adapter_only"))
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter_only and not settings.get("exact") else "transformers",
         pipeline_tag="text-generation",
         license=provenance.get("license"),
         base_model=base if is_hub_id(base) else None,
@@ -117,7 +120,10 @@ def render_card(
         exact=bool(settings.get("exact")),
         adapter_only=adapter_only,
         # a calibrated threshold is for unverified text; verified text loses nothing at low thresholds
-        confadapt=calibrated or settings.get("confadapt", 0.5 if settings.get("exact") else 0.9),
+        confadapt=argument(
+            settings.get("confadapt", 0.5 if settings.get("exact") else 0.9) if calibrated is None else calibrated
+        ),
+        by_place=isinstance(calibrated, tuple),
         verify=bool(settings.get("verify")) and calibrated is None,
         command=code_span(provenance["command"]),
         settings=json.dumps(settings, indent=2),

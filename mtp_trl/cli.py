@@ -2,11 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import __version__
+
 if TYPE_CHECKING:
+    from .evaluation.sweep import Threshold
     from .evaluation.tasks import Task
 
 # Imports of torch, transformers and the like stay inside the commands, so that --help is instant.
@@ -16,14 +20,23 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mtp-trl", description="Multi-token prediction by online self-distillation.")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"mtp-trl {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     for name, declare in COMMANDS.items():
         description = (declare.__doc__ or "").strip()
         subparser = subparsers.add_parser(name, help=description.splitlines()[0], description=description, allow_abbrev=False)
-        subparser.set_defaults(command=declare(subparser))
+        subparser.set_defaults(command=declare(subparser), parser=subparser)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        parser.error(f"there is no command {arguments[0]!r}{_like(arguments[0], COMMANDS)}; `mtp-trl --help` lists them")
     options, unknown = parser.parse_known_args(arguments)
+    if "command" not in options:
+        parser.print_help(sys.stderr)
+        return 2
     if unknown and "overrides" not in options:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        known = [option for action in options.parser._actions for option in action.option_strings]
+        guess = _like(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{guess}")
     options.overrides = unknown
     command: Command = options.command
     try:
@@ -31,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # what the user can mend; the rest is ours and keeps its traceback
         print(f"mtp-trl: {error}", file=sys.stderr)
         return 2
+
+
+def _like(word: str, known: Iterable[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _train(parser: argparse.ArgumentParser) -> Command:
@@ -50,7 +68,9 @@ def _train(parser: argparse.ArgumentParser) -> Command:
 def _estimate(parser: argparse.ArgumentParser) -> Command:
     """Say how much GPU memory a recipe takes, before anything but the model's config is read."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that share the ZeRO shards (default: 1)")
+    parser.add_argument(
+        "--gpus", type=_positive, default=1, metavar="N", help="processes that share the ZeRO shards (default: 1)"
+    )
     parser.add_argument("--memory", type=float, default=80, metavar="GIB", help="of each GPU (default: 80)")
     parser.epilog = "Any other option is a recipe key with another value. The exit status is 1 when it does not fit."
     parser.set_defaults(overrides=[])
@@ -98,16 +118,24 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     _data_options(parser)
     parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
-    parser.add_argument("--thresholds", type=_numbers, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9)")
+    parser.add_argument(
+        "--thresholds", type=_thresholds, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9); T/T/... by place"
+    )
     parser.add_argument("--static", type=_integers, default=[], metavar="K,K,...", help="static blocks as well")
     parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
-    parser.add_argument("--blocks", type=int, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+    parser.add_argument(
+        "--blocks", type=_positive, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    parser.add_argument("--output", type=_new_folder, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
     harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
     harness.add_argument("--tasks", type=_names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
-    harness.add_argument("--chat-template", action="store_true", help="put prompts through the tokenizer's chat template")
+    harness.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the tokenizer's chat template (default: as the paper, for its Llama and no other)",
+    )
     harness.add_argument(
         "--task-data",
         type=_task_file,
@@ -160,8 +188,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> Command:
     _data_options(parser)
     parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--per-place", action="store_true", help="also search thresholds that differ by place in the block")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
 
     def command(options: argparse.Namespace) -> int:
         from .evaluation.commands import run_calibrate
@@ -171,6 +200,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> Command:
             _task(options),
             max_drop=options.max_drop,
             confidence=options.confidence,
+            per_place=options.per_place,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
         )
@@ -185,7 +215,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N problems")
 
 
 def _task(options: argparse.Namespace) -> "Task":
@@ -199,15 +229,17 @@ def _show(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument("prompt", help="text to complete, as it stands")
     parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
-    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument(
+        "--confadapt", type=_threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+    )
     parser.add_argument("--k", type=_block, metavar="K", help="largest block, or auto (default: the model's)")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="return exactly the model's own text (default: the model's)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the coloured answer there too")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    parser.add_argument("--html", type=_new_file, metavar="FILE", help="write the coloured answer there too")
 
     def command(options: argparse.Namespace) -> int:
         from .evaluation.commands import run_show
@@ -230,7 +262,9 @@ def _show(parser: argparse.ArgumentParser) -> Command:
 def _serve(parser: argparse.ArgumentParser) -> Command:
     """Serve an adapted model with vLLM's OpenAI server, several tokens per forward pass."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("--confadapt", type=float, metavar="T", help="threshold (default: the model's)")
+    parser.add_argument(
+        "--confadapt", type=_threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+    )
     parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
     parser.add_argument(
         "--verify",
@@ -330,7 +364,7 @@ def _export(parser: argparse.ArgumentParser) -> Command:
 
 def _publishing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--adapter-only", action="store_true", help="of an exact-mode model the adapter alone, without the base's weights"
+        "--adapter-only", action="store_true", help="the adapter of exact mode, or the LoRA, without the base's weights"
     )
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
@@ -338,11 +372,25 @@ def _publishing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _block(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else _positive(text)
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _thresholds(text: str) -> list["Threshold"]:
+    return [_threshold(part) for part in text.split(",")]
+
+
+def _threshold(text: str) -> "Threshold":
+    try:
+        places = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability, such as 0.9, or several by place, 0.99/0.9") from None
+    return places if len(places) > 1 else places[0]
 
 
 def _names(text: str) -> list[str]:
@@ -357,7 +405,19 @@ def _task_file(text: str) -> tuple[str, Path]:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [_positive(part) for part in text.split(",")]
+
+
+def _new_folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is needed")
+    return Path(text)
+
+
+def _new_file(text: str) -> Path:
+    if Path(text).is_dir() or not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no place for a file: its folder must be there")
+    return Path(text)
 
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {

@@ -60,8 +60,9 @@ class MTPDistillConfig(DistillationConfig):
             Last parts of the names of the linear layers it adapts; by default those of the attention and, in models
             without experts, of the MLP.
         adapter_only (`bool`, *optional*, defaults to `False`):
-            In exact mode, save and push the adapter and the decoder without the base's weights; such a repository is used
-            as `base.generate(..., custom_generate=repository, trust_remote_code=True)`.
+            Push the adapter and the decoder without the base's weights, and in exact mode save no more either; such a
+            repository is used as `model.generate(..., custom_generate=repository, trust_remote_code=True)`, where the model
+            is the base, with LoRA `PeftModel.from_pretrained(base, repository)`.
         confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and to `exact`):
             Decoding defaults written into the model's `generation_config.json`.
         thresholds (`list[float]`, *optional*, defaults to `[0.9]`):
@@ -108,7 +109,7 @@ class MTPDistillConfig(DistillationConfig):
     exact_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers it adapts, by the last part of their names."}
     )
-    adapter_only: bool = field(default=False, metadata={"help": "In exact mode, save no weights of the base."})
+    adapter_only: bool = field(default=False, metadata={"help": "Publish the adapter without the base's weights."})
     thresholds: list[float] = field(
         default_factory=lambda: [0.9], metadata={"help": "ConfAdapt thresholds whose acceleration is logged."}
     )
@@ -141,8 +142,6 @@ class MTPDistillConfig(DistillationConfig):
             raise ValueError(
                 f"drift_limit={self.drift_limit} must be >= 0, and unset in exact mode, where the text is the base's own."
             )
-        if self.adapter_only and not self.exact:
-            raise ValueError("adapter_only=True saves the adapter of exact mode; set exact=True, or use peft_config for LoRA.")
         for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -10,7 +9,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,13 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .custom_generate import generate as decoder
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from .config import MTPDistillConfig
 
 _PACKAGE = Path(__file__).parent.resolve()
@@ -44,7 +42,7 @@ _PACKAGES = (
 )
 
 
-def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float, verify: bool | None) -> None:
+def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float | Sequence[float], verify: bool | None) -> None:
     """Defaults for `generate` that travel in generation_config.json."""
     config = model.generation_config
     config.confadapt, config.verify = confadapt, verify
@@ -142,11 +140,22 @@ def write_decoder(
     if (folder / "config.json").is_file():  # not beside an adapter alone: its base brings a generation_config
         model.generation_config.save_pretrained(folder)
     if model.config.mtp.get("exact"):
-        exact: decoder.MaskGatedAdapter = model.mtp_adapter
-        exact.base = (provenance["base_model"], exact.base[1])
-        exact.defaults = {name: getattr(model.generation_config, name) for name in ("confadapt", "verify")}
-        _save_adapter(folder / decoder.ADAPTER_FILE, adapter or exact.by_file_name(), exact.metadata())
+        write_adapter(folder, model, model.mtp_adapter, provenance, tensors=adapter)
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+
+
+def write_adapter(
+    folder: Path,
+    model: PreTrainedModel,
+    adapter: decoder.MaskGatedAdapter,
+    provenance: dict[str, Any],
+    *,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """A mask-gated adapter of a model with what its base must know to decode with it; `tensors` where its own are sharded."""
+    adapter.base = (provenance["base_model"], adapter.base[1])
+    adapter.defaults = {name: getattr(model.generation_config, name) for name in ("confadapt", "verify")}
+    save_adapter(folder / decoder.ADAPTER_FILE, tensors or adapter.by_file_name(), adapter.metadata())
 
 
 def public_name(source: str) -> str:
@@ -157,25 +166,31 @@ def public_name(source: str) -> str:
     return path.name if path.exists() or not is_hub_id(source) else source
 
 
+def repository_file(name: str | Path, file: str) -> str | None:
+    """Where a file of a folder or of a repository on the Hub lies; None where it has none."""
+    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+    return path
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a repository's: owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
-def _save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """In LoRA's format, but not under LoRA's name: transformers would load an `adapter_config.json` ungated."""
+def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A mask-gated adapter, in LoRA's format but not under LoRA's name: transformers would load it ungated."""
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
 
 
-def write_decoding_defaults(folder: Path, *, confadapt: float, verify: bool) -> None:
+def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float], verify: bool) -> None:
     """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter."""
     path, adapter = folder / "generation_config.json", folder / decoder.ADAPTER_FILE
     if adapter.is_file():
         with safe_open(adapter, framework="pt") as file:
             metadata = file.metadata() | {"defaults": json.dumps({"confadapt": confadapt, "verify": verify})}
-        _save_adapter(adapter, load_file(adapter), metadata)
+        save_adapter(adapter, load_file(adapter), metadata)
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8")) | {"confadapt": confadapt, "verify": verify}
         write_atomically(path, json.dumps(config, indent=2) + "\n")
@@ -208,36 +223,3 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]) -> Path:
-    """Merge the adapters into a copy of the base and save it as a model that loads by itself."""
-    folder = Path(folder)
-    merged = copy.deepcopy(model).merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_decoder(folder, merged, provenance)
-    return folder
-
-
-def merge_folder(folder: Path, output: Path) -> Path:
-    """`save_merged` of LoRA adapters that a run or a checkpoint left in a folder; their base is loaded for it.
-
-    Raises:
-        ValueError: the adapters were not trained by this package.
-        OSError: the base cannot be loaded.
-    """
-    from peft import PeftModel
-
-    from .mask_token import add_mask_token
-
-    if not (folder / PROVENANCE_FILE).is_file():
-        raise ValueError(f"{folder} has adapters without {PROVENANCE_FILE}: MTPDistillTrainer did not save them.")
-    made = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    adapters = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = AutoModelForCausalLM.from_pretrained(adapters["base_model_name_or_path"], revision=adapters.get("revision"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    add_mask_token(base, tokenizer, mask_token=made["mask_token"], k_max=made["k_max"])
-    settings = {"confadapt": 0.9, "verify": False} | made["settings"]
-    set_decoding_defaults(base, confadapt=settings["confadapt"], verify=settings["verify"])
-    return save_merged(PeftModel.from_pretrained(base, str(folder)), tokenizer, output, made)

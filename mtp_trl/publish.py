@@ -21,6 +21,7 @@ from . import hub
 from .card import RESULTS_FOLDER, eval_result_entries, read_evidence, read_report, write_card
 from .custom_generate.generate import ADAPTER_FILE
 from .evaluation.calibration import CALIBRATION_FILE
+from .lora import LORA_CONFIG, merge_folder, write_lora
 
 # What a repository holds. All else stays at home: optimizer states, training arguments (a pickle), logs, checkpoints.
 _TOKENIZER = (
@@ -56,7 +57,7 @@ def export(
         folder: where a run saved its model, or one of its checkpoints. LoRA adapters are merged into their base.
         output: the folder to make.
         repo_id: what the card tells readers to load; the output's name by default.
-        adapter_only: of an exact-mode model the adapter and the decoder alone, without the base's weights.
+        adapter_only: the adapter of exact mode, or the LoRA, and the decoder alone, without the base's weights.
         results: files `results.json` of `mtp-trl eval`, for the card; a `pareto.png` beside one goes along.
         tags: of the card.
         copy: how a file gets there.
@@ -66,7 +67,7 @@ def export(
         ValueError: nothing that this package trained, weights that are missing or are not safetensors, or an adapter
             asked of a model that has none.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = _there(folder), Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another folder or remove it.")
     for path in results:
@@ -75,9 +76,12 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         partial = Path(temporary) / "model"
         source = folder
-        if (folder / "adapter_config.json").is_file():
-            source = hub.merge_folder(folder, Path(temporary) / "merged")
+        is_lora = (folder / LORA_CONFIG).is_file()
+        if is_lora and not adapter_only:
+            source = merge_folder(folder, Path(temporary) / "merged")
         _copy_repository(source, partial, adapter_only=adapter_only, copy=copy)
+        if is_lora and adapter_only:
+            write_lora(folder, partial)
         for path in results:
             _add_results(path, partial / RESULTS_FOLDER)
         _write_eval_results(partial)
@@ -86,6 +90,12 @@ def export(
         write_card(partial, model_name=name.split("/")[-1], repo_id=name, adapter_only=not has_weights, tags=tags)
         partial.rename(output)
     return output
+
+
+def _there(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}; pass the output folder of a run or one of its checkpoints.")
+    return Path(folder)
 
 
 def _copy_repository(source: Path, target: Path, *, adapter_only: bool, copy: Callable[[Path, Path], Any]) -> None:
@@ -104,7 +114,10 @@ def _patterns(folder: Path, *, adapter_only: bool) -> tuple[str, ...]:
             raise ValueError(f"{folder} has no {needed}: it is not what MTPDistillTrainer saves; pass its output folder.")
     has_adapter, has_model = (folder / ADAPTER_FILE).is_file(), (folder / "config.json").is_file()
     if adapter_only and not has_adapter:
-        raise ValueError(f"{folder} has no {ADAPTER_FILE}: only exact-mode models can be published as an adapter alone.")
+        raise ValueError(
+            f"{folder} has no {ADAPTER_FILE}: only exact mode, and LoRA that trains no more rows than the mask's, can be "
+            "published as an adapter alone; leave adapter_only out."
+        )
     if adapter_only or (has_adapter and not has_model):
         return (*_TOKENIZER, *_BESIDE, ADAPTER_FILE)
     _check_weights(folder)
@@ -178,6 +191,7 @@ def push(
         ValueError: as `export`.
         OSError: the Hub refused or the connection broke.
     """
+    folder = _there(folder)
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -110,7 +110,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             )
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    _check_known((text[2:].split("=")[0].replace("-", "_") for text in unknown), names, where="the command line")
+    options = [text[2:].split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]
+    _check_known(options, names, where="the command line")
+    if unknown and not options:
+        raise RecipeError(f"{' '.join(unknown)!r} in the command line belongs to no option.")
     _check_sources(path, arguments, model)
     return Recipe(arguments, training, model)
 

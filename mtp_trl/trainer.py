@@ -39,6 +39,7 @@ from .evaluation.show import block_texts, coloured
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted, split_adapter
 from .guard import DriftGuard
+from .lora import save_merged, write_mask_row
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics, place_weights
@@ -89,6 +90,11 @@ class MTPDistillTrainer(NothingLost):
     ) -> None:
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or MTPDistillConfig(f"{Path(name or 'model').name}-MTP")
+        has_adapter = args.exact or peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.adapter_only and not has_adapter:
+            raise ValueError(
+                "adapter_only=True publishes an adapter alone, and there is none; set exact=True or pass peft_config."
+            )
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=args.trust_remote_code
         )
@@ -415,8 +421,8 @@ class MTPDistillTrainer(NothingLost):
             adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
         token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
         try:
-            if not self.args.adapter_only:
-                super()._save(folder, state_dict)
+            if not (self.args.adapter_only and self.args.exact):
+                self._save_weights(folder, state_dict)
             elif self.args.should_save:
                 self._tokenizer.save_pretrained(folder)
                 torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
@@ -424,6 +430,18 @@ class MTPDistillTrainer(NothingLost):
             self.args.hub_token = token
         if self.args.should_save:
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
+            if is_peft_model(self.model):
+                write_mask_row(Path(folder), causal_lm(self.model), self.provenance)
+
+    def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
+        """As upstream, but for the card that PEFT writes beside adapters: a card of no use, taken for its author's own."""
+        card = Path(folder) / "README.md"
+        before = card.read_text(encoding="utf-8") if card.is_file() else None
+        super()._save(folder, state_dict)
+        if self.args.should_save and is_peft_model(self.model):
+            card.unlink(missing_ok=True)
+            if before is not None:
+                hub.write_atomically(card, before)
 
     def _load_best_model(self) -> None:
         if self.args.exact and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
@@ -460,7 +478,10 @@ class MTPDistillTrainer(NothingLost):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself."""
+        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself.
+
+        With `adapter_only` in the configuration the repository holds the adapter alone.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -517,16 +538,16 @@ class MTPDistillTrainer(NothingLost):
         private: bool | None = None,
         tags: str | list[str] | None = None,
     ) -> Any:
-        merged = Path(self.args.output_dir) / "merged"
-        if is_peft_model(self.model):
-            hub.save_merged(self.model, self._tokenizer, merged, self.provenance)
+        if is_peft_model(self.model) and not self.args.adapter_only:
+            folder = str(save_merged(self.model, self._tokenizer, Path(self.args.output_dir) / "merged", self.provenance))
         return push(
-            merged if is_peft_model(self.model) else folder,
+            folder,
             self.hub_model_id,
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             commit_message=message or "Upload model",
+            adapter_only=self.args.adapter_only,
             tags=[tags] if isinstance(tags, str) else tags or (),
             blocking=blocking,
         )

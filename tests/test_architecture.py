@@ -31,6 +31,7 @@ LAYER = {
     "card": 2,
     "evaluation": 2,
     "hub": 2,
+    "lora": 2,
     "publish": 2,
     "recipe": 2,
     "serving": 2,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from mtp_trl import hub
 from mtp_trl.card import read_evidence, render_card
 from mtp_trl.cli import main
 from mtp_trl.evaluation.calibration import (
+    BY_PLACE,
     CALIBRATION_FILE,
     Calibration,
     Counts,
     calibrate,
     check_size,
     compare,
+    even,
     loss_p_value,
     net_loss_p_value,
     problems_needed,
@@ -128,6 +131,47 @@ def test_the_promise_is_broken_no_more_often_than_stated():
     assert chosen_at_all > 0.9 * repetitions
 
 
+def test_of_several_shapes_the_fastest_that_passed_is_taken_each_tested_at_its_share():
+    lost = {0.9: 0, 0.5: 3, (0.0, 0.9): 3, (0.0, 0.5): 60}
+    speed = {0.9: 2.0, 0.5: 2.5, (0.0, 0.9): 4.0, (0.0, 0.5): 5.0}
+
+    def found(shapes, problems):
+        return calibrate(
+            lambda threshold: Counts(problems, lost[threshold], 0, speed[threshold]),
+            measure="agreement", max_drop=0.02, confidence=0.95, thresholds=[0.5, 0.9], shapes=shapes,
+        )  # fmt: skip
+
+    chosen, steps = found(BY_PLACE, 600)
+    assert chosen == (0.0, 0.9)
+    assert [(step.threshold, step.accepted) for step in steps] == [
+        (0.9, True), (0.5, True), ((0.0, 0.9), True), ((0.0, 0.5), False)
+    ]  # fmt: skip
+    problems = next(n for n in range(100, 600) if binom.cdf(3, n, 0.02) <= 0.05)  # enough for one search, not for two
+    assert found([even], problems)[0] == 0.5
+    assert found(BY_PLACE, problems)[0] == 0.9
+
+
+def test_the_promise_holds_for_the_fastest_of_several_shapes():
+    """Losses of exactly the bound at the loosest threshold of every shape, all of them fast: the worst case for a search."""
+    rng = np.random.default_rng(1)
+    shapes = [lambda t, tail=tail: (0.0, t, tail) for tail in (0.1, 0.2, 0.3, 0.4)]
+    problems, bound, confidence, repetitions = 150, 0.1, 0.9, 300
+    broken = naive = 0
+    for _ in range(repetitions):
+        lost = {shape(0.5): int(rng.binomial(problems, bound)) for shape in shapes}
+        lost |= {shape(0.9): 0 for shape in shapes}
+        options = {"measure": "agreement", "max_drop": bound, "thresholds": [0.9, 0.5]}
+
+        def count(threshold, lost=lost):
+            return Counts(problems, lost[threshold], 0, 3.0 - threshold[1])
+
+        broken += calibrate(count, confidence=confidence, shapes=shapes, **options)[0][1] == 0.5
+        naive += any(calibrate(count, confidence=confidence, shapes=[one], **options)[0][1] == 0.5 for one in shapes)
+    error = 3 * math.sqrt(0.1 * 0.9 / repetitions)
+    assert broken / repetitions <= 1 - confidence + error
+    assert naive / repetitions > 1 - confidence + error  # without each one's share the promise would be broken
+
+
 def record(ids, *, correct, passes=1):
     return Record("", tuple(ids), (len(ids),), passes, 0.1, correct)
 
@@ -172,6 +216,27 @@ def test_calibrate_writes_the_threshold_into_the_folder_and_the_evidence_onto_th
     assert f"{found.threshold:g}" in capsys.readouterr().out
 
 
+def test_thresholds_by_place_reach_generation_config_and_card_and_decode_so(folder, tmp_path):
+    write_prompts(tmp_path / "data.jsonl", 40)
+    assert calibrate_command(folder, tmp_path / "data.jsonl", "--per-place") == 0
+    found = Calibration.read(folder / CALIBRATION_FILE)
+    assert {type(step.threshold) for step in found.steps} == {float, tuple}
+    speeds = {step.threshold: step.counts.tokens_per_pass for step in found.steps if step.accepted}
+    assert speeds[found.threshold] == max(speeds.values())
+    chosen = replace(found, threshold=(0.0, 0.5))
+    chosen.write(folder / CALIBRATION_FILE)
+    assert Calibration.read(folder / CALIBRATION_FILE) == chosen
+    hub.write_decoding_defaults(folder, confadapt=chosen.threshold, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert model.generation_config.confadapt == [0.0, 0.5]
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(ids, max_new_tokens=12), model.generate(ids, max_new_tokens=12, confadapt=[0.0, 0.5]))
+    card = render_card(json.loads((folder / hub.PROVENANCE_FILE).read_text()), model_name="x", evidence=read_evidence(folder))
+    assert "confadapt=[0, 0.5], max_new_tokens" in card
+    assert "At confadapt=[0, 0.5] the loss of agreement" in card
+    assert "| 0.99/0.999 |" in card
+
+
 def test_too_few_problems_or_a_threshold_that_cannot_be_found_change_nothing(folder, tmp_path, capsys):
     before = (folder / "generation_config.json").read_text()
     data = tmp_path / "data.jsonl"
@@ -191,9 +256,10 @@ def test_too_few_problems_or_a_threshold_that_cannot_be_found_change_nothing(fol
     assert not (folder / CALIBRATION_FILE).exists()
 
 
-def test_the_experiment_on_fresh_problems_kept_its_promise():
+@pytest.mark.parametrize("name", ["calibration", "calibration_by_place"])
+def test_the_experiment_on_fresh_problems_kept_its_promise(name):
     """The committed result: at least 34 of 40 repetitions for a confidence of 95 %."""
-    results = json.loads((ROOT / "docs" / "results" / "calibration.json").read_text())
+    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert {row["measure"] for row in results["rows"]} == {"accuracy", "agreement"}
     for row in results["rows"]:
         assert row["repetitions"] == 40

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,13 @@ def test_the_cards_in_the_repository_are_those_of_the_renderer():
     assert set(cards) == set((root / "model_cards").glob("*.md"))
     for path, text in cards.items():
         assert path.read_text(encoding="utf-8") == text, path.name
+    drawn = module.plots()
+    assert set(drawn) == set((root / "model_cards").rglob("*.png"))
+    for path, report in drawn.items():
+        assert module.is_drawn(path, report), f"{path.name} shows other results"
+    for path, text in cards.items():
+        pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+        assert [path.parent / picture for picture in pictures] == [plot for plot in drawn if plot.stem == path.stem]
     planned = cards[root / "model_cards" / "llama_exact.md"]
     assert "has not been run yet" in planned
     assert "Not yet run." in planned

@@ -32,10 +32,70 @@ def test_every_command_explains_itself(name, capsys):
 
 
 def test_without_a_command_it_says_what_there_is(capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in cli.COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as left:
-        cli.main([])
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert mtp_trl.__version__ in capsys.readouterr().out
+
+
+MODEL = str(ROOT / "models" / "tiny_exact_long")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evl", "x"], "there is no command 'evl' (did you mean eval?)"),
+        (["eval", "x", "--tresholds", "0.9"], "unrecognized arguments: --tresholds 0.9 (did you mean --thresholds?)"),
+        (["eval", "x", "--thresholds", "high"], "'high' is not a probability, such as 0.9"),
+        (["eval", "x", "--static", "2,x"], "'x' is not a whole number from 1 on"),
+        (["eval", "x", "--batch-size", "0"], "'0' is not a whole number from 1 on"),
+        (["eval", "x", "--blocks", "0"], "'0' is not a whole number from 1 on"),
+        (["eval", "x", "--output", __file__], "is a file, and a folder is needed"),
+        (["eval", "x", "--task-data", "gsm8k_cot"], "is not TASK=FILE"),
+        (["show", "x", "y", "--k", "few"], "'few' is not a whole number from 1 on"),
+        (["show", "x", "y", "--html", "/no/such/folder/page.html"], "its folder must be there"),
+    ],
+)
+def test_what_was_typed_wrongly_is_named_before_anything_loads(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
     assert left.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "no_such_folder"], "There is no folder 'no_such_folder' here, and as a name on the Hub it cannot be read"),
+        (["eval", str(ROOT / "docs")], "holds no model (no config.json)"),
+        (["eval", MODEL, "--base", "no_such_folder"], "There is no folder 'no_such_folder' here"),
+        (["eval", MODEL, "--thresholds", "1.5"], "must be a probability in [0, 1], got 1.5"),
+        (["eval", MODEL, "--data", "no_such.jsonl"], "There is no file 'no_such.jsonl'"),
+        (["show", "no_such_folder", "Hello"], "There is no folder 'no_such_folder' here"),
+        (["calibrate", "no_such_folder"], "no_such_folder is no folder"),
+        (["push", "no_such_folder", "me/model"], "There is no folder 'no_such_folder'"),
+        (["export", "no_such_folder", "out"], "There is no folder 'no_such_folder'"),
+        (["export", MODEL, "out", "--results", "no_such.json"], "There is no file 'no_such.json'"),
+        (["estimate", "no_such.yaml"], "There is no recipe no_such.yaml"),
+        (
+            ["train", "--config", str(ROOT / "recipes" / "tiny_exact.yaml"), "--lerning_rate", "3"],
+            "(did you mean 'learning_rate'?).",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_hands_the_recipe_and_its_overrides_on(monkeypatch):

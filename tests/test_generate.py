@@ -110,8 +110,9 @@ def block_logits(model, ids: list[int], k: int) -> torch.Tensor:
     return logits
 
 
-def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int = NEW, eos=(EOS,), processors=()):
-    """Section by section what the method says: (generated tokens, block lengths)."""
+def naive_loop(model, prompt: list[int], *, k: int, threshold, new: int = NEW, eos=(EOS,), processors=()):
+    """Section by section what the method says: (generated tokens, block lengths). Of a list of thresholds the last lasts."""
+    thresholds = threshold if isinstance(threshold, list) else [threshold]
     ids, blocks = list(prompt), []
     while True:
         logits = block_logits(model, ids, k)
@@ -121,7 +122,7 @@ def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int =
             for processor in processors:
                 scores = processor(torch.tensor([ids + block]), scores)
             token = int(scores.argmax())
-            confident = logits[place].softmax(-1)[token] >= threshold
+            confident = logits[place].softmax(-1)[token] >= thresholds[min(place, len(thresholds) - 1)]
             if place > 0 and not (accepting and confident):
                 break
             accepting = accepting and bool(confident)
@@ -136,7 +137,7 @@ def naive_loop(model, prompt: list[int], *, k: int, threshold: float, new: int =
 
 
 @torch.no_grad()
-def naive_verified_loop(model, prompt: list[int], *, k: int, threshold: float, new: int, branches: int = 1):
+def naive_verified_loop(model, prompt: list[int], *, k: int, threshold, new: int, branches: int = 1):
     """Drafts are kept as far as they are what one token per pass gives; of each step, the tokens that it made certain.
 
     `branches`: where fewer drafts than that are rejected, the masks stand behind those that were kept all the same.
@@ -166,7 +167,9 @@ def lengths_of(output: MTPGenerateOutput) -> Counter:
 # --- blocks and acceptance --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize(
+    "threshold", [0.0, 0.4, 0.7, 1.0, [0.0, 0.7, 0.4], [0.7, 0.0], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]]
+)
 @pytest.mark.parametrize("k", [2, 5, 8])
 def test_decoding_equals_the_naive_loop(tiny_model, k, threshold):
     model, rows = tiny_model("llama"), prompts(8)
@@ -381,6 +384,50 @@ def test_acceptance_takes_the_longest_confident_prefix_and_at_least_one():
     probs = torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.5, 0.9], [0.1, 0.9, 0.9], [0.7, 0.7, 0.7]])
     assert accept_confident_prefix(probs, threshold=0.7).tolist() == [3, 1, 1, 3]
     assert accept_confident_prefix(probs, threshold=0.0).tolist() == [3, 3, 3, 3]
+    assert accept_confident_prefix(probs, threshold=torch.tensor([0.8, 0.0, 0.8])).tolist() == [2, 3, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"verify": True, "mtp_blocks": 3}, {"do_sample": True}], ids=str)
+def test_thresholds_by_place_are_one_threshold_where_they_are_equal(tiny_model, options):
+    """A list repeats its last entry; entries behind the block say nothing; generation_config may carry it."""
+    model, rows = tiny_model("llama", context=0.3), prompts(6)
+
+    def sequences(**thresholds):
+        torch.manual_seed(0)
+        output = decode(model, rows, mtp_k=4, max_new_tokens=40, **options, **thresholds)
+        return output.sequences.tolist(), output.block_lengths
+
+    one = sequences(confadapt=0.25)
+    assert sequences(confadapt=[0.25]) == sequences(confadapt=(0.25,) * 3) == one
+    assert sequences(confadapt=[0.25] * 4 + [0.99] * 20) == one
+    assert sequences(confadapt=[0.0, 0.9]) != one
+    model.generation_config.confadapt = [0.25, 0.25]
+    assert sequences() == one
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("threshold", [[0.0, 0.3, 0.2], [0.1, 0.0, 0.0, 0.4]], ids=str)
+def test_verified_decoding_drafts_by_place(tiny_model, threshold, branches):
+    model, rows = tiny_model("llama", context=0.3), prompts(6)
+    by_place = torch.tensor([*threshold, *[threshold[-1]] * 6][:6])
+    expected = [naive_verified_loop(model, row, k=6, threshold=by_place, new=40, branches=branches) for row in rows]
+    options = {"mtp_k": 6, "verify": True, "mtp_blocks": branches, "max_new_tokens": 40}
+    output = decode(model, rows, confadapt=threshold, **options)
+    assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
+    uniform = [decode(model, rows, confadapt=one, **options).block_lengths for one in threshold]
+    assert output.block_lengths not in uniform
+
+
+@pytest.mark.parametrize(
+    ("confadapt", "message"),
+    [
+        ([], "empty list"), ([0.9, "x"], "at every place, got 'x'"), ([0.9, 1.5], "got 1.5"), ([[0.9]], "got \\[0.9\\]"),
+        ([True], "got True"), ({"1": 0.9}, "got {'1': 0.9}"), ([float("nan")], "got nan"),
+    ],
+)  # fmt: skip
+def test_thresholds_that_are_none_are_refused(tiny_model, confadapt, message):
+    with pytest.raises(ValueError, match=message):
+        decode(tiny_model("llama"), prompts(1), confadapt=confadapt)
 
 
 def test_a_probability_equal_to_the_threshold_is_accepted(tiny_model):

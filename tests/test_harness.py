@@ -119,6 +119,65 @@ def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_
     assert "prompts and stops" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("base", "option", "used"),
+    [
+        ("Magpie-Align/Llama-3.1-8B-Magpie-Align-SFT-v0.1", [], True),
+        ("Magpie-Align/Llama-3.1-8B-Magpie-Align-SFT-v0.1", ["--no-chat-template"], False),
+        ("Qwen/Qwen3-4B-Instruct-2507", [], False),
+        ("org/other", ["--chat-template"], True),
+    ],
+)
+def test_the_chat_template_is_used_as_in_the_paper_unless_told_otherwise(
+    root, tmp_path, write_student, monkeypatch, base, option, used
+):
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    folder = write_student(
+        tmp_path / "student",
+        confadapt=0.9,
+        verify=False,
+        positions=128,
+        chat_template=template,
+        provenance={"base_model": base},
+    )
+    tokenizer, read = AutoTokenizer.from_pretrained(folder), []
+    generate = HarnessModel._model_generate
+    monkeypatch.setattr(
+        HarnessModel, "_model_generate", lambda *a, **options: read.append(options["context"]) or generate(*a, **options)
+    )
+    options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--limit", "1", *option]
+    assert main(["eval", str(folder), *options, "--output", str(tmp_path / "out")]) == 0
+    texts = [tokenizer.decode(context[0], skip_special_tokens=True) for context in read]
+    assert {text.startswith("<user>") for text in texts} == {used}
+    report = from_json((tmp_path / "out" / "local_sums" / "results.json").read_text())
+    assert report.provenance["chat_template"] == used
+    assert ("through the chat template" in report.caption) == used
+
+
+def test_a_chat_template_that_is_not_there_is_asked_for_in_vain(root, capsys):
+    options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--chat-template"]
+    assert main(["eval", str(root / "student"), *options]) == 2
+    assert "has no chat template; evaluate with --no-chat-template" in capsys.readouterr().err
+
+
+def test_the_harness_own_command_decodes_in_blocks(root, tmp_path, run_program):
+    """Stock `lm_eval` as it is typed, in a process of its own: with whole blocks its answers are those of `generate`."""
+    done = run_program([
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={root / 'student'},trust_remote_code=True,dtype=float32",
+        "--tasks", "local_sums", "--include_path", root / "tasks", "--gen_kwargs", "confadapt=0.0", "--device", "cpu",
+        "--log_samples", "--output_path", tmp_path,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.rglob("samples_local_sums_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    student, tokenizer = load_student(root / "student")
+    for question in QUESTIONS:
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        tokens = student.generate(ids, max_new_tokens=8, confadapt=0.0)[0, ids.shape[1] :]
+        answers = [sample["resps"][0][0] for sample in samples if sample["doc"]["question"] == question]
+        assert answers == [tokenizer.decode(tokens, skip_special_tokens=True).split("Q:")[0]]
+
+
 def test_the_harness_own_model_decodes_in_blocks(root, monkeypatch):
     """`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --gen_kwargs confadapt=0.9`."""
     from lm_eval import simple_evaluate

@@ -282,6 +282,7 @@ def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, serv
     assert "A push during training failed" not in done.stderr
     weights, adapter = {"config.json", "generation_config.json", "model.safetensors"}, "custom_generate/mtp_adapter.safetensors"
     expected = {"full": FILES, "lora": FILES, "exact": FILES | {adapter}, "adapter_only": FILES - weights | {adapter}}
+    expected["lora_alone"] = expected["adapter_only"] | {"adapter_config.json", "adapter_model.safetensors"}
     for kind, files in expected.items():
         repository = server.repositories[f"me/{kind}"]
         assert repository.names() == files

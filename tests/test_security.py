@@ -115,7 +115,8 @@ def decode(folder):
 @pytest.mark.parametrize(
     "values",
     [
-        {"confadapt": "0.9"}, {"confadapt": 1.5}, {"confadapt": -1}, {"confadapt": True}, {"confadapt": [0.9]},
+        {"confadapt": "0.9"}, {"confadapt": 1.5}, {"confadapt": -1}, {"confadapt": True}, {"confadapt": []},
+        {"confadapt": [0.9, "0.8"]}, {"confadapt": {"1": 0.9}},
         {"mtp_k": 0}, {"mtp_k": "8"}, {"mtp_k": 2.5}, {"mtp_k": -3}, {"mtp_blocks": 0}, {"mtp_blocks": "many"},
         {"verify": "yes"}, {"verify": 1},
     ],

@@ -1,6 +1,9 @@
 """`transformers serve FOLDER --trust-remote-code` answers the OpenAI client, in blocks by default, whole and streamed."""
 
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -21,27 +24,33 @@ def folder(tmp_path_factory, write_student):
 
 
 @pytest.fixture(scope="module")
-def client(folder):
-    """The OpenAI client, over HTTP on loopback."""
+def client(folder, tmp_path_factory):
+    """The OpenAI client, over HTTP on loopback, of the command itself in a process of its own."""
     openai = pytest.importorskip("openai")
     pytest.importorskip("fastapi")
-    from transformers.cli.serve import Serve
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # what `transformers serve FOLDER --trust-remote-code --device cpu --port PORT` runs
-    server = Serve(
-        force_model=str(folder),
-        trust_remote_code=True,
-        device="cpu",
-        dtype="float32",
-        host="127.0.0.1",
-        port=port,
-        non_blocking=True,
-    )
-    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=5)
-    server.kill_server()
+    options = ["--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *options]
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    with log.open("w") as stream, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream) as server:
+        try:
+            wait_until_it_listens(port, server, log)
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=5)
+        finally:
+            server.kill()
+
+
+def wait_until_it_listens(port, server, log, *, seconds=300):
+    for _ in range(10 * seconds):
+        with socket.socket() as connection:
+            if connection.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server.poll() is not None:
+            break
+        time.sleep(0.1)
+    pytest.fail(f"transformers serve does not listen:\n{log.read_text()[-3000:]}")
 
 
 def expected(folder, **options):

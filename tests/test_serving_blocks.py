@@ -58,25 +58,25 @@ def test_blocks_are_read_behind_the_drafts(monkeypatch, at_once):
         assert blocks.tokens_BK[i, : masks + 1].tolist() == logits[wanted].argmax(-1).tolist()
 
 
-def naive_drafts(logits: torch.Tensor, output: list[list[int]], threshold: float) -> list[list[int]]:
+def naive_drafts(logits: torch.Tensor, output: list[list[int]], thresholds: list[float]) -> list[list[int]]:
     """The block behind the emitted token, as far as it and what follows are sure; nothing behind a rejected draft."""
     drafts = []
     for row, first, emitted in zip(BATCH, first_rows(), output, strict=True):
         real, masks = len(row) - row.count(MASK), row.count(MASK)
         mine: list[int] = []
         if masks and len(emitted) == real + 1:
-            sure = logits[first + real].softmax(-1)[emitted[-1]] >= threshold
+            sure = logits[first + real].softmax(-1)[emitted[-1]] >= thresholds[0]
             for place in range(1, masks + 1):
                 prob, token = logits[first + real + place].softmax(-1).max(-1)
-                if not sure or prob < threshold:
+                if not sure or prob < thresholds[place]:
                     break
                 mine.append(int(token))
         drafts.append(mine)
     return drafts
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.4, 0.9])
-def test_next_drafts_equal_the_plain_loop(threshold):
+@pytest.mark.parametrize("thresholds", [[0.0] * K, [0.2] * K, [0.4] * K, [0.9] * K, [0.0, 0.3, 0.2, 0.1], [0.3, 0.0, 0.0, 0.9]])
+def test_next_drafts_equal_the_plain_loop(thresholds):
     logits, found = random_logits(), scheduled()
     blocks = read_blocks(logits, found, k=K)
     best = logits.argmax(-1).tolist()
@@ -84,9 +84,10 @@ def test_next_drafts_equal_the_plain_loop(threshold):
     # All drafts confirmed; the token itself; the token; one draft rejected at once; the draft confirmed and another token.
     output = [[5, 6, best[first[0] + 2]], [best[first[1]]], [3], [4], [9, 2]]
     padded = torch.tensor([row + [-1] * (6 - len(row)) for row in output])
-    for limit in (threshold, torch.full((len(BATCH), 1), threshold)):
+    limits = [torch.tensor([thresholds] * len(BATCH)), *thresholds[: len(set(thresholds)) == 1]]  # also as one number
+    for limit in limits:
         result = next_drafts(logits, padded, found, blocks, threshold=limit, vocabulary=V).tolist()
-        assert [tokens[:count] for count, *tokens in result] == naive_drafts(logits, output, threshold)
+        assert [tokens[:count] for count, *tokens in result] == naive_drafts(logits, output, thresholds)
 
 
 def test_drafts_of_unverified_requests_are_taken_as_they_are():
@@ -134,13 +135,17 @@ def params(**values: Any) -> Any:
 
 
 def test_settings_come_from_the_repository_the_engine_and_the_request():
-    assert Served.of(vllm_config()).defaults == Settings(K, 0.0, verify=True)
-    assert Served.of(vllm_config(defaults={"confadapt": 0.5, "verify": False})).defaults == Settings(K, 0.5, verify=False)
+    assert Served.of(vllm_config()).defaults == Settings(K, (0.0,), verify=True)
+    assert Served.of(vllm_config(defaults={"confadapt": 0.5, "verify": False})).defaults == Settings(K, (0.5,), verify=False)
     served = Served.of(vllm_config(defaults={"confadapt": 0.5, "verify": True}, confadapt=0.9, mtp_k=3))
-    assert served.defaults == Settings(3, 0.9, verify=True)
+    assert served.defaults == Settings(3, (0.9,), verify=True)
     assert served.of_request(params()) == served.defaults
-    assert served.of_request(params(extra_args={"confadapt": 0.1, "verify": 0, "other": "x"})) == Settings(3, 0.1, verify=False)
+    assert served.of_request(params(extra_args={"confadapt": 0.1, "verify": 0, "other": "x"})) == Settings(
+        3, (0.1,), verify=False
+    )
     assert served.of_request(params(extra_args={"mtp_k": 1})).k == 1
+    assert served.of_request(params(extra_args={"confadapt": [0.9, 0.5]})).thresholds == (0.9, 0.5)
+    assert Served.of(vllm_config(defaults={"confadapt": [0.9, 0.5]})).defaults.thresholds == (0.9, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +232,7 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
     config.model_config.hf_config = SimpleNamespace()  # the base knows of no mask
     served = Served.of(config)
     assert (served.mask_token_id, served.adapter) == (29, str(tmp_path))
-    assert served.defaults == Settings(6, 0.5, verify=True)
+    assert served.defaults == Settings(6, (0.5,), verify=True)
     config.model_config.get_vocab_size = lambda: 29
     with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
         Served.of(config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..custom_generate.generate import checked_thresholds
 from .models import load_student
 from .show import as_html, block_texts
 
@@ -70,11 +71,12 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     import gradio
 
     defaults = model.generation_config
+    thresholds = checked_thresholds(getattr(defaults, "confadapt", None) or 0.5)  # one for each place: shown as the strictest
     with gradio.Blocks(title="mtp-trl") as page:
         gradio.Markdown("## Several tokens per forward pass\nEvery colour is one pass.")
         prompt = gradio.Textbox(EXAMPLES[-1], label="Prompt", lines=3)
         with gradio.Row():
-            threshold = gradio.Slider(0, 1, getattr(defaults, "confadapt", None) or 0.5, step=0.01, label="threshold")
+            threshold = gradio.Slider(0, 1, max(thresholds), step=0.01, label="threshold")
             tokens = gradio.Slider(16, 512, 128, step=16, label="longest answer, tokens")
             verify = gradio.Checkbox(bool(getattr(defaults, "verify", False)), label="verify: exactly the model's own text")
         button = gradio.Button("Answer", variant="primary")

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
+from ..custom_generate.generate import checked_thresholds
 from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
-from .calibration import CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
-from .models import load_base, load_student
+from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
+from .models import base_name, load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
-from .sweep import Record, Setting, decode, decoding_settings, evaluate_decoding
+from .sweep import Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
 from .tasks import Task
 
 
@@ -23,7 +24,7 @@ def run_eval(
     *,
     base: str | None,
     ks: Sequence[int],
-    thresholds: Sequence[float],
+    thresholds: Sequence[Threshold],
     verify: bool,
     blocks: int = 1,
     batch_size: int,
@@ -38,7 +39,7 @@ def run_eval(
         output: a folder for Markdown, JSON, answers and plot; nothing is written without one.
 
     Raises:
-        ValueError: a threshold outside [0, 1], a block below 2, a model that was not adapted.
+        ValueError: a threshold that is no probability, a block below 2, a model that was not adapted.
     """
     _check(ks, thresholds)
     student, tokenizer = load_student(model, base=base)
@@ -70,11 +71,11 @@ def run_tasks(
     *,
     base: str | None,
     ks: Sequence[int],
-    thresholds: Sequence[float],
+    thresholds: Sequence[Threshold],
     verify: bool,
     batch_size: int,
     limit: int | None = None,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     data: Mapping[str, Path] | None = None,
     tasks_folder: Path | None = None,
     output: Path | None,
@@ -82,16 +83,23 @@ def run_tasks(
     """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
 
     Args:
+        chat_template: whether prompts go through the tokenizer's chat template; None: as the paper did with the model's base.
         data: JSON Lines files in place of tasks' own test sets, by task.
         output: a folder, with one more for each task; a run that was interrupted goes on from what is there.
 
     Raises:
         ValueError: as `run_eval`; tasks that the harness does not know or that do not generate text.
     """
-    from .harness import HarnessModel, run_settings, table
+    from .harness import PAPER_CHAT_TEMPLATE, HarnessModel, check_task, run_settings, table
 
     _check(ks, thresholds)
+    for task in tasks:
+        check_task(task, tasks_folder)
     student, tokenizer = load_student(model, base=base)
+    if chat_template is None:
+        chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {model} has no chat template; evaluate with --no-chat-template.")
     verified = thresholds if verify else ()
     settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, base=base is not None)
     harness = HarnessModel(student, tokenizer, base=None if base is None else load_base(base), batch_size=batch_size)
@@ -108,7 +116,7 @@ def run_tasks(
             tasks_folder=tasks_folder,
         )
         dataset = parts[Setting("plain")].dataset
-        facts = run_facts() | {"model": model, "base_model": base}
+        facts = run_facts() | {"model": model, "base_model": base, "chat_template": chat_template}
         if dataset is not None and is_hub_id(dataset):
             facts["dataset"] = {"id": dataset, "task_id": task}
         report = Report(task, table(parts), batch_size, None, facts)
@@ -125,12 +133,16 @@ def run_calibrate(
     max_drop: float,
     confidence: float,
     thresholds: Sequence[float] = THRESHOLDS,
+    per_place: bool = False,
     batch_size: int,
     max_new_tokens: int,
 ) -> Calibration:
     """Find the lowest threshold that keeps the bound and make it the folder's default; the evidence goes beside it.
 
     Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text.
+
+    Args:
+        per_place: also look for thresholds that differ by place.
 
     Raises:
         ValueError: not a folder, too few problems, or not even the strictest threshold keeps the bound; then nothing is
@@ -142,7 +154,8 @@ def run_calibrate(
         raise ValueError(f"{model} is no folder, and the threshold is written there; `hf download {model} --local-dir FOLDER`.")
     task = task.without_repetitions()
     measure: Measure = "agreement" if task.scorer is None else "accuracy"
-    check_size(len(task.prompts), max_drop=max_drop, confidence=confidence, measure=measure)
+    shapes = BY_PLACE if per_place else BY_PLACE[:1]
+    check_size(len(task.prompts), max_drop=max_drop, confidence=confidence, measure=measure, shapes=len(shapes))
     student, tokenizer = load_student(model)
 
     def answers(setting: Setting) -> list[Record]:
@@ -163,24 +176,24 @@ def run_calibrate(
         confidence=confidence,
         measure=measure,
         thresholds=thresholds,
+        shapes=shapes,
     )
     facts = run_facts() | {"data": task.title, "max_new_tokens": max_new_tokens}
     calibration = Calibration(measure, max_drop, confidence, chosen, steps, facts)
     Console().print(Markdown(calibration.markdown()))
     if chosen is None:
         raise ValueError(
-            f"{model} is left as it was: even {steps[0].threshold:g} loses too much to show less than {max_drop:g}; take more "
-            "problems or a larger bound. verify=True loses nothing at any threshold."
+            f"{model} is left as it was: even {threshold_text(steps[0].threshold)} loses too much to show less than "
+            f"{max_drop:g}; take more problems or a larger bound. verify=True loses nothing at any threshold."
         )
     calibration.write(folder / CALIBRATION_FILE)
     write_decoding_defaults(folder, confadapt=chosen, verify=False)
     return calibration
 
 
-def _check(ks: Sequence[int], thresholds: Sequence[float]) -> None:
+def _check(ks: Sequence[int], thresholds: Sequence[Threshold]) -> None:
     for threshold in thresholds:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"A threshold is a probability in [0, 1], got {threshold}.")
+        checked_thresholds(threshold)
     for k in ks:
         if k < 2:
             raise ValueError(f"A static block has at least 2 tokens, got {k}; k=1 is always in the table.")
@@ -191,7 +204,7 @@ def run_show(
     prompt: str,
     *,
     base: str | None = None,
-    confadapt: float | None,
+    confadapt: Threshold | None,
     mtp_k: int | str | None,
     verify: bool | None,
     max_new_tokens: int,

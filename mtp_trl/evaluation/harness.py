@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ PAPER_TASKS = {
     "aime25": ("exact_match", "none"),
     "gpqa_main_cot_n_shot": ("exact_match", "flexible-extract"),
 }
+
+# Whether the paper's prompts went through the chat template, by the base of the model. Other models go without.
+PAPER_CHAT_TEMPLATE = {"Magpie-Align/Llama-3.1-8B-Magpie-Align-SFT-v0.1": True, "Qwen/Qwen3-4B-Instruct-2507": False}
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,7 @@ def run_task(
     Raises:
         ValueError: no such task, or one that does not generate text.
     """
-    manager = _task_manager(tasks_folder)
-    if task not in manager.all_tasks:
-        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+    manager = check_task(task, tasks_folder)
     source: str | dict[str, Any] = task
     if data is not None:
         definition = manager.task_index[task].yaml_path
@@ -148,6 +150,14 @@ def run_task(
     )
 
 
+def check_task(task: str, tasks_folder: Path | None = None) -> TaskManager:
+    """The harness's list of tasks, with this one in it; raises ValueError without."""
+    manager = _task_manager(tasks_folder)
+    if task not in manager.all_tasks:
+        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+    return manager
+
+
 @functools.cache
 def _task_manager(folder: Path | None) -> TaskManager:
     """Reading the list of all tasks takes seconds."""
@@ -165,7 +175,7 @@ def run_settings(
     finished: dict[Setting, Part] = {}
     console = Console(stderr=True)
     for number, setting in enumerate(settings, start=1):
-        path = None if parts is None else parts / f"{task}.{setting.label.replace(' ', '_').replace(',', '')}.json"
+        path = None if parts is None else parts / f"{task}.{re.sub('[ ,/]+', '_', setting.label)}.json"
         asked = json.loads(json.dumps({"task": task, **options}, default=str))
         if path is not None and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))

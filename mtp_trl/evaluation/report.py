@@ -1,6 +1,7 @@
 """A sweep on paper: Markdown, JSON, a terminal table and the plot of accuracy against acceleration."""
 
 import dataclasses
+import hashlib
 import html
 import json
 import math
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from ..hub import write_atomically
 from .metrics import Estimate
-from .sweep import Record, Row, Setting, Sweep
+from .sweep import Record, Row, Setting, Sweep, threshold_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,10 +70,10 @@ class Report:
         versions = facts["versions"]
         trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
         blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
-        longest = (
-            f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else "lm-evaluation-harness's prompts and stops"
-        )
         speed = "; tokens per s: the median batch" if self.max_new_tokens else ""
+        template = "through the chat template" if facts.get("chat_template") else "without a chat template"
+        harness = f"lm-evaluation-harness's prompts and stops, {template}"
+        longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
@@ -147,7 +148,10 @@ def from_json(text: str) -> Report:
 
 def _row(fields: dict[str, Any]) -> Row:
     estimates = {name: _estimate(fields[name]) for name in ("accuracy", "versus_base", "versus_plain")}
-    return Row(**fields | estimates | {"setting": Setting(**fields["setting"])})
+    setting = dict(fields["setting"])
+    if isinstance(setting.get("threshold"), list):  # what JSON makes of a tuple
+        setting["threshold"] = tuple(setting["threshold"])
+    return Row(**fields | estimates | {"setting": Setting(**setting)})
 
 
 def _estimate(fields: dict[str, Any] | None) -> Estimate | None:
@@ -194,6 +198,8 @@ def _answer_lines(records: dict[Setting, list[Record]]) -> list[str]:
 def plot_pareto(report: Report, path: Path) -> None:
     """Accuracy against tokens per pass as a PNG: the base's level, static blocks, ConfAdapt, verified decoding.
 
+    The PNG's metadata name the report as its `Source`, by `fingerprint`.
+
     Raises:
         ValueError: the report has no accuracies.
     """
@@ -217,8 +223,13 @@ def plot_pareto(report: Report, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=200, format="png")
+    figure.savefig(partial, dpi=200, format="png", metadata={"Source": fingerprint(report)})
     partial.replace(path)
+
+
+def fingerprint(report: Report) -> str:
+    """Tells reports apart: SHA-256 of the JSON."""
+    return hashlib.sha256(to_json(report).encode()).hexdigest()
 
 
 # Colours of Okabe and Ito: told apart with any colour vision, and in print by marker and line.
@@ -252,9 +263,14 @@ def _draw(axes: "Axes", rows: list[Row], *, label: str, color: str, marker: str,
         elinewidth=0.8,
         capsize=2,
     )
+    fastest = max(row.tokens_per_pass for row in rows)
+    level = len({estimate.value for estimate in estimates}) == 1  # side by side: names would hide each other
     for row, estimate in zip(rows, estimates, strict=True):
+        if level and row.tokens_per_pass < fastest:
+            continue
         setting, point = row.setting, (row.tokens_per_pass, 100 * estimate.value)
-        name = f"k={setting.k}" if setting.kind == "static" else "" if setting.threshold is None else f"{setting.threshold:g}"
+        name = "" if setting.threshold is None else threshold_text(setting.threshold)
+        name = f"k={setting.k}" if setting.kind == "static" else name
         if name:
             axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=7.5, color=color)
 

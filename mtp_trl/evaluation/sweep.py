@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .metrics import Estimate, mean_with_error, paired_difference, ratio_of_sums, share_identical
 
 Kind = Literal["base", "plain", "static", "confadapt", "verified", "tree"]
+# Of all places of a block, or of place 1, 2, ..., the last of which holds for all that follow.
+Threshold = float | tuple[float, ...]
 # Whether the answer (text without special tokens) to problem i is right.
 Scorer = Callable[[int, str], bool]
 
@@ -28,18 +30,19 @@ class Setting:
 
     kind: Kind
     k: int | None = None
-    threshold: float | None = None
+    threshold: Threshold | None = None
 
     @property
     def label(self) -> str:
         """What tables call it."""
+        threshold = "" if self.threshold is None else threshold_text(self.threshold)
         return {
             "base": "base, k=1",
             "plain": "student, k=1",
             "static": f"static k={self.k}",
-            "confadapt": f"ConfAdapt {self.threshold:g}" if self.threshold is not None else "",
-            "verified": f"verified {self.threshold:g}" if self.threshold is not None else "",
-            "tree": f"{self.k} blocks {self.threshold:g}" if self.threshold is not None else "",
+            "confadapt": f"ConfAdapt {threshold}",
+            "verified": f"verified {threshold}",
+            "tree": f"{self.k} blocks {threshold}",
         }[self.kind]
 
     @property
@@ -56,12 +59,17 @@ class Setting:
         return {"confadapt": self.threshold, "verify": self.kind == "verified"}
 
 
+def threshold_text(threshold: Threshold | Sequence[float]) -> str:
+    """As the command line takes it: 0.9, or 0.99/0.9/0.8 by place."""
+    return "/".join(f"{one:g}" for one in ([threshold] if isinstance(threshold, float | int) else threshold))
+
+
 def decoding_settings(
     *,
     ks: Iterable[int] = (),
-    confadapt: Iterable[float] = (),
-    verified: Iterable[float] = (),
-    trees: Iterable[tuple[int, float]] = (),
+    confadapt: Iterable[Threshold] = (),
+    verified: Iterable[Threshold] = (),
+    trees: Iterable[tuple[int, Threshold]] = (),
     base: bool = True,
 ) -> list[Setting]:
     """The usual table: base and student at k=1, then static blocks, ConfAdapt and verified thresholds, (blocks, threshold)."""

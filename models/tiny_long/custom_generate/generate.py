@@ -141,8 +141,11 @@ class MTPGenerateOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-def accept_confident_prefix(probs_BK: Tensor, *, threshold: float) -> Tensor:
-    """Places to accept, int64 [B]: the longest prefix whose probabilities all reach `threshold`, and at least one."""
+def accept_confident_prefix(probs_BK: Tensor, *, threshold: float | Tensor) -> Tensor:
+    """Places to accept, int64 [B]: the longest prefix whose probabilities all reach `threshold`, and at least one.
+
+    `threshold` is one number, or one for each place: float [K].
+    """
     return (probs_BK >= threshold).long().cumprod(-1).sum(-1).clamp(min=1)
 
 
@@ -184,7 +187,7 @@ def generate(
     negative_prompt_attention_mask: Tensor | None = None,
     *,
     model: PreTrainedModel,
-    confadapt: float | None = None,
+    confadapt: float | Sequence[float] | None = None,
     mtp_k: int | str | None = None,
     verify: bool | None = None,
     mtp_blocks: int | None = None,
@@ -202,7 +205,8 @@ def generate(
         generation_config: may carry `confadapt`, `mtp_k`, `verify` and `mtp_blocks`, as the model's own may.
         model: bound by `from_pretrained` and `attach_decoder`.
         confadapt: probability in [0, 1] that every token of an accepted block must reach; 0 accepts whole blocks
-            (static k). None: the repository's default, else static k.
+            (static k). Or a list with one for each place of a block, the last of which holds for all that follow: the first
+            token is kept anyway, and its own decides whether any others are. None: the repository's default, else static k.
         mtp_k: largest block; 1 is plain decoding; "auto", with `verify`: of each step the block from which most tokens per
             second are to be expected, by the drafts accepted so far and the passes timed. None: the block size trained.
         verify: return exactly the model's own text. None: the repository's default, else False.
@@ -1063,7 +1067,9 @@ class _Choice:
     scores_APV: Tensor
 
     def __init__(self, settings: _Settings, processors: LogitsProcessorList, text: _Text, *, sampling: bool) -> None:
-        self.threshold = settings.threshold
+        thresholds = thresholds_by_place(settings.thresholds, settings.k)
+        self.thresholds_K = torch.tensor(thresholds, dtype=torch.float32, device=text.input_ids.device)
+        self.reads_confidence = any(settings.thresholds)
         # Verified: every place is drawn. Otherwise only a block of length one is, and longer blocks are the argmax.
         self.draw_all = sampling and settings.verify
         self.draw_single = sampling and not settings.verify
@@ -1092,7 +1098,7 @@ class _Choice:
                 first = [[own - 1 - len(r.drafts) + end for end in _padded(e, E)] for r, e in zip(alive, ends, strict=True)]
                 first_AE = probs_AP.gather(1, torch.tensor(first, device=probs_AP.device))
                 probs_AEK = torch.cat([first_AE[..., None], probs_AP[:, own:].view(A, E, block)], -1)
-            columns.append(accept_confident_prefix(probs_AEK.flatten(0, 1), threshold=self.threshold).view(A, E))
+            columns.append(accept_confident_prefix(probs_AEK.flatten(0, 1), threshold=self.thresholds_K[:k]).view(A, E))
         if self.draw_single:
             columns.append(_draw(self.scores_APV[:, own - 1], alive, [row.end for row in alive])[:, None])
         host = torch.cat(columns, 1).tolist() if len(columns) > 1 else chosen_AP.tolist()  # a step's one wait
@@ -1125,7 +1131,7 @@ class _Choice:
         else:
             chosen_AP = scores_APV.argmax(-1)
         probs_AP = None
-        if self.threshold > 0 and k > 1:
+        if self.reads_confidence and k > 1:
             read = (slice(None), slice(0 if E > 1 else own - 1, None))  # a single block begins at the last pending token
             probs_AP = self.confadapt.confidence(chosen_AP[read], read)
         return chosen_AP, probs_AP, scores_APV
@@ -1311,7 +1317,7 @@ class _Pace:
         if self.auto:
             # What a pass takes depends on the rows, of which a line says little beyond those measured, and on the context.
             sizes = len(rows).bit_length(), max(row.limit for row in rows).bit_length()
-            key = (settings.threshold, settings.k, sampling, static, *sizes)
+            key = (settings.thresholds, settings.k, sampling, static, *sizes)
             self.so_far = self.measured.setdefault(model, {}).setdefault(key, _Measured(settings.k))
 
     @contextmanager
@@ -1384,7 +1390,7 @@ class _Pace:
 class _Request:
     """Arguments of the call that transformers does not know or does not pass on."""
 
-    confadapt: float | None
+    confadapt: float | Sequence[float] | None
     mtp_k: int | str | None
     verify: bool | None
     mtp_blocks: int | None
@@ -1397,11 +1403,11 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a call comes to: largest block, threshold (0 is static k), verification, and the ids that matter."""
+    """What a call comes to: largest block, thresholds (0 is static k), verification, and the ids that matter."""
 
     k: int
     auto: bool
-    threshold: float
+    thresholds: tuple[float, ...]  # of place 1, 2, ... of a block; the last holds for all that follow
     verify: bool
     blocks: int
     mask_token_id: int
@@ -1441,9 +1447,9 @@ def _settings(model: PreTrainedModel, request: _Request, config: GenerationConfi
         raise ValueError(f"mtp_blocks={blocks} does not go with mtp_k='auto'; pass a number as mtp_k, or leave mtp_blocks out.")
     if request.mtp_blocks is not None and blocks > 1 and not verify:
         raise ValueError(f"mtp_blocks={blocks} lays masks where drafts may be rejected; pass verify=True, or leave it out.")
-    threshold = _checked_threshold(value("confadapt", 0.0))
+    thresholds = checked_thresholds(value("confadapt", 0.0))
     blocks = min(blocks, k) if verify and not auto else 1  # a default for verified decoding says nothing about other calls
-    return _Settings(k, auto, threshold, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
+    return _Settings(k, auto, thresholds, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 
 def _checked_k(k: Any) -> int:
@@ -1460,10 +1466,26 @@ def _checked_blocks(blocks: Any) -> int:
     return blocks
 
 
-def _checked_threshold(threshold: Any) -> float:
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(f"confadapt must be a probability in [0, 1], got {threshold!r}; 0.9 is usual, 0 accepts whole blocks.")
-    return float(threshold)
+def checked_thresholds(confadapt: Any) -> tuple[float, ...]:
+    """A number as the only one, a list as it is; raises ValueError for anything but probabilities."""
+    listed = isinstance(confadapt, list | tuple)
+    thresholds = tuple(confadapt) if listed else (confadapt,)
+    for one in thresholds:
+        if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one <= 1:
+            raise ValueError(
+                f"confadapt must be a probability in [0, 1]{' at every place' if listed else ''}, got {repr(one)[:50]}; 0.9 is "
+                "usual, 0 accepts whole blocks."
+            )
+    if not thresholds:
+        raise ValueError(
+            "confadapt is an empty list; name at least one probability, the last holds for all places that follow."
+        )
+    return tuple(map(float, thresholds))
+
+
+def thresholds_by_place(thresholds: Sequence[float], k: int) -> list[float]:
+    """One for each place of a block of k: the last one again and again, or as many as there are places."""
+    return [*thresholds, *[thresholds[-1]] * (k - len(thresholds))][:k]
 
 
 def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAdapter | None) -> dict[str, Any]:
@@ -1749,6 +1771,8 @@ class MaskGatedAdapter(nn.Module):
         mtp: `config.mtp` of the model it was trained in.
         defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
         base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
+        lora_layers: where the model must have LoRA layers of PEFT's, by name: beside a LoRA, which acts at every column, this
+            adapter has no updates of its own and brings the mask's row alone.
         source: the repository and which version of its file it was read from.
     """
 
@@ -1767,6 +1791,7 @@ class MaskGatedAdapter(nn.Module):
         self.defaults: dict[str, Any] = {}
         self.base: tuple[str, str | None] = ("", None)
         self.source: tuple[str, str | None] | None = None
+        self.lora_layers: list[str] = []
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
@@ -1798,14 +1823,23 @@ class MaskGatedAdapter(nn.Module):
             if layer not in layers or linear_features(layers[layer]) != wanted:
                 found = linear_features(layers[layer]) if layer in layers else "no such layer"
                 raise ValueError(f"{expected}: {layer} must map {wanted[0]} to {wanted[1]} features, found {found}; {remedy}")
+        for layer in self.lora_layers:
+            if not hasattr(layers.get(layer), "lora_A"):
+                repository = self.source[0] if self.source else "REPOSITORY"
+                raise ValueError(
+                    f"{repository} is a LoRA adapter, and this model has no LoRA at {layer}: put it on first, with "
+                    f"peft.PeftModel.from_pretrained(model, {repository!r})."
+                )
         rows = model.get_input_embeddings().weight.shape[0]
-        if (base_rows := self.mtp.get("base_vocab_size")) and rows not in (base_rows, max(self.mtp["barred_token_ids"]) + 1):
+        base_rows = self.mtp.get("base_vocab_size")
+        # As the base has it, or grown by the mask's row, to a height that hardware likes or not.
+        if base_rows and rows not in (base_rows, self.mtp["mask_token_id"] + 1, max(self.mtp["barred_token_ids"]) + 1):
             raise ValueError(f"{expected}: its vocabulary has {base_rows} rows, this model's {rows}; {remedy}")
         own = getattr(model.config, "mtp", None)
         if own is not None and self.mtp and own["mask_token_id"] != self.mtp["mask_token_id"]:
             mask_ids = f"its mask token is {self.mtp['mask_token_id']}, this model's {own['mask_token_id']}"
             raise ValueError(f"{expected}: {mask_ids}; {remedy}")
-        actual = base_fingerprint(model, self.names)
+        actual = base_fingerprint(model, self.names + self.lora_layers)
         if fingerprint is not None and actual is None:
             warnings.warn(
                 f"{expected}; whether these weights are the same cannot be told (quantised, float16 or offloaded).",
@@ -1860,6 +1894,7 @@ class MaskGatedAdapter(nn.Module):
             "base_fingerprint": self.base[1] or "",
             "mtp": json.dumps(self.mtp),
             "defaults": json.dumps(self.defaults),
+            "lora_layers": json.dumps(self.lora_layers),
         }
 
     @classmethod
@@ -1875,6 +1910,7 @@ class MaskGatedAdapter(nn.Module):
         adapter = cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"]))
         adapter.mtp, adapter.defaults = json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
         adapter.base = (metadata["base_model_name_or_path"], metadata["base_fingerprint"] or None)
+        adapter.lora_layers = json.loads(metadata.get("lora_layers", "[]"))
         with torch.no_grad():
             for name, parameter in adapter.by_file_name().items():
                 parameter.copy_(tensors[name])

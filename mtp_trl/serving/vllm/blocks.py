@@ -86,7 +86,7 @@ def next_drafts(
 
     None where a draft was rejected: the block was computed behind a text that is not. Otherwise the block goes on behind
     its first token, which has been emitted, as far as every probability, the emitted token's included, reaches `threshold`
-    (a number, or float [B, 1]).
+    (a number, or float [B, K]).
     """
     emitted_BD = (output_BD != PLACEHOLDER) & (output_BD < vocabulary)
     whole_B = (emitted_BD.sum(1) == scheduled.real_B + 1) & (scheduled.masks_B > 0)

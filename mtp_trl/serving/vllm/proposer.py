@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...custom_generate.generate import thresholds_by_place
 from . import hooks
 from .blocks import Scheduled, accept_all, next_drafts, proposals, read_blocks
 from .gated import attach_adapter
@@ -85,7 +86,7 @@ class MTPProposer:
             output.sampled_token_ids,
             scheduled,
             blocks,
-            threshold=_thresholds(self.settings, logits_RV.device),
+            threshold=_thresholds(self.settings, self.served.k_max, logits_RV.device),
             vocabulary=batch.vocab_size,
         )
         return output
@@ -108,12 +109,14 @@ class MTPProposer:
             if request not in self.refused:
                 self.refused = {one for one in self.refused if one in runner.requests} | {request}
                 logger.warning("Request %s is decoded one token per pass: %s", request, error)
-            return Settings(1, 0.0, verify=True)
+            return Settings(1, (0.0,), verify=True)
 
 
-def _thresholds(settings: list[Settings], device: torch.device) -> float | Tensor:
-    values = [one.threshold for one in settings]
-    return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)[:, None]
+def _thresholds(settings: list[Settings], k: int, device: torch.device) -> float | Tensor:
+    """One number where all requests and places have the same, else float [B, K]."""
+    rows = [thresholds_by_place(one.thresholds, k) for one in settings]
+    values = {value for row in rows for value in row}
+    return values.pop() if len(values) == 1 else torch.tensor(rows, device=device)
 
 
 def _refuse(vllm_config: Any, *, exact: bool) -> None:

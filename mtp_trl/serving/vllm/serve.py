@@ -46,7 +46,7 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
     chosen = {name: value for name, value in options.items() if value is not None}
-    settings = Settings(mtp["k_max"], 0.0, verify=True).with_options(chosen, k_max=mtp["k_max"])
+    settings = Settings(mtp["k_max"], (0.0,), verify=True).with_options(chosen, k_max=mtp["k_max"])
     if settings.k < 2:
         raise ValueError(f"--k {settings.k} is plain decoding: start vLLM without this plugin.")
     flags = [f"--model={servable(model)}", f"--served-model-name={model}"]

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from ...custom_generate.generate import ADAPTER_FILE
+from ...custom_generate.generate import ADAPTER_FILE, checked_thresholds
 
 OPTIONS = ("confadapt", "verify", "mtp_k")  # of an engine and of a request, named as `generate` names them
 SECTION = "mtp_trl"  # of vLLM's additional_config
@@ -21,7 +21,7 @@ class Settings:
     """Decoding of a request: `generate`'s arguments of these names, and without a default of the repository's verified."""
 
     k: int
-    threshold: float
+    thresholds: tuple[float, ...]  # one for all places of a block, or one for each
     verify: bool
 
     def with_options(self, options: Mapping[str, Any], *, k_max: int) -> Settings:
@@ -33,13 +33,11 @@ class Settings:
         k = _integer("mtp_k", options.get("mtp_k", self.k))
         if not 1 <= k <= k_max:
             raise ValueError(f"mtp_k must be between 1 and {k_max}, the largest block here, got {k}.")
-        threshold = options.get("confadapt", self.threshold)
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise ValueError(f"confadapt must be a probability in [0, 1], got {threshold!r}.")
+        thresholds = checked_thresholds(options.get("confadapt", self.thresholds))
         verify = options.get("verify", self.verify)
         if verify not in (True, False, 0, 1):
             raise ValueError(f"verify must be true or false (1 or 0), got {verify!r}.")
-        return replace(self, k=k, threshold=float(threshold), verify=bool(verify))
+        return replace(self, k=k, thresholds=thresholds, verify=bool(verify))
 
 
 def _integer(name: str, value: Any) -> int:
@@ -93,7 +91,7 @@ class Served:
         said = {name: repository.get(name) for name in OPTIONS}
         options = {name: value for name, value in said.items() if value not in (None, "auto")} | options
         k_max = int(mtp["k_max"])
-        defaults = Settings(k_max, 0.0, verify=True).with_options(options, k_max=k_max)
+        defaults = Settings(k_max, (0.0,), verify=True).with_options(options, k_max=k_max)
         return cls(
             mask_token_id=int(mtp["mask_token_id"]),
             barred_token_ids=tuple(mtp["barred_token_ids"]),
@@ -133,9 +131,17 @@ def is_plain_greedy(sampling_params: Any) -> bool:
 
 
 def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base."""
+    """`config.mtp` and the decoding defaults that an adapter published alone carries for its base.
+
+    Raises:
+        ValueError: the adapter goes with a LoRA.
+    """
     with safe_open(adapter_file(repository), framework="pt") as file:
         metadata = file.metadata()
+    if json.loads(metadata.get("lora_layers", "[]")):
+        raise ValueError(
+            f"{repository} is a LoRA adapter; serve the merged model, which `mtp-trl export` writes without options."
+        )
     return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
 
 

@@ -1,0 +1,135 @@
+"""LoRA adapters of a run: the mask's row goes with them, and they decode wherever they are put on; see test_publish too."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+import mtp_trl.word_problems
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.card import render_card
+from mtp_trl.cli import main
+from mtp_trl.custom_generate.generate import ADAPTER_FILE
+from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.report import from_json
+from mtp_trl.hub import PROVENANCE_FILE
+from mtp_trl.publish import export
+from mtp_trl.word_problems import load_dataset
+
+# PEFT saves a matrix that has grown beside the adapters, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def write_base(folder, architecture="llama", rows=768):
+    torch.manual_seed(0)
+    if architecture == "gemma3":  # multiplies embeddings by the root of their size
+        model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=rows, head_dim=16, sliding_window=64, **SIZES))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **SIZES))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+
+
+def trained(root, *, adapter=None, **changes):
+    """Two steps on `root/base`, saved in `root/run`."""
+    options = {
+        "output_dir": str(root / "run"), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "k_max": 4,
+        "slots_per_row": 8, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True,
+    }  # fmt: skip
+    adapter = adapter or LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    trainer = MTPDistillTrainer(
+        str(root / "base"), MTPDistillConfig(**options | changes), load_dataset("train", 8, 0), peft_config=adapter
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.mark.parametrize(("architecture", "rows"), [("llama", 766), ("gemma3", 768)])
+def test_an_adapter_alone_decodes_as_the_run_did(tmp_path, architecture, rows):
+    write_base(tmp_path / "base", architecture, rows)
+    trainer = trained(tmp_path)
+    assert not (tmp_path / "run" / "README.md").exists()  # PEFT's own card says nothing
+    alone = export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    with safe_open(alone / "adapter_model.safetensors", framework="pt") as file:
+        assert {"lora_A" in name or "lora_B" in name for name in file.keys()} == {True}  # noqa: SIM118
+    assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    with safe_open(alone / ADAPTER_FILE, framework="pt") as file, torch.no_grad():
+        mask = torch.tensor([trainer.model.get_base_model().config.mtp["mask_token_id"]])
+        torch.testing.assert_close(file.get_tensor("mask_row"), trainer.model.get_input_embeddings()(mask)[0])
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(alone))
+    own = {"custom_generate": str(alone), "trust_remote_code": True}
+    for options in ({"confadapt": 0.0}, {"confadapt": 0.002}, {"verify": True}, {"mtp_k": 1}):
+        wanted = trainer.model.generate(input_ids=IDS, max_new_tokens=12, **options)
+        assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=12, **options, **own), wanted)
+        for folder in (tmp_path / "run", alone):
+            student, _ = load_student(folder, base=str(tmp_path / "base"))
+            assert torch.equal(student.generate(IDS, max_new_tokens=12, **options), wanted)
+
+
+def test_eval_and_calibrate_take_a_runs_folder(tmp_path, capsys):
+    write_base(tmp_path / "base", rows=766)
+    trained(tmp_path)
+    short = ["--max-new-tokens", "8"]
+    limits = ["--limit", "2", "--thresholds", "0.0", "--output", str(tmp_path / "results")]
+    assert main(["eval", str(tmp_path / "run"), *short, *limits]) == 0
+    report = from_json((tmp_path / "results" / "results.json").read_text())
+    assert report.rows[-1].tokens_per_pass > report.rows[0].tokens_per_pass == 1.0
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tom has {i} pens"}) + "\n" for i in range(40)))
+    bounds = ["--data", str(tmp_path / "prompts.jsonl"), "--max-drop", "0.3", "--confidence", "0.8", "--batch-size", "40"]
+    assert main(["calibrate", str(tmp_path / "run"), *bounds, *short]) == 0
+    chosen = json.loads((tmp_path / "run" / "mtp_calibration.json").read_text())["threshold"]
+    student, _ = load_student(tmp_path / "run")
+    assert (student.generation_config.confadapt, student.generation_config.verify) == (chosen, False)
+    merged = export(tmp_path / "run", tmp_path / "merged")
+    assert json.loads((merged / "generation_config.json").read_text())["confadapt"] == chosen
+    capsys.readouterr()
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    assert main(["eval", str(tmp_path / "run"), *short, *limits]) == 2
+    assert "cannot be loaded; name it with --base" in capsys.readouterr().err
+
+
+def test_adapters_that_train_whole_matrices_are_published_merged(tmp_path):
+    write_base(tmp_path / "base", rows=768)
+    trained(tmp_path, adapter=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(ValueError, match="published as an adapter alone; leave adapter_only out"):
+        export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    assert (export(tmp_path / "run", tmp_path / "merged") / "model.safetensors").is_file()
+
+
+def test_without_adapters_there_is_none_to_publish_alone(tmp_path):
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
+    with pytest.raises(ValueError, match="set exact=True or pass peft_config"):
+        MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0))
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    write_base(tmp_path / "base")
+    trained(tmp_path)
+    (tmp_path / "run" / "adapter_model.safetensors").rename(tmp_path / "run" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapters are loaded from safetensors alone"):
+        load_student(tmp_path / "run")
+
+
+def test_the_card_of_a_lora_says_how_it_is_put_on(tmp_path):
+    write_base(tmp_path / "base")
+    trained(tmp_path, adapter_only=True)
+    facts = json.loads((tmp_path / "run" / PROVENANCE_FILE).read_text()) | {"base_model": "org/base"}
+    card = render_card(facts, model_name="x", repo_id="me/x")
+    assert 'model = PeftModel.from_pretrained(model, "me/x")' in card
+    assert 'custom_generate="me/x", trust_remote_code=True' in card
+    assert "library_name: peft" in card
+    assert "base_model_relation: adapter" in card
+    code = card.split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "\n\n\n" not in card
