@@ -7,9 +7,7 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,33 +17,28 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
-from transformers.trainer_utils import HubStrategy
 from trl.models.utils import unwrap_model_for_generation
 
 from . import hub
-from .card import PAPER, TAGS, write_card
-from .checkpoints import NothingLost
+from .card import PAPER, TAGS
 from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import column_names, prepare_dataset
 from .evaluation.show import block_texts, coloured
 from .forward import can_pack, check_attention_backend, check_output_logits
-from .gated_adapter import MaskGated, declared_adapted, split_adapter
+from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
-from .lora import save_merged, write_mask_row
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
-from .publish import in_background, push
 from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
+from .saving import HubLayout
 from .self_distillation import Batch, PassOutput, Reader, Tokens, WholeRows, distillation_pass
 
 if TYPE_CHECKING:
@@ -54,7 +47,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class MTPDistillTrainer(NothingLost):
+class MTPDistillTrainer(HubLayout):
     """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
 
     Args:
@@ -411,152 +404,6 @@ class MTPDistillTrainer(NothingLost):
             mean = tokens / max(1, len(lengths))
             table.add_row(f"{mean:.2f}", coloured(block_texts(self._tokenizer, ids[:tokens], lengths)))
         return table
-
-    # ---- saving ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        adapter = None
-        if self.args.exact and state_dict is not None:
-            adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
-        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
-        try:
-            if not (self.args.adapter_only and self.args.exact):
-                self._save_weights(folder, state_dict)
-            elif self.args.should_save:
-                self._tokenizer.save_pretrained(folder)
-                torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
-        finally:
-            self.args.hub_token = token
-        if self.args.should_save:
-            hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
-            if is_peft_model(self.model):
-                write_mask_row(Path(folder), causal_lm(self.model), self.provenance)
-
-    def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
-        """As upstream, but for the card that PEFT writes beside adapters: a card of no use, taken for its author's own."""
-        card = Path(folder) / "README.md"
-        before = card.read_text(encoding="utf-8") if card.is_file() else None
-        super()._save(folder, state_dict)
-        if self.args.should_save and is_peft_model(self.model):
-            card.unlink(missing_ok=True)
-            if before is not None:
-                hub.write_atomically(card, before)
-
-    def _load_best_model(self) -> None:
-        if self.args.exact and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            hub.load_adapter(causal_lm(self.model), self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.args.exact and not self.is_fsdp_enabled:  # the base is there as it always was
-            hub.load_adapter(causal_lm(self.model), resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes README.md into the output folder."""
-        if self.is_world_process_zero():
-            write_card(
-                self.args.output_dir,
-                model_name=model_name or Path(self.args.output_dir).name,
-                dataset_name=dataset_name,
-                tags=[tags] if isinstance(tags, str) else tags or (),
-                repo_id=self.hub_model_id,
-                provenance=self.provenance,
-            )
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself.
-
-        With `adapter_only` in the configuration the repository holds the adapter alone.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        if dataset_name := kwargs.get("dataset_name"):
-            self.provenance["dataset"] = hub.public_name(dataset_name)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return self._push_folder(
-            self.args.output_dir, commit_message, blocking=blocking, token=token, revision=revision, private=private,
-            tags=kwargs.get("tags"),
-        )  # fmt: skip
-
-    push_in_progress: Any  # the base class gives it no type
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As upstream, which sends neither decoder nor adapter, and sends `training_args.bin` with the token in it."""
-        if self._saving:  # uploads run in the background: not from a folder that is about to be renamed
-            return
-        running = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if running and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._push_folder(checkpoint_folder, message, blocking=False)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            send = functools.partial(
-                HfApi(token=self.args.hub_token).upload_folder,
-                repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                commit_message=f"{message}, checkpoint",
-                revision=self.args.hub_revision,
-            )
-            jobs.append(in_background(send))
-        for job in jobs:
-            job.add_done_callback(_warn_if_failed)
-        self.push_in_progress = PushInProgress([*running, *jobs])
-
-    def _push_folder(
-        self,
-        folder: str,
-        message: str | None,
-        *,
-        blocking: bool,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        tags: str | list[str] | None = None,
-    ) -> Any:
-        if is_peft_model(self.model) and not self.args.adapter_only:
-            folder = str(save_merged(self.model, self._tokenizer, Path(self.args.output_dir) / "merged", self.provenance))
-        return push(
-            folder,
-            self.hub_model_id,
-            private=self.args.hub_private_repo if private is None else private,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=message or "Upload model",
-            adapter_only=self.args.adapter_only,
-            tags=[tags] if isinstance(tags, str) else tags or (),
-            blocking=blocking,
-        )
-
-
-def _warn_if_failed(job: Future[Any]) -> None:
-    """A push that fails in the background must not end the training, nor pass without a word."""
-    if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"A push during training failed, the next one makes up for it: {error}")
 
 
 def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str) -> Any:

@@ -33,6 +33,7 @@ LAYER = {
     "hub": 2,
     "lora": 2,
     "publish": 2,
+    "saving": 2,
     "recipe": 2,
     "serving": 2,
     "trainer": 2,
