@@ -1,12 +1,15 @@
 """`eval` and `show` on an adapted folder: what they decode is what a naive loop over the model decodes."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from mtp_trl.cli import main
+from mtp_trl.evaluation import commands
 from mtp_trl.evaluation.commands import run_eval
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import from_json, markdown
@@ -79,6 +82,18 @@ def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     assert by_label["static k=2"].tokens_per_pass == 2.0
     printed = capsys.readouterr().out
     assert all(row.setting.label in printed for row in report.rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pareto.png", "results.json", "results.md"]
+
+
+def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path):
+    """An evaluation is interrupted, the model trained anew into the same folder: nothing of the old one may be left."""
+    student = tmp_path / "student"
+    shutil.copytree(folders / "student", student)
+    parts = {commands._parts(tmp_path, str(student), None, asked) for asked in ([1], [1], [2])}
+    os.utime(student / "model.safetensors", ns=(1, 1))
+    parts.add(commands._parts(tmp_path, str(student), None, [1]))
+    assert len(parts) == 3
+    assert {path.parent for path in parts} == {tmp_path / "parts"}
 
 
 def test_without_a_base_nothing_is_compared_with_it(folders, tmp_path):

@@ -1,5 +1,6 @@
 """The sweep's records and table, on a scripted stand-in decoder and against counting by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,28 @@ def test_rows_equal_counting_by_hand():
     assert base.tokens_per_pass == 1.0
     assert static.tokens_per_answer == 5.0
     assert static.problems == 3
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
+    class Interrupted(Scripted):
+        def generate(self, **kwargs):
+            if len(self.calls) == 4:
+                raise KeyboardInterrupt
+            return super().generate(**kwargs)
+
+    settings = decoding_settings(ks=[2], verified=[0.5], base=False)
+    options = {"settings": settings, "batch_size": 1, "max_new_tokens": 8, "progress": False}
+    whole = evaluate_decoding(Scripted(SCRIPT), Letters(), PROMPTS, **options)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_decoding(Interrupted(SCRIPT), Letters(), PROMPTS, parts=tmp_path / "parts", **options)
+    again = Scripted(SCRIPT)
+    resumed = evaluate_decoding(again, Letters(), PROMPTS, parts=tmp_path / "parts", **options)
+    assert len(again.calls) == 6  # of nine: the first batch of three settings was done
+
+    def timeless(sweep):
+        return {setting: [replace(record, seconds=0.0) for record in part] for setting, part in sweep.records.items()}
+
+    assert timeless(resumed) == timeless(whole)
 
 
 def test_speed_is_that_of_the_median_batch():

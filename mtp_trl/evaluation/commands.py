@@ -1,5 +1,8 @@
 """What `mtp-trl eval`, `calibrate` and `show` do: load a model, decode, print and write."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from rich.text import Text
 from ..custom_generate.generate import checked_thresholds
 from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
 from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
-from .models import base_name, load_base, load_student
+from .models import base_name, load_base, load_student, weights_of
 from .report import Report, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
 from .sweep import Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
@@ -36,7 +39,8 @@ def run_eval(
     Args:
         blocks: with `verify` and more than 1, the thresholds also with so many blocks of masks in each pass.
         base: a model whose plain decoding the others are compared with; none by default.
-        output: a folder for Markdown, JSON, answers and plot; nothing is written without one.
+        output: a folder for Markdown, JSON, answers and plot; nothing is written without one. A run that was interrupted
+            goes on there.
 
     Raises:
         ValueError: a threshold that is no probability, a block below 2, a model that was not adapted.
@@ -55,6 +59,7 @@ def run_eval(
         max_new_tokens=max_new_tokens,
         scorer=task.scorer,
         base=None if base is None else load_base(base),
+        parts=_parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens]),
     )
     facts = run_facts() | {"model": model, "base_model": base}
     report = Report(task.title, sweep.rows, batch_size, max_new_tokens, facts)
@@ -63,6 +68,15 @@ def run_eval(
     console.print(Text(report.caption), style="dim")
     if output is not None:
         console.print("\n".join(map(str, write_report(output, report, sweep))))
+        shutil.rmtree(output / "parts", ignore_errors=True)
+
+
+def _parts(output: Path | None, model: str, base: str | None, asked: Sequence[str | int]) -> Path | None:
+    """Where an evaluation keeps what it has finished: another place for other weights, or for anything else asked of them."""
+    if output is None:
+        return None
+    weights = [[name, *weights_of(name)] for name in (model, base) if name is not None]
+    return output / "parts" / hashlib.sha256(json.dumps([weights, asked]).encode()).hexdigest()[:16]
 
 
 def run_tasks(
@@ -109,7 +123,7 @@ def run_tasks(
             harness,
             task,
             settings,
-            parts=None if output is None else output / "parts",
+            parts=_parts(output, model, base, []),
             limit=limit,
             chat_template=chat_template,
             data=(data or {}).get(task),

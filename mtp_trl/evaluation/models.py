@@ -55,6 +55,11 @@ def base_name(name: str | Path) -> str | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("base_model")
 
 
+def weights_of(name: str | Path) -> list[str]:
+    """What changes when other weights stand under the same name: the files of a folder and when they were written."""
+    return [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(name).glob("*.safetensors"))]
+
+
 def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrainedModel:
     if base is None:
         with safe_open(adapter, framework="pt") as file:

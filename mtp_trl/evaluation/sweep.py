@@ -1,17 +1,20 @@
-"""Decode the same prompts in several ways and compare them: accuracy, acceleration, speed, agreement. No files."""
+"""Decode the same prompts in several ways and compare them: accuracy, acceleration, speed, agreement."""
 
 # B batch, L tokens of a row (prompt and answer)
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hub import write_atomically
 from .metrics import Estimate, mean_with_error, paired_difference, ratio_of_sums, share_identical
 
 Kind = Literal["base", "plain", "static", "confadapt", "verified", "tree"]
@@ -134,6 +137,7 @@ def evaluate_decoding(
     max_new_tokens: int,
     scorer: Scorer | None = None,
     base: PreTrainedModel | None = None,
+    parts: Path | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Decode all prompts greedily in every setting and aggregate. Settings take turns, so that their speeds compare.
@@ -147,6 +151,8 @@ def evaluate_decoding(
         max_new_tokens: longest answer, in tokens.
         scorer: whether the answer to problem i is right; without one the table has no accuracies.
         base: the model before adaptation; needed when a setting is of kind `base`.
+        parts: a folder that keeps every finished batch. What is there is not decoded again, so it must be of the same
+            models, prompts and arguments.
         progress: shows a bar with the time left on stderr.
 
     Raises:
@@ -158,13 +164,31 @@ def evaluate_decoding(
         task = bar.add_task("", total=len(settings) * len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
+            kept = None if parts is None else parts / f"{start}.json"
+            done = {} if kept is None or not kept.is_file() else _read_part(kept)
             for setting, answers in records.items():
                 bar.update(task, description=setting.label)
-                answers += _decode_batch(model, base, tokenizer, batch, setting=setting, max_new_tokens=max_new_tokens)
+                if setting.label not in done:
+                    done[setting.label] = _decode_batch(
+                        model, base, tokenizer, batch, setting=setting, max_new_tokens=max_new_tokens
+                    )
+                answers += done[setting.label]
                 bar.advance(task, len(batch))
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept, json.dumps({label: list(map(asdict, part)) for label, part in done.items()}) + "\n")
     if scorer is not None:
         records = {setting: _scored(answers, scorer) for setting, answers in records.items()}
     return Sweep(records, aggregate(records, batch_size=batch_size), batch_size, max_new_tokens)
+
+
+def _read_part(path: Path) -> dict[str, list[Record]]:
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    return {label: [_record(**fields) for fields in part] for label, part in parts.items()}
+
+
+def _record(*, token_ids: list[int], blocks: list[int], **fields: Any) -> Record:
+    return Record(token_ids=tuple(token_ids), blocks=tuple(blocks), **fields)
 
 
 def decode(
