@@ -173,7 +173,7 @@ def test_half_a_model_is_refused_and_nothing_is_written(folder, tmp_path, spoil,
 def test_refusals_name_the_remedy(folder, tmp_path):
     with pytest.raises(FileExistsError, match="name another folder"):
         export(folder, folder)
-    with pytest.raises(ValueError, match="only exact-mode models"):
+    with pytest.raises(ValueError, match="only exact mode, and LoRA"):
         export(folder, tmp_path / "model", adapter_only=True)
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match=r"bad\.json is not a results\.json"):

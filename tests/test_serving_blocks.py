@@ -236,6 +236,10 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
     config.model_config.get_vocab_size = lambda: 29
     with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
         Served.of(config)
+    lora = {"mtp": json.dumps(words), "defaults": "{}", "lora_layers": '["model.layers.0.mlp.up_proj"]'}
+    save_file({"mask_row": torch.zeros(4)}, file, metadata=lora)
+    with pytest.raises(ValueError, match="is a LoRA adapter; serve the merged model"):
+        Served.of(config)
 
 
 def test_what_is_compiled_without_the_adapter_is_not_taken_for_it(monkeypatch):
