@@ -7,9 +7,9 @@ others use too; the table has medians. Peak memory is that of a process of its o
     python benchmarks/train.py --hidden 2048 --layers 16 --heads 32 --vocabulary 128256 --length 512 --dtype bfloat16
 
 The layouts draw the same number of places for each clean token: the paper's regions stand at an even stride over the
-whole text with one k per step, ours anywhere in the completion with a k of their own. The paper's layout is there twice: as
-`model(...).logits` reads it, with logits at every place of student and teacher, and with logits at the places read alone, as
-everywhere in this project.
+whole text with one k per step, as many of them as fill the slots; ours anywhere in the completion with a k of their own. The
+paper's layout is there twice: as `model(...).logits` reads it, with logits at every place of student and teacher, and with
+logits at the places read alone, as everywhere in this project.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -80,16 +81,18 @@ class Way:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def regions(self, lengths_B: Tensor, prompt_lengths_B: Tensor, step: int) -> Regions:
-        """The paper's, at an even stride with one k; or independent ones. The slots are the same in number."""
+        """The paper's, at an even stride with one k; or independent ones. They fill as many slots."""
         rows, k_max, slots = len(lengths_B), self.args.k_max, self.args.slots_per_row
         if self.name in ("full", "exact"):
             generators = [row_generator(0, step, row) for row in range(rows)]
             first, last = (prompt_lengths_B - 1).tolist(), (lengths_B - 2).tolist()
             return sample_regions(first, last, k_min=2, k_max=k_max, slots=slots, generators=generators)
-        number = max(1, int(lengths_B.max()) // (2 * k_max))
-        share_R = (torch.arange(number) + step % (2 * k_max) / (2 * k_max)) / number
+        rng = np.random.default_rng(step)
+        size = int(rng.integers(2, k_max + 1))
+        number = slots // (size - 1)
+        share_R = (torch.arange(number) + rng.random()) / number
         anchor_BR = (share_R * (lengths_B - 1)[:, None].cpu()).long()
-        return Regions(anchor_BR, torch.full_like(anchor_BR, 1 + slots // number))
+        return Regions(anchor_BR, torch.full_like(anchor_BR, size))
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The mean loss, and the number of places it is taken over (in exact mode not the first of each block)."""
@@ -103,18 +106,18 @@ class Way:
         layout = build_layout(self.model, batch, self.tokens, self.args)
         masks = attention_masks(self.model.config, layout, self.model.dtype)
 
-        def all_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-            inputs = {"input_ids": ids, "attention_mask": masks, "position_ids": layout.positions_XT, "use_cache": False}
-            return bar_tokens(model(**inputs).logits, self.tokens.barred)
-
-        student_TV = all_logits(self.model, layout.ids_XT).flatten(0, 1)
-        rollout = layout.read_BRK.new_zeros(layout.drawn_BRK.shape)
         read_P = layout.read_BRK[layout.drawn_BRK]
-        rollout[layout.drawn_BRK] = student_TV.argmax(-1)[read_P]
+
+        def read_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+            inputs = {"input_ids": ids, "attention_mask": masks, "position_ids": layout.positions_XT, "use_cache": False}
+            return bar_tokens(model(**inputs).logits.flatten(0, 1)[read_P], self.tokens.barred)
+
+        student_PV = read_logits(self.model, layout.ids_XT)
+        rollout_BRK = layout.read_BRK.new_zeros(layout.drawn_BRK.shape)
+        rollout_BRK[layout.drawn_BRK] = student_PV.argmax(-1)
         with torch.no_grad():
-            teacher_TV = all_logits(self.reader.teacher, student_forced_ids(layout, rollout)).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(student_TV[read_P], teacher_TV.argmax(-1)[read_P])
-        return loss, len(read_P)
+            target_P = read_logits(self.reader.teacher, student_forced_ids(layout, rollout_BRK)).argmax(-1)
+        return torch.nn.functional.cross_entropy(student_PV, target_P), len(read_P)
 
 
 class Costs:

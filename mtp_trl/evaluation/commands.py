@@ -17,7 +17,7 @@ from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Me
 from .models import base_name, load_base, load_student, weights_of
 from .report import Report, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
-from .sweep import Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
+from .sweep import SPEEDS, Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
 from .tasks import Task
 
 
@@ -61,7 +61,7 @@ def run_eval(
         base=None if base is None else load_base(base),
         parts=_parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens]),
     )
-    facts = run_facts() | {"model": model, "base_model": base}
+    facts = run_facts() | {"model": model, "base_model": base, "speeds": SPEEDS}
     report = Report(task.title, sweep.rows, batch_size, max_new_tokens, facts)
     console = Console()
     console.print(terminal_table(report))

@@ -18,7 +18,7 @@ from ..hub import run_facts, write_atomically
 from .models import load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import as_html, block_texts, coloured
-from .sweep import Record, Setting, decoding_settings, evaluate_decoding
+from .sweep import SPEEDS, Record, Setting, decoding_settings, evaluate_decoding
 from .tasks import BUNDLED, load_task
 
 RECIPE = Path("recipes") / "tiny_exact.yaml"
@@ -61,7 +61,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
     }
     sweep = evaluate_decoding(student, tokenizer, task.prompts, batch_size=BATCH_SIZE, **options)
     single = evaluate_decoding(student, tokenizer, task.prompts[:SINGLE_PROBLEMS], batch_size=1, **options)
-    facts = run_facts() | {"base_model": base_name, "recipe": str(recipe)}
+    facts = run_facts() | {"base_model": base_name, "recipe": str(recipe), "speeds": SPEEDS}
     report = Report(task.title, sweep.rows, BATCH_SIZE, MAX_NEW_TOKENS, facts, single.rows)
     console.print(terminal_table(report))
     console.print(Text(report.caption), style="dim")

@@ -70,7 +70,7 @@ class Report:
         versions = facts["versions"]
         trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
         blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
-        speed = "; tokens per s: the median batch" if self.max_new_tokens else ""
+        speed = f"; tokens per s: {facts['speeds']}" if "speeds" in facts else ""
         template = "through the chat template" if facts.get("chat_template") else "without a chat template"
         harness = f"lm-evaluation-harness's prompts and stops, {template}"
         longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness

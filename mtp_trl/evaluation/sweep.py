@@ -240,6 +240,9 @@ def _row(setting: Setting, answers: list[Record], batch_size: int, *, plain: lis
     )
 
 
+SPEEDS = "the median batch"
+
+
 def _median_speed(answers: list[Record], batch_size: int) -> float:
     """Tokens per second of the median batch: one during which the machine was busy elsewhere decides nothing."""
     batches = [answers[start : start + batch_size] for start in range(0, len(answers), batch_size)]
