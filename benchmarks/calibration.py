@@ -49,7 +49,6 @@ CASES: list[tuple[Measure, float, int]] = [
 CASES_BY_PLACE: list[tuple[Measure, float, int]] = [
     ("accuracy", 0.02, 500),
     ("accuracy", 0.05, 500),
-    ("accuracy", 0.1, 500),
     ("agreement", 0.05, 500),
     ("agreement", 0.1, 500),
 ]

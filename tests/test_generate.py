@@ -918,7 +918,7 @@ def test_auto_measures_each_way_of_decoding_by_itself(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(2)
     for options in ({}, {"confadapt": 0.9}, {"do_sample": True}):
         decode(model, rows, mtp_k="auto", verify=True, **options)
-    assert {key[:3] for key in decoder._Pace.measured[model]} == {(0.0, 8, False), (0.9, 8, False), (0.0, 8, True)}
+    assert {key[:3] for key in decoder._Pace.measured[model]} == {((0.0,), 8, False), ((0.9,), 8, False), ((0.0,), 8, True)}
     model.generation_config.update(mtp_k="auto", verify=True, allow_custom_entries=True)
     assert torch.equal(decode(model, rows).sequences, greedy(model, rows))
 
