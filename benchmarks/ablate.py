@@ -26,7 +26,7 @@ from rich.console import Console
 
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import Report, from_json, to_json
-from mtp_trl.evaluation.sweep import Row, decoding_settings, evaluate_decoding
+from mtp_trl.evaluation.sweep import Row, decoding_settings, evaluate_decoding, threshold_text
 from mtp_trl.evaluation.tasks import BUNDLED, load_task
 from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.launch import train
@@ -224,7 +224,7 @@ def _line(seeds: Sequence[Result]) -> list[str]:
         each(lambda result: f"{result.row('confadapt').tokens_per_pass:.2f}"),
         each(lambda result: points(result.row("confadapt"), "versus_plain")),
         each(lambda result: f"{result.row('verified').tokens_per_pass:.2f}"),
-        each(lambda result: f"{result.row('verified').setting.threshold:g}"),
+        each(lambda result: threshold_text(result.row("verified").setting.threshold)),
         f"{mean(result.seconds for result in seeds):.0f}",
     ]
 
@@ -240,7 +240,7 @@ def table(folder: Path = RESULTS) -> str:
         "\n".join("| " + " | ".join(line) + " |" for line in lines)
         + f"\n\n{first.rows[0].problems} held-out problems, greedy; several seeds stand side by side; k=1 and ConfAdapt in "
         "points of accuracy, paired by problem; verified: the best of the thresholds "
-        f"{', '.join(f'{threshold:g}' for threshold in VERIFIED)}. {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"{', '.join(map(threshold_text, VERIFIED))}. {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"{facts['hardware']}, torch {facts['versions']['torch']}; `python benchmarks/ablate.py`.\n"
     )
 

@@ -111,3 +111,12 @@ def test_seeds_of_a_level_share_a_line(tmp_path, ablate):
     assert f"| {accelerated}, {accelerated} |" in lines[0]
     ablate.plot(tmp_path / "plot.png", tmp_path)
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_thresholds_by_place_are_printed_as_the_command_line_takes_them(tmp_path, ablate):
+    (path, *_) = sorted(ablate.RESULTS.glob("default-*-0.json"))
+    done = ablate.read(path)
+    by_place = replace(done.row("verified"), setting=replace(done.row("verified").setting, threshold=(0.9, 0.5)))
+    report = replace(done.report, rows=[row for row in done.report.rows if row.setting.kind != "verified"] + [by_place])
+    (tmp_path / path.name).write_text(replace(done, report=report).to_json())
+    assert "| 0.9/0.5 |" in ablate.table(tmp_path)

@@ -109,6 +109,11 @@ def test_bad_values_are_refused_before_a_model_loads(tmp_path, name, value):
         evaluate(tmp_path / "nowhere", None, **{name: value})
 
 
+def test_show_refuses_a_bad_threshold_before_a_model_loads(tmp_path, capsys):
+    assert main(["show", str(tmp_path / "nowhere"), "3 + 4 =", "--confadapt", "1.5"]) == 2
+    assert "got 1.5" in capsys.readouterr().err
+
+
 def test_a_model_that_was_not_adapted_is_refused(folders):
     with pytest.raises(ValueError, match="no mask token"):
         load_student(folders / "base")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,11 +125,22 @@ def test_replace_table_touches_only_what_is_between_the_markers():
         replace_table(text, "y", "")
 
 
-def test_printed_tables_are_those_of_the_json():
-    """Mended by `python benchmarks/update_tables.py`."""
+@pytest.fixture
+def update_tables():
     spec = importlib.util.spec_from_file_location("update_tables", ROOT / "benchmarks" / "update_tables.py")
-    update_tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(update_tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_summary_prints_thresholds_by_place(update_tables):
+    row = from_json((ROOT / "docs" / "results" / "tiny_exact_long.json").read_text("utf-8")).rows[-1]
+    by_place = replace(row, setting=Setting("verified", threshold=(0.9, 0.5)), tokens_per_pass=3.0)
+    assert update_tables._fastest([by_place], "verified") == "3.00 at 0.9/0.5"
+
+
+def test_printed_tables_are_those_of_the_json(update_tables):
+    """Mended by `python benchmarks/update_tables.py`."""
     documents = update_tables.updated()
     assert sum(text.count("<!-- table:") for text in documents.values()) >= 5
     for document, text in documents.items():

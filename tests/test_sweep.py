@@ -144,6 +144,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
     assert timeless(resumed) == timeless(whole)
 
 
+def test_thresholds_that_differ_have_rows_of_their_own(tmp_path):
+    """Finished parts are told apart by their labels, which rounded."""
+    close = [0.9, 0.9999996, 0.9999998, (0.9999996, 0.5), (0.9999998, 0.5)]
+    settings = decoding_settings(confadapt=close, base=False)
+    assert [setting.label for setting in settings[1:3]] == ["ConfAdapt 0.9", "ConfAdapt 0.9999996"]
+    student = Scripted(SCRIPT)
+    sweep(student, settings=settings, batch_size=3, parts=tmp_path)
+    assert [call.get("confadapt") for call in student.calls] == [None, *close]
+
+
 def test_speed_is_that_of_the_median_batch():
     """Of batches of two: 30 tokens in 3 s, 4 in 40 s, 20 in 1 s."""
     times = ((10, 1.0), (20, 2.0), (2, 20.0), (2, 20.0), (20, 1.0))

@@ -169,7 +169,8 @@ def calibrate(
 
 def argument(threshold: Threshold) -> str:
     """As `generate` takes it: 0.9, or [0, 0.9]."""
-    return f"[{threshold_text(threshold).replace('/', ', ')}]" if isinstance(threshold, tuple) else f"{threshold:g}"
+    text = threshold_text(threshold)
+    return f"[{text.replace('/', ', ')}]" if isinstance(threshold, tuple) else text
 
 
 def compare(answers: Sequence[Record], own: Sequence[Record]) -> Counts:

@@ -225,6 +225,7 @@ def run_show(
     html: Path | None,
 ) -> None:
     """Answer one prompt greedily, printed as it comes with a colour for each pass; None means the folder's default."""
+    _check((), [] if confadapt is None else [confadapt])
     student, tokenizer = load_student(model, base=base)
     encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
     console = Console()

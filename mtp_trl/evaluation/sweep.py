@@ -63,8 +63,9 @@ class Setting:
 
 
 def threshold_text(threshold: Threshold | Sequence[float]) -> str:
-    """As the command line takes it: 0.9, or 0.99/0.9/0.8 by place."""
-    return "/".join(f"{one:g}" for one in ([threshold] if isinstance(threshold, float | int) else threshold))
+    """As the command line takes it: 0.9, or 0.99/0.9/0.8 by place. Different thresholds have different texts."""
+    places = [threshold] if isinstance(threshold, float | int) else threshold
+    return "/".join(f"{one:g}" if float(f"{one:g}") == one else repr(one) for one in places)
 
 
 def decoding_settings(
