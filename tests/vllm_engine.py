@@ -1,6 +1,7 @@
 """Runs one vLLM engine over a list of jobs, in a process of its own: `python tests/vllm_engine.py JOBS.json OUTPUT.json`.
 
-JOBS is {"engine": arguments of vllm.LLM, "jobs": {name: {"prompts": [...], "sampling": {...} or [{...}, ...]}}}; the output
+JOBS is {"engine": arguments of vllm.LLM, "v2": whether on Model Runner V2, "jobs": {name: {"prompts": [...],
+"sampling": {...} or [{...}, ...]}}}; the output
 {"jobs": {name: [[{"tokens", "text", "reason", "logprobs"} of each sample] of each prompt]}, "metrics": {name: value}}.
 """
 
@@ -17,11 +18,31 @@ os.environ.update(
     VLLM_DO_NOT_TRACK="1",
 )
 
-from vllm import LLM, SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
+
+def interpret_triton():
+    """Lets Model Runner V2 run on a CPU: its kernels are in Triton, which there has no compiler, but an interpreter.
+
+    vLLM asks which processors Triton has compilers for; nothing is compiled here, so any will do.
+    """
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    from triton.backends import backends
+
+    backends["cpu"] = next(iter(backends.values()))
+
+
+def add_metrics(engine):
+    """As vLLM's servers do, which load plugins for metrics; its `LLM` loads none."""
+    from mtp_trl.serving.vllm.metrics import BlockMetrics
+
+    metrics = BlockMetrics(engine.vllm_config, [0])
+    metrics.log_engine_initialized()
+    engine.logger_manager.stat_loggers.append(metrics)
 
 
 def sampling(values):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
     regex = values.pop("regex", None)
     return SamplingParams(**values, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None)
 
@@ -38,7 +59,13 @@ def record(sample):
 
 def main(jobs_file, output_file):
     work = json.loads(Path(jobs_file).read_text())
+    if work.get("v2"):
+        interpret_triton()
+    from vllm import LLM
+
     llm = LLM(dtype="float32", seed=0, disable_log_stats=False, **{"enforce_eager": True, **work["engine"]})
+    if work.get("v2"):
+        add_metrics(llm.llm_engine)
     results = {}
     for name, job in work["jobs"].items():
         asked = job["sampling"]
