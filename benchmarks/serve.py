@@ -225,7 +225,7 @@ def table(results: dict[str, Any]) -> str:
     """Markdown, of what the JSON holds."""
     rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
     lines = [
-        "| model | serving | clients | accuracy | tokens/s | against plain | first token, ms | per token, ms | tokens per pass |",
+        "| model | serving | clients | accuracy | tokens/s | against plain | first token, ms | ms per token | tokens/pass |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
