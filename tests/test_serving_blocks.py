@@ -148,7 +148,8 @@ def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] |
 def params(**values: Any) -> Any:
     """Sampling parameters that ask for nothing but the most probable token, and what is named."""
     plain = {"temperature": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
-    nothing = dict.fromkeys(("logprobs", "bad_words", "allowed_token_ids", "logit_bias", "structured_outputs", "extra_args"))
+    nothing = dict.fromkeys(("logprobs", "logprob_token_ids", "bad_words", "allowed_token_ids", "logit_bias"))
+    nothing |= dict.fromkeys(("structured_outputs", "extra_args"))
     return SimpleNamespace(**{**plain, **nothing, **values})
 
 
@@ -171,6 +172,7 @@ def test_settings_come_from_the_repository_the_engine_and_the_request():
         {"repetition_penalty": 1.1},
         {"min_tokens": 4},
         {"logprobs": 0},
+        {"logprob_token_ids": [1]},
         {"bad_words": ["x"]},
         {"allowed_token_ids": [1]},
         {"logit_bias": {1: 2.0}},

@@ -28,6 +28,15 @@ def interpret_triton():
     from triton.backends import backends
 
     backends["cpu"] = next(iter(backends.values()))
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+
+    def store_where_true(self, pointers, value, mask, *others):
+        mask.data = mask.data != 0  # where vLLM applies a grammar, the interpreter takes booleans for whole numbers
+        return store(self, pointers, value, mask, *others)
+
+    InterpreterBuilder.create_masked_store = store_where_true
 
 
 def add_metrics(engine):
@@ -44,6 +53,8 @@ def sampling(values):
     from vllm.sampling_params import StructuredOutputsParams
 
     regex = values.pop("regex", None)
+    if "logit_bias" in values:  # JSON knows names only
+        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
     return SamplingParams(**values, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None)
 
 

@@ -145,7 +145,7 @@ def is_plain_greedy(sampling_params: Any) -> bool:
         and p.repetition_penalty == 1
         and p.min_tokens == 0
         and p.logprobs is None
-        and not (p.bad_words or p.allowed_token_ids or p.structured_outputs or p.logit_bias)
+        and not (p.bad_words or p.allowed_token_ids or p.structured_outputs or p.logit_bias or p.logprob_token_ids)
         and getattr(p, "thinking_token_budget", None) is None
     )
 
