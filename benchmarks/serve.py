@@ -1,5 +1,6 @@
 """What serving several tokens per pass buys: vLLM's OpenAI server under 1 to 32 clients, with and without the plugin.
 
+    export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
     .venv-vllm/bin/python benchmarks/serve.py models/tiny_exact_long models/tiny_long --confadapt 0.95 \
         --output docs/results/serve.json -- --dtype float32 --enforce-eager --max-model-len 512
 
@@ -258,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="folders of adapted models")
     parser.add_argument("--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, default=64, help="for each number of clients")
+    parser.add_argument("--requests", type=int, default=128, help="for each number of clients")
     parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--confadapt", type=float, help="ConfAdapt's threshold (default: the model's, as for verified drafts)")
     parser.add_argument("--prompts", type=Path, help="a prompt on each line (default: the bundled word problems)")
@@ -267,6 +268,7 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:end])
     options.vllm = sys.argv[end + 1 :]
     check_version()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with it
     asked = {name: getattr(options, name) for name in ("requests", "max_tokens", "confadapt", "vllm")}
     results = begun(options.output, asked | {"prompts": options.prompts and options.prompts.name})
     rows = [Row(**values) for values in results["rows"]]
