@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,6 +336,20 @@ def test_v2_answers_every_kind_of_request_in_one_batch(plain, ours, second):
     assert [tokens(second, "kinds")[-1]] == shortened(tokens(ours, "lossy")[len(KINDS) - 1 : len(KINDS)])
 
 
+def test_v2_verified_under_pressure(plain, exact, tmp_path_factory):
+    """Chunked prefill, prefix caching, preemption for want of memory and a full context, all at once."""
+    limit, asked = 72, {**GREEDY, "max_tokens": 40}
+    tight = {"max_model_len": limit, "max_num_seqs": 8, "max_num_batched_tokens": 128, "long_prefill_token_threshold": 24}
+    tight |= {"block_size": 32, "num_gpu_blocks_override": 12, "enable_prefix_caching": True, "enable_chunked_prefill": True}
+    engine = {"model": str(exact), **tight, **v2_arguments("LlamaForCausalLM", K)}
+    output = run_engine(tmp_path_factory, engine, {"once": job(asked, PROMPTS[:16])}, v2=True)
+    assert output["metrics"]["vllm:num_preemptions"] > 0
+    tokenizer = load_student(exact)[1]
+    room = [min(asked["max_tokens"], limit - len(tokenizer(prompt).input_ids)) for prompt in PROMPTS[:16]]
+    assert min(room) < asked["max_tokens"]  # full contexts
+    assert tokens(output, "once") == [row[:left] for row, left in zip(tokens(plain, "greedy"), room, strict=False)]
+
+
 def test_v2_sampling_is_plain_vllms_in_distribution(plain, second):
     compare_samples(plain["jobs"]["few sampled"], second["jobs"]["few sampled"], at_least=5)
 
@@ -347,12 +363,34 @@ def test_v2_several_tokens_per_pass_and_their_metrics(second):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"diffusion_config": None}, "give a canvas"), ({"scheduler_cls": None}, "add --scheduler-cls")]
+    ("architecture", "change", "message"),
+    [
+        ("GptOssForCausalLM", {}, "settings of its own for GptOssForCausalLM"),
+        ("LlamaForCausalLM", {"num_speculative_tokens": 0}, "give a canvas"),
+        ("LlamaForCausalLM", {"speculative_config": object()}, "drafts without a speculative configuration"),
+        (
+            "LlamaForCausalLM",
+            {"scheduler_config": SimpleNamespace(async_scheduling=False, scheduler_cls=None)},
+            "--scheduler-cls",
+        ),
+        ("LlamaForCausalLM", {"model_config": SimpleNamespace(logits_processors=["x"])}, "logits processors"),
+        ("LlamaForCausalLM", {"parallel_config": SimpleNamespace(enable_batch_sharded_sampling=True)}, "Batch-sharded"),
+    ],
 )
-def test_v2_engines_that_would_draft_nothing_are_refused(change, message, exact, tmp_path_factory):
-    arguments = {"model": str(exact), "max_model_len": 512, **v2_arguments("LlamaForCausalLM", K), **change}
-    with pytest.raises(AssertionError, match=message):
-        run_engine(tmp_path_factory, arguments, {}, v2=True)
+def test_v2_engines_that_would_draft_nothing_or_wrong_are_refused(architecture, change, message):
+    from mtp_trl.serving.vllm import v2
+
+    config = {
+        "num_speculative_tokens": 14,
+        "speculative_config": None,
+        "scheduler_config": SimpleNamespace(async_scheduling=True, scheduler_cls=None),
+        "model_config": SimpleNamespace(logits_processors=None),
+        "parallel_config": SimpleNamespace(enable_batch_sharded_sampling=False),
+    }
+    model = type(f"MTP{architecture}", (v2.BlockModel,), {})
+    v2._refuse(SimpleNamespace(**config), type("MTPLlamaForCausalLM", (v2.BlockModel,), {}))
+    with pytest.raises(ValueError, match=message):
+        v2._refuse(SimpleNamespace(**config | change), model)
 
 
 # vLLM's attention on CPUs takes no heads smaller than these.
@@ -407,12 +445,18 @@ def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tm
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """`mtp-trl serve` on the folder as it was trained; gives its address."""
+    with serving(tmp_path_factory) as address:
+        yield address
+
+
+@contextmanager
+def serving(tmp_path_factory, **environment: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
     options += ["--max-model-len", 512, "--max-num-seqs", 16]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "mtp_trl.cli", "serve", ADAPTED, *options]
     with (
@@ -431,7 +475,7 @@ def server(tmp_path_factory):
 def wait_for(address: str, process: Any, log: Path) -> None:
     import httpx
 
-    until = time.monotonic() + 400
+    until = time.monotonic() + 1800
     while time.monotonic() < until and process.poll() is None:
         try:
             if httpx.get(address).status_code == 200:
@@ -500,6 +544,20 @@ def test_metrics_tell_tokens_per_pass_and_accepted_lengths(server):
     assert counter(server, "spec_decode_num_accepted_tokens_per_pos_total") == counter(
         server, "spec_decode_num_accepted_tokens_total"
     )
+
+
+def test_v2_the_server_answers_and_counts(plain, tmp_path_factory):
+    """The same command line, with `VLLM_USE_V2_MODEL_RUNNER=1` and Triton's interpreter in every process of the server."""
+    folder = tmp_path_factory.mktemp("site")
+    lines = ("import sys", f"sys.path.append({str(ROOT / 'tests')!r})", "import vllm_engine", "vllm_engine.interpret_triton()")
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with serving(tmp_path_factory, PYTHONPATH=os.pathsep.join(paths), VLLM_USE_V2_MODEL_RUNNER="1") as address:
+        answers = complete(address, PROMPTS[:8], clients=4, max_tokens=SHORT["max_tokens"])
+        passes, accepted = (counter(address, f"spec_decode_num_{name}_total") for name in ("drafts", "accepted_tokens"))
+    expected = [samples[0]["text"] for samples in plain["jobs"]["greedy"][:8]]
+    assert all(text and expected[index].startswith(text) for index, text in answers.items())
+    assert 1 + accepted / passes > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,7 +664,9 @@ def test_canary_v2_a_canvas_has_places_and_a_token_behind_it():
     from vllm.v1.core.sched.scheduler import Scheduler
 
     assert "return self.diffusion_config.canvas_length" in source(VllmConfig.num_speculative_tokens.fget)
-    assert 'return getattr(self.hf_config, "canvas_length", None) is not None' in source(ModelConfig.is_diffusion.fget)
+    assert 'return getattr(self.hf_config, "canvas_length", None) is not None' in source(
+        inspect.getattr_static(ModelConfig, "is_diffusion").func
+    )
     assert "vllm_config.model_config.is_diffusion ) else 1 )" in source(Scheduler.__init__)
     assert "request.spec_token_ids = self._spec_token_placeholders" in source(AsyncScheduler._update_after_schedule)
     assert "DraftTokenIds" in source(Scheduler.update_draft_token_ids)

@@ -10,13 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_DO_NOT_TRACK="1",
-)
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_DO_NOT_TRACK": "1",
+}
 
 
 def interpret_triton():
@@ -69,6 +69,7 @@ def record(sample):
 
 
 def main(jobs_file, output_file):
+    os.environ.update(ENVIRONMENT)
     work = json.loads(Path(jobs_file).read_text())
     if work.get("v2"):
         interpret_triton()
