@@ -214,6 +214,12 @@ def test_a_request_out_of_range_is_decoded_one_token_per_pass(monkeypatch, caplo
     assert logits[:, MASK].tolist() == [-torch.inf] * 2
     assert proposer.propose([[3], [3]], None, None) == [[], [MASK] * 3]
     assert "confadapt must be a probability in [0, 1], got 7" in caplog.text
+    caplog.clear()
+    proposer.sample(runner, logits, None, lambda *_: "sampled")
+    assert not caplog.records  # once is enough
+    requests["a"] = SimpleNamespace(sampling_params=params(extra_args={"mtp_k": 3}))  # another request of that name
+    proposer.sample(runner, logits, None, lambda *_: "sampled")
+    assert proposer.propose([[3], [3]], None, None) == [[MASK] * 2, [MASK] * 3]
 
 
 @pytest.mark.parametrize("change", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
