@@ -284,6 +284,11 @@ def test_verified_in_compiled_graphs(plain, exact, tmp_path_factory):
     output = run_engine(tmp_path_factory, compiled | speculative(), {"greedy": job(GREEDY)})
     assert tokens(output, "greedy") == tokens(plain, "greedy")
     assert tokens_per_pass(output) > 2
+    output = run_engine(
+        tmp_path_factory, compiled | v2_arguments("LlamaForCausalLM", K), {"greedy": job(SHORT, PROMPTS[:4])}, v2=True
+    )
+    assert tokens(output, "greedy") == shortened(tokens(plain, "greedy")[:4])
+    assert tokens_per_pass(output) > 2
 
 
 def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
