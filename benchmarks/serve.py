@@ -1,11 +1,13 @@
 """What serving several tokens per pass buys: vLLM's OpenAI server under 1 to 32 clients, with and without the plugin.
 
-    .venv-vllm/bin/python benchmarks/serve.py FOLDER --output docs/results/serve.json
+    export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
+    .venv-vllm/bin/python benchmarks/serve.py models/tiny_exact_long models/tiny_long --confadapt 0.95 \
+        --output docs/results/serve.json -- --dtype float32 --enforce-eager --max-model-len 512
 
 Ways: plain vLLM; PARD, vLLM's own parallel drafting with the same folder as drafter (not for exact mode, whose folder has
 nothing to draft with by itself); the plugin, verified; the plugin, ConfAdapt. One server after the other answers the same
-prompts under every number of clients: the bundled word problems, or `--prompts FILE`, one a line. Any other option is
-vLLM's: `--dtype float32 --enforce-eager --max-model-len 512`. About ten minutes on 2 quiet CPU cores with a tiny model.
+prompts under every number of clients: the bundled word problems, or `--prompts FILE`, one a line. What follows `--` is
+vLLM's. The output is written after every number of clients, and an interrupted run goes on behind what is there.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_trl.evaluation.tasks import result
 from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.serving.vllm.hooks import check_version, installed_version
 from mtp_trl.serving.vllm.serve import servable, serve_command
@@ -41,8 +44,10 @@ NAME = "served"
 class Row:
     """Times are medians over requests, in seconds; the speed is against plain vLLM under as many clients."""
 
+    model: str
     way: str
     clients: int
+    accuracy: float | None
     tokens_per_s: float
     speed: float
     time_to_first_token: float
@@ -52,26 +57,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """When a request was sent, its first text came and its last, and how many tokens it has."""
+    """When a request was sent, its first text came and its last, how many tokens it has and whether it is right."""
 
     sent: float
     first: float
     last: float
     tokens: int
+    right: bool | None
 
 
-def commands(options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
+def commands(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
     """The command line of each way's server, without port."""
-    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     mtp = config["mtp"]
-    model = Path(servable(str(options.model)))
+    model = Path(servable(str(folder)))
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--served-model-name={NAME}"]
     ours = [f"--served-model-name={NAME}", *options.vllm]
-    threshold = {"confadapt": options.confadapt, "mtp_k": None, "fixed_width": None}
     built = {
         "plain": [*server, f"--model={model}", *options.vllm],
-        "verified": serve_command(str(model), ours, verify=True, **threshold),
-        "confadapt": serve_command(str(model), ours, verify=False, **threshold),
+        "verified": serve_command(str(model), ours, verify=True),
+        "confadapt": serve_command(str(model), ours, verify=False, confadapt=options.confadapt),
     }
     if not mtp.get("exact"):
         drafting = pard(model, scratch / "drafter", mtp)
@@ -86,6 +91,14 @@ def pard(model: Path, drafter: Path, mtp: dict[str, Any]) -> dict[str, Any]:
     write_atomically(drafter / "config.json", json.dumps(config))
     block = {"parallel_drafting": True, "num_speculative_tokens": mtp["k_max"] - 1}
     return {"method": "draft_model", "model": str(drafter), **block}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """With the result of the problem, where it is one."""
+
+    text: str
+    result: str | None
 
 
 @contextmanager
@@ -116,12 +129,16 @@ def running(command: Sequence[str], log: Path) -> Iterator[str]:
             yield address
         finally:
             os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-async def ask(client: Any, address: str, prompt: str, max_tokens: int) -> Answer:
-    body = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
+async def ask(client: Any, address: str, prompt: Prompt, max_tokens: int) -> Answer:
+    body = {"model": NAME, "prompt": prompt.text, "temperature": 0, "max_tokens": max_tokens}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    sent, first, last, tokens = time.perf_counter(), None, 0.0, 0
+    sent, first, last, tokens, text = time.perf_counter(), None, 0.0, 0, ""
     async with client.stream("POST", f"{address}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -130,19 +147,20 @@ async def ask(client: Any, address: str, prompt: str, max_tokens: int) -> Answer
                 if event["choices"]:
                     last = time.perf_counter()
                     first = last if first is None else first
+                    text += event["choices"][0]["text"]
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
     assert first is not None
-    return Answer(sent, first, last, tokens)
+    return Answer(sent, first, last, tokens, None if prompt.result is None else result(text) == prompt.result)
 
 
-async def load(address: str, prompts: Sequence[str], *, clients: int, max_tokens: int) -> list[Answer]:
+async def load(address: str, prompts: Sequence[Prompt], *, clients: int, max_tokens: int) -> list[Answer]:
     """All prompts, `clients` at a time."""
     import httpx
 
     turns = asyncio.Semaphore(clients)
     async with httpx.AsyncClient(timeout=900) as client:
 
-        async def one(prompt: str) -> Answer:
+        async def one(prompt: Prompt) -> Answer:
             async with turns:
                 return await ask(client, address, prompt, max_tokens)
 
@@ -159,33 +177,43 @@ def counters(address: str) -> tuple[float, float]:
     return passes, accepted
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
+def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     if options.prompts is None:
-        prompts = [problem.prompt for problem in test_problems(options.requests)]
-    else:
-        prompts = options.prompts.read_text(encoding="utf-8").splitlines()[: options.requests]
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for way, command in commands(options, Path(folder)).items():
-            with running(command, Path(folder) / f"{way}.log") as address:
+        return [Prompt(problem.prompt, str(problem.result)) for problem in test_problems(options.requests)]
+    return [Prompt(line, None) for line in options.prompts.read_text(encoding="utf-8").splitlines()[: options.requests]]
+
+
+def measure(folder: Path, options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
+    """What `rows` lack of the folder's."""
+    prompts = read_prompts(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        for way, command in commands(folder, options, Path(scratch)).items():
+            done = {row.clients for row in rows if (row.model, row.way) == (folder.name, WAYS[way])}
+            missing = [clients for clients in options.clients if clients not in done]
+            if not missing:
+                continue
+            with running(command, Path(scratch) / f"{way}.log") as address:
                 asyncio.run(load(address, prompts[:8], clients=8, max_tokens=32))  # caches and memory are warm from here on
-                for clients in options.clients:
-                    print(f"\r{WAYS[way]:<24} {clients:>3} clients ", end="", file=sys.stderr, flush=True)
+                for clients in missing:
+                    print(f"\r{folder.name}, {WAYS[way]}, {clients} clients".ljust(79), end="", file=sys.stderr, flush=True)
                     passes, accepted = counters(address)
                     answers = asyncio.run(load(address, prompts, clients=clients, max_tokens=options.max_tokens))
                     passes, accepted = (now - before for now, before in zip(counters(address), (passes, accepted), strict=True))
-                    rows.append(row(way, clients, answers, 1 + accepted / passes if passes else None, rows))
+                    yield row(folder.name, way, clients, answers, 1 + accepted / passes if passes else None, rows)
     print(file=sys.stderr)
-    return rows
 
 
-def row(way: str, clients: int, answers: list[Answer], tokens_per_pass: float | None, before: list[Row]) -> Row:
+def row(model: str, way: str, clients: int, answers: list[Answer], tokens_per_pass: float | None, before: Sequence[Row]) -> Row:
     seconds = max(answer.last for answer in answers) - min(answer.sent for answer in answers)
     speed = sum(answer.tokens for answer in answers) / seconds
-    plain = next((one.tokens_per_s for one in before if one.way == WAYS["plain"] and one.clients == clients), speed)
+    same = (one for one in before if (one.model, one.way, one.clients) == (model, WAYS["plain"], clients))
+    plain = next((one.tokens_per_s for one in same), speed)
+    known = [answer.right for answer in answers if answer.right is not None]
     return Row(
+        model=model,
         way=WAYS[way],
         clients=clients,
+        accuracy=sum(known) / len(known) if known else None,
         tokens_per_s=speed,
         speed=speed / plain,
         time_to_first_token=statistics.median(answer.first - answer.sent for answer in answers),
@@ -198,43 +226,59 @@ def table(results: dict[str, Any]) -> str:
     """Markdown, of what the JSON holds."""
     rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
     lines = [
-        "| serving | clients | tokens per s | against plain | first token, ms | per token, ms | tokens per pass |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | serving | clients | accuracy | tokens/s | against plain | first token, ms | ms per token | tokens/pass |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {row.way} | {row.clients} | {row.tokens_per_s:,.0f} | {row.speed:.2f}x | {1000 * row.time_to_first_token:,.0f} | "
+        f"| {row.model} | {row.way} | {row.clients} | {'-' if row.accuracy is None else f'{100 * row.accuracy:.1f}%'} | "
+        f"{row.tokens_per_s:,.0f} | {row.speed:.2f}x | {1000 * row.time_to_first_token:,.0f} | "
         f"{1000 * row.time_per_token:.1f} | {'1.00' if row.tokens_per_pass is None else f'{row.tokens_per_pass:.2f}'} |"
         for row in rows
     ]
     versions = f"vLLM {facts['versions']['vllm']}, torch {facts['versions']['torch']}"
-    setting = f"{results['requests']} requests, greedy, up to {results['max_tokens']} tokens, medians over requests"
-    lines += ["", f"{setting}. {facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
+    asked = results["asked"]
+    threshold = "the model's" if asked["confadapt"] is None else f"{asked['confadapt']:g}"
+    setting = f"{asked['requests']} requests, greedy, up to {asked['max_tokens']} tokens, medians over requests; ConfAdapt at "
+    lines += ["", f"{setting}{threshold}. {facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def begun(output: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, or none yet, with what was asked for."""
+    if output is None or not output.is_file():
+        facts = run_facts()
+        facts["versions"]["vllm"] = installed_version()
+        return {"rows": [], "asked": asked, "provenance": facts}
+    results: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    if results["asked"] != asked:
+        raise SystemExit(f"{output} holds a run of {results['asked']}, not {asked}: delete it, or name another --output.")
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of an adapted model")
+    parser.add_argument("models", type=Path, nargs="+", help="folders of adapted models")
     parser.add_argument("--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, default=64, help="for each number of clients")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--confadapt", type=float, help="threshold of both ways of ours (default: the model's)")
+    parser.add_argument("--requests", type=int, default=128, help="for each number of clients")
+    parser.add_argument("--max-tokens", type=int, default=192)
+    parser.add_argument("--confadapt", type=float, help="ConfAdapt's threshold (default: the model's, as for verified drafts)")
     parser.add_argument("--prompts", type=Path, help="a prompt on each line (default: the bundled word problems)")
     parser.add_argument("--output", type=Path, help="JSON")
-    options, options.vllm = parser.parse_known_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:end])
+    options.vllm = sys.argv[end + 1 :]
     check_version()
-    rows = measure(options)
-    facts = run_facts()
-    facts["versions"]["vllm"] = installed_version()
-    results = {
-        "rows": [asdict(row) for row in rows],
-        "requests": options.requests,
-        "max_tokens": options.max_tokens,
-        "provenance": facts,
-    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with it
+    asked = {name: getattr(options, name) for name in ("requests", "max_tokens", "confadapt", "vllm")}
+    results = begun(options.output, asked | {"prompts": options.prompts and options.prompts.name})
+    rows = [Row(**values) for values in results["rows"]]
+    for folder in options.models:
+        for new in measure(folder, options, rows):
+            rows.append(new)
+            results["rows"] = [asdict(one) for one in rows]
+            if options.output is not None:
+                write_atomically(options.output, json.dumps(results, indent=2) + "\n")
     print(table(results))
-    if options.output is not None:
-        write_atomically(options.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

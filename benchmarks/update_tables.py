@@ -86,7 +86,9 @@ def updated() -> dict[Path, str]:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- table:(\w+) -->", text):
-            text = replace_table(text, name, table(name))
+            measured = f"<!-- table:{name} -->\nNot measured yet" not in text or (RESULTS / f"{name}.json").is_file()
+            if measured:
+                text = replace_table(text, name, table(name))
         documents[path] = text
     return documents
 

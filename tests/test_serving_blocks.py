@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mtp_trl.serving.vllm import hooks
-from mtp_trl.serving.vllm.blocks import Scheduled, accept_all, next_drafts, proposals, read_blocks
+from mtp_trl.serving.vllm.blocks import Scheduled, accept_all, canvases, next_drafts, proposals, read_blocks
 from mtp_trl.serving.vllm.heads import pad_heads
 from mtp_trl.serving.vllm.proposer import MTPProposer
 from mtp_trl.serving.vllm.serve import serve_command, speculative_config
@@ -23,10 +24,19 @@ MASK, K, V = 30, 4, 32
 BATCH = [[5, 6, MASK, MASK, MASK], [MASK] * 3, [], [7, 8], [9, MASK]]
 
 
+def laid_between_rows(batch: list[list[int]] = BATCH) -> Scheduled:
+    """The same where the token in front of a request's drafts lies among them, as Model Runner V2 has them."""
+    ends = torch.tensor([len(row) + 1 for row in batch]).cumsum(0)
+    starts = ends - torch.tensor([len(row) + 1 for row in batch])
+    flat = torch.tensor([token for row in batch for token in (MASK, *row)])  # whatever a prompt ends with is no draft
+    return Scheduled.of(flat, starts + 1, ends, starts, mask_token_id=MASK)
+
+
 def scheduled(batch: list[list[int]] = BATCH) -> Scheduled:
     lengths = torch.tensor([len(row) for row in batch])
     flat = torch.tensor([token for row in batch for token in row], dtype=torch.int32)
-    return Scheduled.of(flat, lengths.cumsum(0), (lengths + 1).cumsum(0), mask_token_id=MASK)
+    ends, row_ends = lengths.cumsum(0), (lengths + 1).cumsum(0)
+    return Scheduled.of(flat, ends - lengths, ends, row_ends - lengths - 1, mask_token_id=MASK)
 
 
 def random_logits(batch: list[list[int]] = BATCH) -> torch.Tensor:
@@ -37,8 +47,8 @@ def first_rows(batch: list[list[int]] = BATCH) -> list[int]:
     return [sum(len(row) + 1 for row in batch[:i]) for i in range(len(batch))]
 
 
-def test_masks_are_told_from_drafts():
-    found = scheduled()
+@pytest.mark.parametrize("found", [scheduled(), laid_between_rows()])
+def test_masks_are_told_from_drafts(found):
     assert found.real_B.tolist() == [2, 0, 0, 2, 1]
     assert found.masks_B.tolist() == [3, 3, 0, 0, 1]
     assert found.first_row_B.tolist() == first_rows()
@@ -110,6 +120,14 @@ def test_proposals_are_drafts_and_masks_within_the_width():
     assert filled == [[5, 6] + [MASK] * 4, [MASK] * 6, [5, 6, 7] + [MASK] * 3, [5] + [MASK] * 5, []]
 
 
+@pytest.mark.parametrize("width", [2, 3, 6])
+def test_canvases_are_proposals_that_fill_the_width(width):
+    drafts, masks = [[2, 5, 6, 7], [0, 5, 6, 7], [3, 5, 6, 7], [3, 5, 6, 7], [3, 0, 0, 0]], [3, 3, 3, 1, 0]
+    made = canvases(torch.tensor(drafts), masks_B=torch.tensor(masks), mask_token_id=MASK, width=width)
+    filled = proposals(drafts, mask_token_id=MASK, masks=masks, width=width, fill=True)
+    assert made.tolist() == [row or [MASK] * width for row in filled]
+
+
 def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, **options: Any) -> Any:
     """What of vLLM's configuration the plugin reads."""
     words = {"mask_token_id": MASK, "barred_token_ids": [MASK], "k_max": K} | (mtp or {})
@@ -121,6 +139,7 @@ def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] |
             get_vocab_size=lambda: V,
         ),
         additional_config={"mtp_trl": options},
+        num_speculative_tokens=6,
         speculative_config=SimpleNamespace(num_speculative_tokens=6, rejection_sample_method="standard"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
@@ -130,7 +149,8 @@ def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] |
 def params(**values: Any) -> Any:
     """Sampling parameters that ask for nothing but the most probable token, and what is named."""
     plain = {"temperature": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
-    nothing = dict.fromkeys(("logprobs", "bad_words", "allowed_token_ids", "structured_outputs", "extra_args"))
+    nothing = dict.fromkeys(("logprobs", "logprob_token_ids", "bad_words", "allowed_token_ids", "logit_bias"))
+    nothing |= dict.fromkeys(("structured_outputs", "extra_args"))
     return SimpleNamespace(**{**plain, **nothing, **values})
 
 
@@ -157,8 +177,10 @@ def test_settings_come_from_the_repository_the_engine_and_the_request():
         {"repetition_penalty": 1.1},
         {"min_tokens": 4},
         {"logprobs": 0},
+        {"logprob_token_ids": [1]},
         {"bad_words": ["x"]},
         {"allowed_token_ids": [1]},
+        {"logit_bias": {1: 2.0}},
         {"structured_outputs": object()},
     ],
 )
@@ -197,6 +219,12 @@ def test_a_request_out_of_range_is_decoded_one_token_per_pass(monkeypatch, caplo
     assert logits[:, MASK].tolist() == [-torch.inf] * 2
     assert proposer.propose([[3], [3]], None, None) == [[], [MASK] * 3]
     assert "confadapt must be a probability in [0, 1], got 7" in caplog.text
+    caplog.clear()
+    proposer.sample(runner, logits, None, lambda *_: "sampled")
+    assert not caplog.records  # once is enough
+    requests["a"] = SimpleNamespace(sampling_params=params(extra_args={"mtp_k": 3}))  # another request of that name
+    proposer.sample(runner, logits, None, lambda *_: "sampled")
+    assert proposer.propose([[3], [3]], None, None) == [[MASK] * 2, [MASK] * 3]
 
 
 @pytest.mark.parametrize("change", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
@@ -306,6 +334,7 @@ def test_other_heads_are_refused(tiny_model, tmp_path):
 
 def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model: model)
+    monkeypatch.setattr(hooks, "uses_v2", lambda: False)
     tiny_model("llama").save_pretrained(tmp_path)
     command = serve_command(str(tmp_path), ["--port", "8001"], confadapt=0.0, mtp_k=None, verify=False, fixed_width=None)
     assert command[1:5] == [
@@ -326,13 +355,59 @@ def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
 def test_the_benchmark_counts_tokens_and_compares_with_plain(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
     serve = importlib.import_module("serve")
-    answers = [serve.Answer(sent=0.0, first=0.5, last=2.5, tokens=5), serve.Answer(sent=1.0, first=2.0, last=4.0, tokens=3)]
-    plain = serve.row("plain", 2, answers, None, [])
-    assert (plain.tokens_per_s, plain.speed) == (8 / 4, 1.0)
+    answers = [
+        serve.Answer(sent=0.0, first=0.5, last=2.5, tokens=5, right=True),
+        serve.Answer(sent=1.0, first=2.0, last=4.0, tokens=3, right=False),
+    ]
+    plain = serve.row("a", "plain", 2, answers, None, [])
+    assert (plain.tokens_per_s, plain.speed, plain.accuracy) == (8 / 4, 1.0, 0.5)
     assert (plain.time_to_first_token, plain.time_per_token) == (0.75, 0.75)
-    faster = [serve.Answer(sent=0.0, first=0.5, last=1.0, tokens=8)]
-    ours = serve.row("verified", 2, faster, 2.5, [plain])
-    assert ours.speed == 4.0
+    faster = [serve.Answer(sent=0.0, first=0.5, last=1.0, tokens=8, right=None)]
+    other = serve.row("b", "plain", 2, faster, None, [plain])
+    ours = serve.row("a", "verified", 2, faster, 2.5, [other, plain])
+    assert (ours.speed, ours.accuracy) == (4.0, None)
     facts = {"date": "today", "hardware": "CPU", "command": "serve.py", "versions": {"vllm": "0.32.0", "torch": "2.13.0"}}
-    results = {"rows": [vars(plain), vars(ours)], "requests": 2, "max_tokens": 8, "provenance": facts}
-    assert "| verified | 2 | 8 | 4.00x | 500 | 71.4 | 2.50 |" in serve.table(results)
+    asked = {"requests": 2, "max_tokens": 8, "confadapt": 0.9}
+    table = serve.table({"rows": [vars(plain), vars(ours)], "asked": asked, "provenance": facts})
+    assert "| a | plain vLLM | 2 | 50.0% | 2 | 1.00x | 750 | 750.0 | 1.00 |" in table
+    assert "| a | verified | 2 | - | 8 | 4.00x | 500 | 71.4 | 2.50 |" in table
+
+
+def test_an_interrupted_benchmark_goes_on_behind_what_is_there(monkeypatch, tmp_path, capsys):
+    """Killed after its third row, started again: no row is measured twice, none is lost."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    serve = importlib.import_module("serve")
+    answer = serve.Answer(sent=0.0, first=0.5, last=2.5, tokens=5, right=True)
+    started: list[str] = []
+    left = [3]
+
+    @contextmanager
+    def running(command, log):
+        started.append(command[0])
+        yield "address"
+
+    async def load(address, prompts, *, clients, max_tokens):
+        if max_tokens == 192:  # not the warm-up
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return [answer]
+
+    for name, made in {"running": running, "load": load, "counters": lambda address: (1.0, 1.0)}.items():
+        monkeypatch.setattr(serve, name, made)
+    monkeypatch.setattr(serve, "commands", lambda folder, options, scratch: {way: [way] for way in ("plain", "verified")})
+    monkeypatch.setattr(serve, "check_version", lambda: None)
+    output = tmp_path / "serve.json"
+    command = ["serve.py", "models/a", "models/b", "--clients", "1,2", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        serve.main()
+    assert started == ["plain", "verified"]
+    left[0] = 99
+    serve.main()
+    rows = [(row["model"], row["way"], row["clients"]) for row in json.loads(output.read_text())["rows"]]
+    assert rows == [(model, way, n) for model in "ab" for way in ("plain vLLM", "verified") for n in (1, 2)]
+    assert started == ["plain", "verified", "verified", "plain", "verified"]
+    monkeypatch.setattr("sys.argv", [*command, "--requests", "3"])
+    with pytest.raises(SystemExit, match="delete it, or name another --output"):
+        serve.main()

@@ -1,6 +1,7 @@
 """Runs one vLLM engine over a list of jobs, in a process of its own: `python tests/vllm_engine.py JOBS.json OUTPUT.json`.
 
-JOBS is {"engine": arguments of vllm.LLM, "jobs": {name: {"prompts": [...], "sampling": {...} or [{...}, ...]}}}; the output
+JOBS is {"engine": arguments of vllm.LLM, "v2": whether on Model Runner V2, "jobs": {name: {"prompts": [...],
+"sampling": {...} or [{...}, ...]}}}; the output
 {"jobs": {name: [[{"tokens", "text", "reason", "logprobs"} of each sample] of each prompt]}, "metrics": {name: value}}.
 """
 
@@ -9,20 +10,51 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_DO_NOT_TRACK="1",
-)
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_DO_NOT_TRACK": "1",
+}
 
-from vllm import LLM, SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
+
+def interpret_triton():
+    """Lets Model Runner V2 run on a CPU: its kernels are in Triton, which there has no compiler, but an interpreter.
+
+    vLLM asks which processors Triton has compilers for; nothing is compiled here, so any will do.
+    """
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    from triton.backends import backends
+
+    backends["cpu"] = next(iter(backends.values()))
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+
+    def store_where_true(self, pointers, value, mask, *others):
+        mask.data = mask.data != 0  # where vLLM applies a grammar, the interpreter takes booleans for whole numbers
+        return store(self, pointers, value, mask, *others)
+
+    InterpreterBuilder.create_masked_store = store_where_true
+
+
+def add_metrics(engine):
+    """As vLLM's servers do, which load plugins for metrics; its `LLM` loads none."""
+    from mtp_trl.serving.vllm.metrics import BlockMetrics
+
+    metrics = BlockMetrics(engine.vllm_config, [0])
+    metrics.log_engine_initialized()
+    engine.logger_manager.stat_loggers.append(metrics)
 
 
 def sampling(values):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
     regex = values.pop("regex", None)
+    if "logit_bias" in values:  # JSON knows names only
+        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
     return SamplingParams(**values, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None)
 
 
@@ -37,8 +69,15 @@ def record(sample):
 
 
 def main(jobs_file, output_file):
+    os.environ.update(ENVIRONMENT)
     work = json.loads(Path(jobs_file).read_text())
+    if work.get("v2"):
+        interpret_triton()
+    from vllm import LLM
+
     llm = LLM(dtype="float32", seed=0, disable_log_stats=False, **{"enforce_eager": True, **work["engine"]})
+    if work.get("v2"):
+        add_metrics(llm.llm_engine)
     results = {}
     for name, job in work["jobs"].items():
         asked = job["sampling"]

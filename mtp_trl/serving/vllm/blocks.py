@@ -18,7 +18,10 @@ _ELEMENTS_AT_ONCE = 2**26  # of logits in float32: what is held at once does not
 
 @dataclass(frozen=True)
 class Scheduled:
-    """What vLLM scheduled for each request: `real` drafts, then `masks` masks, and where its rows of logits begin."""
+    """What vLLM scheduled for each request: `real` drafts, then `masks` masks, and where its rows of logits begin.
+
+    `drafts_N` may hold other tokens between the requests' drafts.
+    """
 
     drafts_N: Tensor
     first_draft_B: Tensor
@@ -27,16 +30,17 @@ class Scheduled:
     masks_B: Tensor
 
     @classmethod
-    def of(cls, drafts_N: Tensor, ends_B: Tensor, row_ends_B: Tensor, *, mask_token_id: int) -> Scheduled:
-        """From the flat drafts and the ends of each request's part of them, and of its part of the rows.
+    def of(
+        cls, drafts_N: Tensor, first_draft_B: Tensor, ends_B: Tensor, first_row_B: Tensor, *, mask_token_id: int
+    ) -> Scheduled:
+        """From the flat drafts, where each request's part of them begins and ends, and where its part of the rows begins.
 
         Masks come last and are nobody's draft, so they are told by their id. vLLM may have cut a request's drafts, or put
         others in their place; then there are fewer masks, or none.
         """
-        lengths_B = ends_B.diff(prepend=ends_B.new_zeros(1))
         masks_before = nn.functional.pad((drafts_N == mask_token_id).cumsum(0), (1, 0))
-        masks_B = masks_before[ends_B] - masks_before[ends_B - lengths_B]
-        return cls(drafts_N, ends_B - lengths_B, row_ends_B - lengths_B - 1, lengths_B - masks_B, masks_B)
+        masks_B = masks_before[ends_B] - masks_before[first_draft_B]
+        return cls(drafts_N, first_draft_B, first_row_B, ends_B - first_draft_B - masks_B, masks_B)
 
     def longest(self, width: int) -> Tensor:
         """Drafts and masks of each request, int64 [B, width]; behind its own, anything."""
@@ -108,3 +112,11 @@ def proposals(drafts: list[list[int]], *, mask_token_id: int, masks: list[int], 
         room = width - len(real)
         rows.append(real + [mask_token_id] * (room if fill and wanted else min(wanted, room)))
     return rows
+
+
+def canvases(drafts_BK: Tensor, *, masks_B: Tensor, mask_token_id: int, width: int) -> Tensor:
+    """`proposals` with `fill`, without leaving the device: int64 [B, width], masks alone for requests that have none."""
+    count_B1 = drafts_BK[:, :1].minimum(masks_B[:, None])
+    room = max(0, width - (drafts_BK.shape[1] - 1))
+    tokens_BW = nn.functional.pad(drafts_BK[:, 1:], (0, room), value=mask_token_id)[:, :width]
+    return tokens_BW.where(torch.arange(width, device=drafts_BK.device) < count_B1, mask_token_id)

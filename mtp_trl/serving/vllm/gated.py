@@ -12,18 +12,20 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...custom_generate.generate import MaskGatedAdapter
-from .settings import adapter_file
+from .settings import Served, adapter_file
 
 
-def attach_adapter(model: Any, adapter_repository: str, *, mask_token_id: int, max_tokens: int) -> None:
-    """Let the adapter act in a loaded model, before it is compiled; everything but masks stays as it is, bit for bit.
+def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
+    """In exact mode let the adapter act in a loaded model, before it is compiled; all but masks stays as it is, bit for bit.
 
     Which tokens are masks is written to a buffer before every pass, outside what vLLM compiles or captures in graphs.
 
     Raises:
         ValueError: the adapter updates a layer that the model does not have, or has in another shape.
     """
-    with safe_open(adapter_file(adapter_repository), framework="pt") as file:
+    if served.adapter is None:
+        return
+    with safe_open(adapter_file(served.adapter), framework="pt") as file:
         adapter = MaskGatedAdapter.from_tensors(
             {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (not a dict)
             file.metadata(),
@@ -38,7 +40,7 @@ def attach_adapter(model: Any, adapter_repository: str, *, mask_token_id: int, m
         _buffers(embedding, mtp_gate=gate_T1, mtp_row=(adapter.mask_row.weight / scale).to(**like))
     embedding.register_forward_hook(_embed)
     _buffers(model, mtp_gate=gate_T1)
-    model.mtp_mask_token_id = mask_token_id
+    model.mtp_mask_token_id = served.mask_token_id
     model.register_forward_pre_hook(_set_gate, with_kwargs=True)
 
 

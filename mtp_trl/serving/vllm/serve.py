@@ -18,6 +18,7 @@ from .settings import SECTION, Settings, adapter_words
 
 PROPOSER = "mtp_trl.serving.vllm.proposer.MTPProposer"
 _FILLED_IN = ("--model", "--speculative-config", "-sc", "--additional-config")
+_FILLED_IN_V2 = ("--diffusion-config", "-dc", "--hf-overrides", "--scheduler-cls")
 
 
 def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
@@ -38,11 +39,13 @@ def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
 
 def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> list[str]:
     """The plain command line behind `mtp-trl serve`."""
+    v2 = hooks.uses_v2()
     for option in vllm_options:
-        if option.split("=")[0] in _FILLED_IN:
+        if option.split("=")[0] in (*_FILLED_IN, *(_FILLED_IN_V2 if v2 else ())):
             raise ValueError(f"{option.split('=')[0]} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
     adapter = options.get("adapter")
-    mtp = getattr(AutoConfig.from_pretrained(model), "mtp", None) if adapter is None else adapter_words(adapter)[0]
+    config = AutoConfig.from_pretrained(model)
+    mtp = getattr(config, "mtp", None) if adapter is None else adapter_words(adapter)[0]
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
     chosen = {name: value for name, value in options.items() if value is not None}
@@ -52,7 +55,12 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     flags = [f"--model={servable(model)}", f"--served-model-name={model}"]
     if any(option.split("=")[0] == "--served-model-name" for option in vllm_options):
         del flags[1]
-    flags.append(f"--speculative-config={json.dumps(speculative_config(settings.k))}")
+    synchronous = "--no-async-scheduling" in vllm_options
+    engine: dict[str, Any] = {"speculative_config": speculative_config(settings.k)}
+    if v2:
+        engine = v2_arguments(config.architectures[0], settings.k, synchronous=synchronous)
+    for name, value in engine.items():
+        flags.append(f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}")
     if chosen:
         flags.append(f"--additional-config={json.dumps({SECTION: chosen})}")
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *vllm_options]
@@ -61,6 +69,15 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
 def speculative_config(k: int) -> dict[str, Any]:
     """The `speculative_config` for blocks of k: room for k - 1 drafts and k - 1 masks behind them."""
     return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 2 * (k - 1)}
+
+
+def v2_arguments(architecture: str, k: int, *, synchronous: bool = False) -> dict[str, Any]:
+    """What vLLM's `LLM` is told for the same on Model Runner V2, whose scheduling is synchronous on CPUs, or when asked."""
+    from vllm.platforms import current_platform
+
+    chosen: dict[str, Any] = {"diffusion_config": {"canvas_length": 2 * (k - 1)}}
+    chosen["hf_overrides"] = {"architectures": [hooks.PREFIX + architecture]}
+    return chosen | ({"scheduler_cls": hooks.SCHEDULER} if synchronous or current_platform.is_cpu() else {})
 
 
 def servable(model: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from ... import __version__
 from ...custom_generate.generate import ADAPTER_FILE, checked_thresholds
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = ("confadapt", "verify", "mtp_k")  # of an engine and of a request, named as `generate` names them
 SECTION = "mtp_trl"  # of vLLM's additional_config
@@ -62,8 +66,11 @@ class Served:
     def of(cls, vllm_config: Any) -> Served:
         """From vLLM's configuration, with `{"mtp_trl": {...}}` of its additional_config in front of the repository's words.
 
+        In exact mode the configuration is marked: what vLLM compiled for the plain base has no adapter in it, and its cache
+        tells models by their configuration.
+
         Raises:
-            ValueError: a model that was not adapted, unknown options, values out of range.
+            ValueError: a model that was not adapted, unknown options, values out of range, engines that cannot serve it.
         """
         model = vllm_config.model_config
         options = dict((vllm_config.additional_config or {}).get(SECTION, {}))
@@ -92,11 +99,14 @@ class Served:
         options = {name: value for name, value in said.items() if value not in (None, "auto")} | options
         k_max = int(mtp["k_max"])
         defaults = Settings(k_max, (0.0,), verify=True).with_options(options, k_max=k_max)
+        _refuse(vllm_config, exact=adapter is not None)
+        if adapter is not None:
+            vllm_config.additional_config = (vllm_config.additional_config or {}) | {"mtp_trl_gated": __version__}
         return cls(
             mask_token_id=int(mtp["mask_token_id"]),
             barred_token_ids=tuple(mtp["barred_token_ids"]),
             k_max=defaults.k,
-            width=vllm_config.speculative_config.num_speculative_tokens,
+            width=vllm_config.num_speculative_tokens,
             fill=bool(fill),
             defaults=defaults,
             adapter=adapter,
@@ -110,6 +120,14 @@ class Served:
         else:
             chosen = self.defaults.with_options(extra, k_max=self.k_max)
         return chosen if chosen.verify or is_plain_greedy(sampling_params) else replace(chosen, verify=True)
+
+    def of_served_request(self, name: str, sampling_params: Any) -> Settings:
+        """As `of_request`; one token per pass where that raises, which in an engine would end every other request too."""
+        try:
+            return self.of_request(sampling_params)
+        except ValueError as error:
+            logger.warning("Request %s is decoded one token per pass: %s", name, error)
+            return Settings(1, (0.0,), verify=True)
 
 
 def is_plain_greedy(sampling_params: Any) -> bool:
@@ -125,9 +143,25 @@ def is_plain_greedy(sampling_params: Any) -> bool:
         and p.repetition_penalty == 1
         and p.min_tokens == 0
         and p.logprobs is None
-        and not (p.bad_words or p.allowed_token_ids or p.structured_outputs)
+        and not (p.bad_words or p.allowed_token_ids or p.structured_outputs or p.logit_bias or p.logprob_token_ids)
         and getattr(p, "thinking_token_budget", None) is None
     )
+
+
+def _refuse(vllm_config: Any, *, exact: bool) -> None:
+    model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    if speculative is not None and speculative.rejection_sample_method != "standard":
+        raise ValueError(
+            f"rejection_sample_method={speculative.rejection_sample_method!r} may accept a mask; leave it at 'standard'."
+        )
+    if getattr(model, "enable_prompt_embeds", False):
+        raise ValueError("enable_prompt_embeds does not go with masks, which are token ids; leave it out.")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if exact and getattr(parallel, name) > 1:
+            raise ValueError(
+                f"{name}={getattr(parallel, name)}: exact mode's adapter is served whole, on one device; use 1, and more "
+                "replicas (--data-parallel-size) for more throughput."
+            )
 
 
 def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,166 @@
+"""The same on vLLM's Model Runner V2, without any hook: a model class whose state brings a sampler of its own.
+
+To vLLM drafts and masks are the canvas of a diffusion model: its scheduler gives every request `canvas_length` places in each
+step, and its runner reads what stands there from a tensor that the sampler here writes. Nothing waits for the host.
+"""
+
+# B requests of the batch, R rows of logits, V vocabulary, D tokens the sampler returns at most, S slots of requests, K block
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from ...custom_generate.generate import thresholds_by_place
+from . import hooks
+from .blocks import PLACEHOLDER, Scheduled, accept_all, canvases, next_drafts, read_blocks
+from .gated import attach_adapter
+from .settings import Served
+
+
+def __getattr__(name: str) -> type[Any]:
+    """`MTP<architecture>`: vLLM's class of that architecture with `BlockModel` in front. `hooks.register` names them all."""
+    base = name.removeprefix(hooks.PREFIX)
+    if base == name or base not in ModelRegistry.models:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made: type[Any] = type(name, (BlockModel, ModelRegistry.models[base].load_model_cls()), {"__module__": __name__})
+    globals()[name] = made
+    return made
+
+
+class BlockModel:
+    """In front of one of vLLM's model classes: the same model, whose requests are decoded in blocks."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        """Raises ValueError, before weights are read, for what `Served.of` refuses and engines that draft nothing."""
+        hooks.check_version()
+        served = Served.of(vllm_config)
+        _refuse(vllm_config, type(self))
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        self.mtp_served = served
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Asked for by vLLM's runner."""
+        return BlockState
+
+
+class BlockState(DefaultModelState):
+    """Puts exact mode's adapter on the model, and its sampler in the place of vLLM's."""
+
+    supports_prompt_embeds = False
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        attach_adapter(model, model.mtp_served, max_tokens=self.max_num_tokens)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
+        """Asked for by vLLM's runner, which leaves verification to it: there is no speculator here."""
+        return BlockSampler(sampler, self.model.mtp_served, slots=self.max_num_reqs, device=self.device), None
+
+
+class BlockSampler:
+    """vLLM's sampler, verifying the drafts and writing each request's next ones; all else is the sampler's own."""
+
+    def __init__(self, sampler: Any, served: Served, *, slots: int, device: torch.device) -> None:
+        self.sampler, self.served = sampler, served
+        verifying = {"num_speculative_tokens": served.width, "rejection_sample_method": "standard"}
+        self.verifier = RejectionSampler(sampler, SimpleNamespace(**verifying, enable_adaptive_verification=False), device)
+        self.barred = torch.tensor(served.barred_token_ids, device=device)
+        # Of the request in each slot: masks of a whole block, thresholds by place, whether drafts are taken unverified.
+        self.masks_S = UvaBackedTensor(slots, dtype=torch.int64)
+        self.thresholds_SK = UvaBackedTensor((slots, served.k_max), dtype=torch.float32)
+        self.unverified_S = UvaBackedTensor(slots, dtype=torch.bool)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """Called once for each request, and again when it comes back after preemption."""
+        self.sampler.add_request(req_idx, sampling_params)
+        settings = self.served.of_served_request(f"in slot {req_idx}", sampling_params)
+        # vLLM's grammars are told of no drafts here: they know the next token's place alone.
+        self.masks_S.np[req_idx] = 0 if sampling_params.structured_outputs else settings.k - 1
+        self.thresholds_SK.np[req_idx] = thresholds_by_place(settings.thresholds, self.served.k_max)
+        self.unverified_S.np[req_idx] = not settings.verify
+
+    def apply_staged_writes(self) -> None:
+        """Called before every step."""
+        self.sampler.apply_staged_writes()
+        for settings in (self.masks_S, self.thresholds_SK, self.unverified_S):
+            settings.copy_to_uva()
+
+    def __call__(self, logits_RV: Tensor, batch: Any) -> Any:
+        """The batch's SamplerOutput, as vLLM's sampler gives it, and the next canvas of every request in it along the way."""
+        logits_RV.index_fill_(-1, self.barred, -torch.inf)
+        slots_B = batch.idx_mapping
+        if batch.num_draft_tokens == 0:
+            self._write(slots_B, torch.zeros(len(slots_B), 1, dtype=torch.int64, device=logits_RV.device))
+            return self.sampler(logits_RV, batch)
+
+        rows = batch.cu_num_logits.long()
+        scheduled = Scheduled.of(
+            batch.input_ids[batch.logits_indices],  # in front of a request's drafts, the token they stand behind
+            rows[:-1] + 1,
+            rows[1:],
+            rows[:-1],
+            mask_token_id=self.served.mask_token_id,
+        )
+        blocks = read_blocks(logits_RV, scheduled, k=self.served.k_max)
+        output = self.verifier(logits_RV, batch)
+        places_D = torch.arange(output.sampled_token_ids.shape[1], device=logits_RV.device)
+        tokens_BD = output.sampled_token_ids.where(places_D < output.num_sampled[:, None], PLACEHOLDER)
+        tokens_BD = accept_all(tokens_BD, scheduled, blocks, self.unverified_S.gpu[slots_B])
+        taken_B = (tokens_BD != PLACEHOLDER).sum(1, dtype=output.num_sampled.dtype)
+        output.num_rejected = output.num_rejected + output.num_sampled - taken_B
+        output.sampled_token_ids, output.num_sampled = tokens_BD, taken_B
+        limits: dict[str, Any] = {"threshold": self.thresholds_SK.gpu[slots_B], "vocabulary": logits_RV.shape[-1]}
+        self._write(slots_B, next_drafts(logits_RV, tokens_BD, scheduled, blocks, **limits))
+        return output
+
+    def _write(self, slots_B: Tensor, drafts_BK: Tensor) -> None:
+        canvas = {"masks_B": self.masks_S.gpu[slots_B], "mask_token_id": self.served.mask_token_id, "width": self.served.width}
+        self.sampler.req_states.draft_tokens[slots_B] = canvases(drafts_BK, **canvas)
+
+
+class BlockScheduler(Scheduler):
+    """Gives requests the places of their canvas where scheduling is synchronous, as vLLM's asynchronous scheduler does."""
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Called after every step."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        requests = model_runner_output.req_ids
+        self.update_draft_token_ids(DraftTokenIds(requests, [[PLACEHOLDER] * self.num_spec_tokens for _ in requests]))
+        return outputs
+
+
+def _refuse(vllm_config: Any, model: type[Any]) -> None:
+    base = model.__name__.removeprefix(hooks.PREFIX)
+    if base in MODELS_CONFIG_MAP or hasattr(super(BlockModel, model), "get_model_state_cls"):
+        raise ValueError(
+            f"vLLM has settings of its own for {base}, which a class of another name does not get; serve it on Model Runner "
+            "V1: unset VLLM_USE_V2_MODEL_RUNNER, and start it with mtp-trl serve."
+        )
+    if vllm_config.num_speculative_tokens < 1 or vllm_config.speculative_config is not None:
+        raise ValueError(
+            f"{model.__name__} drafts without a speculative configuration: leave that out, and give a canvas with "
+            "--diffusion-config '{\"canvas_length\": 2 (k_max - 1)}', as mtp-trl serve does."
+        )
+    scheduling = vllm_config.scheduler_config
+    if not scheduling.async_scheduling and scheduling.scheduler_cls != hooks.SCHEDULER:
+        raise ValueError(f"Without asynchronous scheduling drafts have no places: add --scheduler-cls {hooks.SCHEDULER}.")
+    if vllm_config.model_config.logits_processors:
+        raise ValueError("Custom logits processors do not see drafts that are taken unverified; leave --logits-processors out.")
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise ValueError(
+            "Batch-sharded sampling leaves every rank with other drafts; leave --enable-batch-sharded-sampling out."
+        )
