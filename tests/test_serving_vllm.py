@@ -41,6 +41,7 @@ GREEDY = {"temperature": 0, "max_tokens": 96}
 LONG = {"temperature": 0, "max_tokens": 192}
 ONE_BY_ONE = {"extra_args": {"mtp_k": 1}}
 LOSSY = {"extra_args": {"confadapt": 0.5, "verify": 0}}
+BY_PLACE = {"extra_args": {"confadapt": [0.9, 0.3], "verify": 0}}
 # What a request may ask for beside the most probable token; plain vLLM's answer must not change.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -125,6 +126,7 @@ def ours(exact, tmp_path_factory):
     lossy_among_others = [{**GREEDY, **(LOSSY if i % 2 else {})} for i in range(len(PROMPTS))]
     jobs = {**SAME_JOBS, "lossy": job(GREEDY | LOSSY), "lossy among others": job(lossy_among_others)}
     jobs["lossy with a penalty"] = job(GREEDY | CONDITIONS["penalties"] | LOSSY)
+    jobs["by place"] = job(GREEDY | BY_PLACE, PROMPTS[:8])
     jobs["one by one"] = job(GREEDY | ONE_BY_ONE)
     jobs["out of range"] = job({**GREEDY, "extra_args": {"confadapt": -1}}, PROMPTS[:4])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **speculative()}
@@ -194,7 +196,7 @@ def test_a_request_out_of_range_is_answered(ours):
     assert tokens(ours, "out of range") == tokens(ours, "greedy")[:4]
 
 
-def decoded_like_the_engine(folder: Path, prompts: Any, *, confadapt: float) -> list[list[int]]:
+def decoded_like_the_engine(folder: Path, prompts: Any, *, confadapt: float | list[float]) -> list[list[int]]:
     """The project's own `generate`. vLLM schedules drafts behind a first token only: that one is decoded alone."""
     model, tokenizer = load_student(folder)
     answers = []
@@ -214,6 +216,9 @@ def test_confadapt_equals_the_projects_generate(ours, exact):
     assert tokens(ours, "lossy") == expected
     assert tokens(ours, "lossy among others")[1::2] == expected[1::2]
     assert tokens(ours, "lossy among others")[::2] == tokens(ours, "greedy")[::2]
+    by_place = decoded_like_the_engine(exact, PROMPTS[:8], confadapt=BY_PLACE["extra_args"]["confadapt"])
+    assert by_place != expected[:8]
+    assert tokens(ours, "by place") == by_place
 
 
 def test_confadapt_is_verified_where_logits_are_processed(plain, ours):
@@ -315,6 +320,7 @@ def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
 @pytest.fixture(scope="session")
 def second(exact, tmp_path_factory):
     jobs = {"greedy": job(SHORT), "lossy": job(SHORT | LOSSY, PROMPTS[:8]), **SECOND_JOBS}
+    jobs["by place"] = job(SHORT | BY_PLACE, PROMPTS[:8])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **v2_arguments("LlamaForCausalLM", K)}
     return run_engine(tmp_path_factory, engine, jobs, v2=True)
 
@@ -331,6 +337,7 @@ def test_v2_confadapt_equals_the_projects_generate(ours, second):
     expected = shortened(tokens(ours, "lossy")[:8])  # which equals it
     assert expected != tokens(second, "greedy")[:8]
     assert tokens(second, "lossy") == expected
+    assert tokens(second, "by place") == shortened(tokens(ours, "by place"))
 
 
 def test_v2_answers_every_kind_of_request_in_one_batch(plain, ours, second):
