@@ -2,7 +2,7 @@
 once per threshold, then calibrates on one random part of it and measures the loss on the other, again and again.
 
     python benchmarks/calibration.py runs/tiny_exact_long --pool runs/calibration_pool --output docs/results/calibration.json
-    python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1500 --pool runs/calibration_by_place \\
+    python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1250 --pool runs/calibration_by_place \\
         --output docs/results/calibration_by_place.json
 
 The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped. The parts are drawn anew for
