@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,35 +48,56 @@ def merge_folder(folder: Path, output: Path) -> Path:
     """`save_merged` of adapters that a run or a checkpoint left in a folder; their base is loaded for it.
 
     Raises:
-        ValueError: the adapters were not trained by this package, or are a pickle.
+        ValueError: as `put_on`.
         OSError: the base cannot be loaded.
     """
-    adapters = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
-    base = AutoModelForCausalLM.from_pretrained(adapters["base_model_name_or_path"], revision=adapters.get("revision"))
+    name, revision = named_base(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made = _provenance(folder)
-    return save_merged(put_on(base, tokenizer, folder), tokenizer, output, made)
+    adapted = put_on(lambda: AutoModelForCausalLM.from_pretrained(name, revision=revision), tokenizer, folder)
+    return save_merged(adapted, tokenizer, output, _provenance(folder))
 
 
-def put_on(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:
+def named_base(name: str | Path) -> tuple[str, str | None]:
+    """The base that LoRA adapters name, and its revision."""
+    adapters = json.loads(Path(str(repository_file(name, LORA_CONFIG))).read_text(encoding="utf-8"))
+    return adapters["base_model_name_or_path"], adapters.get("revision")
+
+
+def put_on(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:
     """A base with the adapters of a run's folder or of a repository, and their mask token and decoding defaults.
 
+    `load_base` is called once it is clear that the adapters can be put on.
+
     Raises:
-        ValueError: the adapters were not trained by this package, or are a pickle.
+        ValueError: the adapters were not trained by this package, are a pickle, or were trained on another base.
     """
     from peft import PeftModel
 
     if repository_file(name, LORA_FILE) is None:
         raise ValueError(f"{name} has no {LORA_FILE}; adapters are loaded from safetensors alone.")
     made = _provenance(name)
+    base = load_base()
     defaults = {"confadapt": 0.9, "verify": False} | made["settings"]
     mask_id = add_mask_token(base, tokenizer, mask_token=made["mask_token"], k_max=made["k_max"])
+    beside = None
     if (path := repository_file(name, decoder.ADAPTER_FILE)) is not None:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            defaults |= json.loads(file.metadata()["defaults"])
-            base.get_input_embeddings().weight[mask_id] = file.get_tensor("mask_row") / _embedding_scale(base)
+            beside = decoder.MaskGatedAdapter.from_tensors(load_file(path), file.metadata())
+            beside.source = (str(name), None)
+            defaults |= beside.defaults
+            base.get_input_embeddings().weight[mask_id] = beside.mask_row.weight / _embedding_scale(base)
     set_decoding_defaults(base, confadapt=defaults["confadapt"], verify=defaults["verify"])
-    return PeftModel.from_pretrained(base, str(name))
+    try:
+        adapted = PeftModel.from_pretrained(base, str(name))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"The adapters in {name} were trained on another base: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    if beside is not None:
+        beside.check_base(base)
+    return adapted
 
 
 def _provenance(name: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """LoRA adapters of a run: the mask's row goes with them, and they decode wherever they are put on; see test_publish too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mtp_trl.custom_generate.generate import ADAPTER_FILE
 from mtp_trl.evaluation.models import load_student
 from mtp_trl.evaluation.report import from_json
 from mtp_trl.hub import PROVENANCE_FILE
+from mtp_trl.lora import merge_folder
 from mtp_trl.publish import export
 from mtp_trl.word_problems import load_dataset
 
@@ -111,6 +113,55 @@ def test_without_adapters_there_is_none_to_publish_alone(tmp_path):
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
     with pytest.raises(ValueError, match="set exact=True or pass peft_config"):
         MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0))
+
+
+def test_other_weights_of_the_same_shapes_are_not_the_base(tmp_path):
+    write_base(tmp_path / "base", rows=766)
+    trained(tmp_path)
+    alone = export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight += 0.1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "other")
+    for folder in (tmp_path / "run", alone):
+        load_student(folder, base=str(tmp_path / "base"))
+        with pytest.raises(ValueError, match="these weights differ from it"):
+            load_student(folder, base=str(tmp_path / "other"))
+    LlamaForCausalLM(LlamaConfig(vocab_size=766, **SIZES | {"intermediate_size": 64})).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="trained on another base: size mismatch"):
+        load_student(alone, base=str(tmp_path / "wider"))
+
+
+def test_adapters_are_checked_before_their_base_loads(tmp_path):
+    write_base(tmp_path / "base")
+    trained(tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "run" / PROVENANCE_FILE).rename(tmp_path / "provenance")
+    for load in (load_student, lambda folder: merge_folder(folder, tmp_path / "merged")):
+        with pytest.raises(ValueError, match="MTPDistillTrainer did not save them"):
+            load(tmp_path / "run")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapters are loaded from safetensors alone"):
+        merge_folder(tmp_path / "run", tmp_path / "merged")
+
+
+def test_the_revision_that_the_adapters_name_is_loaded(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    trained(tmp_path)
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "v2"}))
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(name, **options):
+        asked.append(options.get("revision"))
+        return load(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load_student(tmp_path / "run")
+    merge_folder(tmp_path / "run", tmp_path / "merged")
+    load_student(tmp_path / "run", base=str(tmp_path / "base"))
+    assert asked == ["v2", "v2", None]
 
 
 def test_a_pickle_is_not_loaded(tmp_path):
