@@ -1,5 +1,7 @@
 """Models for evaluation: loaded in float32 on a CPU, as they were saved elsewhere, with the folder's own `generate`."""
 
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ..hub import PROVENANCE_FILE, repository_file
 from ..lora import LORA_CONFIG, named_base, put_on
 
 _ANY_OF = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json")
 
 
 def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -66,9 +69,24 @@ def base_name(name: str | Path) -> str | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("base_model")
 
 
-def weights_of(name: str | Path) -> list[str]:
-    """What changes when other weights stand under the same name: the files of a folder and when they were written."""
-    return [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(name).glob("*.safetensors"))]
+def identity(name: str | Path, base: str | None) -> list[str]:
+    """What changes when other weights or another decoder stand under the same names, or are decoded elsewhere.
+
+    Of a folder its files and when they were written, of a repository on the Hub its commit. `base` as for `run_eval`; of an
+    adapter alone that which it names is meant, too.
+    """
+    below = _base_below(name, base) if base is None else (base, None)
+    decoders = (repository_file(name, "custom_generate/generate.py"), decoder.__file__)
+    code = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in decoders if path is not None]
+    return [*_stored(name), *([] if below is None else _stored(*below)), *code, *map(str, _place())]
+
+
+def _stored(name: str | Path, revision: str | None = None) -> list[str]:
+    if Path(name).is_dir():
+        files = [path for pattern in _MODEL_FILES for path in sorted(Path(name).glob(pattern))]
+        return [str(name), *(f"{path.name} {path.stat().st_mtime_ns}" for path in files)]
+    found = filter(None, (repository_file(name, file, revision) for file in _ANY_OF))
+    return [str(name), *itertools.islice(found, 1)]  # a cached file lies in the folder of its commit
 
 
 def _load_base_of(name: str | Path, base: str, revision: str | None) -> PreTrainedModel:
