@@ -5,9 +5,9 @@ once per threshold, then calibrates on one random part of it and measures the lo
     python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1250 --pool runs/calibration_by_place \\
         --output docs/results/calibration_by_place.json
 
-The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped. The parts are drawn anew for
-every repetition and share no problem within it. With `--per-place` every case is searched twice on the same parts, for one
-threshold and for thresholds by place.
+The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped, and a pool of another model or
+of other thresholds is refused. The parts are drawn anew for every repetition and share no problem within it. With
+`--per-place` every case is searched twice on the same parts, for one threshold and for thresholds by place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from rich.progress import track
 
 from mtp_trl.evaluation.calibration import BY_PLACE, Counts, Measure, Shape, argument, calibrate, even
-from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.models import identity, load_student
 from mtp_trl.evaluation.sweep import Setting, Threshold, evaluate_decoding
 from mtp_trl.evaluation.tasks import result
 from mtp_trl.hub import run_facts, write_atomically
@@ -72,14 +72,24 @@ def decodings(shapes: Sequence[Shape], grid: Sequence[float]) -> list[Setting]:
 
 
 def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings: Sequence[Setting]) -> None:
-    """One file per chunk of problems: of every threshold which answers are right and which are the model's own."""
+    """One file per chunk of problems: of every threshold which answers are right and which are the model's own.
+
+    Raises:
+        ValueError: the folder has a pool of another model, of other settings or of other chunks.
+    """
+    made = {
+        "model": identity(model_name, None),
+        "list of settings": [setting.label for setting in settings],
+        "chunk size": CHUNK,
+    }
+    check_pool(folder, made)
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_student(model_name)
     for start in track(range(0, len(problems), CHUNK), "decoding the pool"):
         path = folder / f"{start:06d}.json"
-        if path.is_file():
-            continue
         part = problems[start : start + CHUNK]
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["problems"] >= len(part):
+            continue
         sweep = evaluate_decoding(
             model,
             tokenizer,
@@ -100,12 +110,23 @@ def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings
             }
             for setting, records in sweep.records.items()
         }
-        write_atomically(path, json.dumps(answers) + "\n")
+        write_atomically(path, json.dumps({"made_with": made, "problems": len(part), "answers": answers}) + "\n")
+
+
+def check_pool(folder: Path, made: dict[str, Any]) -> None:
+    """Refuses what was not decoded in the same way, before anything is decoded."""
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8")).get("made_with", {})
+        if others := [name for name, value in made.items() if found.get(name) != value]:
+            raise ValueError(
+                f"{path} belongs to another pool, with another {', '.join(others)}; name another --pool or remove the folder."
+            )
 
 
 def read_pool(folder: Path, problems: int, settings: Sequence[Setting]) -> Pool:
     """The chunks in one piece: by decoding, of every problem whether the answer is right, its tokens and passes, ..."""
-    chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    paths = [folder / f"{start:06d}.json" for start in range(0, problems, CHUNK)]
+    chunks = [json.loads(path.read_text(encoding="utf-8"))["answers"] for path in paths]
     labels = [setting.label for setting in settings]
     return {
         label: {name: np.concatenate([chunk[label][name] for chunk in chunks])[:problems] for name in chunks[0][label]}

@@ -117,7 +117,9 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     _data_options(parser)
-    parser.add_argument("--base", metavar="MODEL", help="also decode the model before adaptation, and compare with it")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="also decode the model before adaptation, which an adapter alone acts on, and compare"
+    )
     parser.add_argument(
         "--thresholds", type=_thresholds, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9); T/T/... by place"
     )

@@ -166,9 +166,9 @@ def public_name(source: str) -> str:
     return path.name if path.exists() or not is_hub_id(source) else source
 
 
-def repository_file(name: str | Path, file: str) -> str | None:
+def repository_file(name: str | Path, file: str, revision: str | None = None) -> str | None:
     """Where a file of a folder or of a repository on the Hub lies; None where it has none."""
-    path: str | None = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+    path: str | None = cached_file(str(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return path
 
 

@@ -115,8 +115,8 @@ def _patterns(folder: Path, *, adapter_only: bool) -> tuple[str, ...]:
     has_adapter, has_model = (folder / ADAPTER_FILE).is_file(), (folder / "config.json").is_file()
     if adapter_only and not has_adapter:
         raise ValueError(
-            f"{folder} has no {ADAPTER_FILE}: only exact mode, and LoRA that trains no more rows than the mask's, can be "
-            "published as an adapter alone; leave adapter_only out."
+            f"{folder} has no {ADAPTER_FILE}: only exact mode, and LoRA that trains no more rows than the mask's and is "
+            "on no embedding that has grown by it, can be published as an adapter alone; leave adapter_only out."
         )
     if adapter_only or (has_adapter and not has_model):
         return (*_TOKENIZER, *_BESIDE, ADAPTER_FILE)

@@ -53,7 +53,7 @@ class HubLayout(NothingLost):
         if self.args.should_save:
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
             if is_peft_model(self.model):
-                write_mask_row(Path(folder), causal_lm(self.model), self.provenance)
+                write_mask_row(Path(folder), self.model, self.provenance)
 
     def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
         """As upstream, but for the card that PEFT writes beside adapters: a card of no use, taken for its author's own."""

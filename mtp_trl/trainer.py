@@ -33,6 +33,7 @@ from .evaluation.show import block_texts, coloured
 from .forward import can_pack, check_attention_backend, check_output_logits
 from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
+from .lora import check_alone, check_fits_base
 from .mask_token import add_mask_token
 from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
 from .objective import block_metrics, place_weights
@@ -88,6 +89,8 @@ class MTPDistillTrainer(HubLayout):
             raise ValueError(
                 "adapter_only=True publishes an adapter alone, and there is none; set exact=True or pass peft_config."
             )
+        if args.adapter_only and not args.exact and peft_config is not None:
+            check_alone(peft_config)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=args.trust_remote_code
         )
@@ -123,6 +126,8 @@ class MTPDistillTrainer(HubLayout):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        if args.adapter_only and not args.exact:
+            check_fits_base(self.model)
         self._decode_completions()
         attach_decoder(self.model)
         if self.teacher_model is not None:  # its decoder never samples the mask token

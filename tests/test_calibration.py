@@ -1,10 +1,13 @@
 """The tests behind a calibrated threshold are exact, its search keeps the promise, and `mtp-trl calibrate` writes it down."""
 
+import importlib.util
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,3 +268,53 @@ def test_the_experiment_on_fresh_problems_kept_its_promise(name):
         assert row["repetitions"] == 40
         assert row["kept"] >= 34
         assert row["without_threshold"] + sum(row["thresholds"].values()) == 40
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`benchmarks/calibration.py` with a stand-in for decoding, which lists the prompts that it gets in `decoded`."""
+    spec = importlib.util.spec_from_file_location("calibration_benchmark", ROOT / "benchmarks" / "calibration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.decoded = []
+
+    def decode(model, tokenizer, prompts, *, settings, **options):
+        module.decoded += prompts
+        records = [Record("", (int(prompt),), (1,), 1, 1.0, correct=True) for prompt in prompts]
+        return SimpleNamespace(records=dict.fromkeys(settings, records))
+
+    monkeypatch.setattr(module, "load_student", lambda name: (None, None))
+    monkeypatch.setattr(module, "evaluate_decoding", decode)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    return module
+
+
+def test_the_benchmarks_pool_goes_on_and_holds_no_problem_twice(benchmark, write_student, tmp_path):
+    problems = [SimpleNamespace(prompt=f"{i}", result=i) for i in range(10)]
+    settings = benchmark.decodings((even,), (0.9,))
+    student = str(write_student(tmp_path / "student", confadapt=0.9, verify=False))
+    for count in (6, 6, 10):
+        benchmark.decode_pool(student, tmp_path / "pool", problems[:count], settings)
+    assert [int(prompt) for prompt in benchmark.decoded] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9]  # the short chunk anew
+    assert len(benchmark.read_pool(tmp_path / "pool", 10, settings)["ConfAdapt 0.9"]["tokens"]) == 10
+    assert len(benchmark.read_pool(tmp_path / "pool", 5, settings)["ConfAdapt 0.9"]["tokens"]) == 5
+
+
+def test_another_pool_is_refused_before_anything_is_decoded(benchmark, write_student, tmp_path, monkeypatch):
+    problems = [SimpleNamespace(prompt=f"{i}", result=i) for i in range(6)]
+    settings = benchmark.decodings((even,), (0.9,))
+    student = write_student(tmp_path / "student", confadapt=0.9, verify=False)
+    benchmark.decode_pool(str(student), tmp_path / "pool", problems, settings)
+    benchmark.decoded.clear()
+    shutil.copytree(student, tmp_path / "other")
+    with pytest.raises(ValueError, match="another pool, with another model; name another --pool"):
+        benchmark.decode_pool(str(tmp_path / "other"), tmp_path / "pool", problems, settings)
+    with pytest.raises(ValueError, match="with another list of settings;"):
+        benchmark.decode_pool(str(student), tmp_path / "pool", problems, benchmark.decodings((even,), (0.8,)))
+    monkeypatch.setattr(benchmark, "CHUNK", 3)
+    with pytest.raises(ValueError, match="with another chunk size;"):
+        benchmark.decode_pool(str(student), tmp_path / "pool", problems, settings)
+    (tmp_path / "pool" / "000000.json").write_text("{}")  # of before there was anything to tell them by
+    with pytest.raises(ValueError, match="with another model, list of settings, chunk size;"):
+        benchmark.decode_pool(str(student), tmp_path / "pool", problems, settings)
+    assert benchmark.decoded == []

@@ -14,6 +14,7 @@ from mtp_trl.evaluation.commands import run_eval
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import from_json, markdown
 from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.lora import LORA_CONFIG
 
 NEW_TOKENS = 12
 
@@ -85,15 +86,49 @@ def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pareto.png", "results.json", "results.md"]
 
 
-def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path):
+def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, monkeypatch):
     """An evaluation is interrupted, the model trained anew into the same folder: nothing of the old one may be left."""
     student = tmp_path / "student"
     shutil.copytree(folders / "student", student)
-    parts = {commands._parts(tmp_path, str(student), None, asked) for asked in ([1], [1], [2])}
+    parts = [commands._parts(tmp_path, str(student), None, asked) for asked in ([1], [1], [2])]
     os.utime(student / "model.safetensors", ns=(1, 1))
-    parts.add(commands._parts(tmp_path, str(student), None, [1]))
-    assert len(parts) == 3
+    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    (student / "custom_generate" / "generate.py").write_text("# another decoder\n")
+    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    assert parts[0] == parts[1]
+    assert len(set(parts)) == len(parts) - 1
     assert {path.parent for path in parts} == {tmp_path / "parts"}
+
+
+def test_a_repository_with_another_commit_is_another_model(tmp_path, monkeypatch):
+    """An adapter on the Hub, and the base that it names: a push to either makes finished answers those of another model."""
+    commits = {"me/adapter": "1", "org/base": "1"}
+    files = {"me/adapter": {LORA_CONFIG: '{"base_model_name_or_path": "org/base"}'}, "org/base": {"config.json": "{}"}}
+
+    def cached(name, file, revision=None):
+        path = tmp_path / name / commits[name] / file
+        if file in files[name]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[name][file])
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr("mtp_trl.evaluation.models.repository_file", cached)
+    monkeypatch.setattr("mtp_trl.lora.repository_file", cached)
+    parts = [commands._parts(tmp_path, "me/adapter", None, []) for _ in range(2)]
+    for name in commits:
+        commits[name] = "2"
+        parts.append(commands._parts(tmp_path, "me/adapter", None, []))
+    assert parts[0] == parts[1]
+    assert len(set(parts)) == 3
+
+
+def test_what_other_evaluations_have_finished_stays(folders, tmp_path):
+    (tmp_path / "parts" / "other").mkdir(parents=True)
+    (tmp_path / "parts" / "other" / "0.json").write_text("{}")
+    evaluate(folders, tmp_path)
+    assert [path.name for path in (tmp_path / "parts").rglob("*")] == ["other", "0.json"]
 
 
 def test_without_a_base_nothing_is_compared_with_it(folders, tmp_path):

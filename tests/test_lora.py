@@ -1,11 +1,12 @@
 """LoRA adapters of a run: the mask's row goes with them, and they decode wherever they are put on; see test_publish too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,10 @@ from mtp_trl.cli import main
 from mtp_trl.custom_generate.generate import ADAPTER_FILE
 from mtp_trl.evaluation.models import load_student
 from mtp_trl.evaluation.report import from_json
-from mtp_trl.hub import PROVENANCE_FILE
+from mtp_trl.hub import PROVENANCE_FILE, set_decoding_defaults
+from mtp_trl.lora import merge_folder, write_lora, write_mask_row
+from mtp_trl.mask_token import add_mask_token
+from mtp_trl.models import with_mask_row
 from mtp_trl.publish import export
 from mtp_trl.word_problems import load_dataset
 
@@ -111,6 +115,96 @@ def test_without_adapters_there_is_none_to_publish_alone(tmp_path):
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
     with pytest.raises(ValueError, match="set exact=True or pass peft_config"):
         MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0))
+
+
+@pytest.mark.parametrize(
+    "unsuitable",
+    [
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+)
+def test_adapters_that_cannot_be_published_alone_are_refused_before_anything_loads(tmp_path, unsuitable):
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
+    with pytest.raises(ValueError, match="LoRA that fits its base as it is"):
+        MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0), peft_config=unsuitable)
+
+
+def test_a_peft_model_that_does_not_train_the_masks_row_is_not_published_alone(tmp_path):
+    write_base(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"]))
+    args = MTPDistillConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", k_max=4, adapter_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="LoRA that fits its base as it is"):
+        MTPDistillTrainer(model, args, load_dataset("train", 64, 0), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(766, False), (768, True)])
+def test_lora_on_an_output_embedding_is_published_alone_where_that_has_not_grown(tmp_path, rows, fits):
+    """TRL trains no LoRA there; other trainers may."""
+    write_base(tmp_path / "base", rows=rows)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
+    mask_id = add_mask_token(base, tokenizer)
+    set_decoding_defaults(base, confadapt=0.9, verify=False)
+    model = get_peft_model(base, with_mask_row(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), base, mask_id))
+    (tmp_path / "run" / "custom_generate").mkdir(parents=True)
+    (tmp_path / "alone").mkdir()
+    model.save_pretrained(tmp_path / "run")
+    write_mask_row(tmp_path / "run", model, {"base_model": "base"})
+    assert (tmp_path / "run" / ADAPTER_FILE).exists() == fits
+    if fits:
+        write_lora(tmp_path / "run", tmp_path / "alone")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "alone"))
+
+
+def test_other_weights_of_the_same_shapes_are_not_the_base(tmp_path):
+    write_base(tmp_path / "base", rows=766)
+    trained(tmp_path)
+    alone = export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight += 0.1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "other")
+    for folder in (tmp_path / "run", alone):
+        load_student(folder, base=str(tmp_path / "base"))
+        with pytest.raises(ValueError, match="these weights differ from it"):
+            load_student(folder, base=str(tmp_path / "other"))
+    LlamaForCausalLM(LlamaConfig(vocab_size=766, **SIZES | {"intermediate_size": 64})).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="trained on another base: size mismatch"):
+        load_student(alone, base=str(tmp_path / "wider"))
+
+
+def test_adapters_are_checked_before_their_base_loads(tmp_path):
+    write_base(tmp_path / "base")
+    trained(tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "run" / PROVENANCE_FILE).rename(tmp_path / "provenance")
+    for load in (load_student, lambda folder: merge_folder(folder, tmp_path / "merged")):
+        with pytest.raises(ValueError, match="MTPDistillTrainer did not save them"):
+            load(tmp_path / "run")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapters are loaded from safetensors alone"):
+        merge_folder(tmp_path / "run", tmp_path / "merged")
+
+
+def test_the_revision_that_the_adapters_name_is_loaded(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    trained(tmp_path)
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "v2"}))
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(name, **options):
+        asked.append(options.get("revision"))
+        return load(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load_student(tmp_path / "run")
+    merge_folder(tmp_path / "run", tmp_path / "merged")
+    load_student(tmp_path / "run", base=str(tmp_path / "base"))
+    assert asked == ["v2", "v2", None]
 
 
 def test_a_pickle_is_not_loaded(tmp_path):

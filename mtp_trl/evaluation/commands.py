@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rich.text import Text
 from ..custom_generate.generate import checked_thresholds
 from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
 from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
-from .models import base_name, load_base, load_student, weights_of
+from .models import base_name, identity, load_base, load_student
 from .report import Report, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
 from .sweep import SPEEDS, Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
@@ -38,7 +39,8 @@ def run_eval(
 
     Args:
         blocks: with `verify` and more than 1, the thresholds also with so many blocks of masks in each pass.
-        base: a model whose plain decoding the others are compared with; none by default.
+        base: a model whose plain decoding the others are compared with; none by default. An adapter alone acts on it, too,
+            and refuses one that it was not trained on.
         output: a folder for Markdown, JSON, answers and plot; nothing is written without one. A run that was interrupted
             goes on there.
 
@@ -50,6 +52,7 @@ def run_eval(
     verified = thresholds if verify else ()
     trees = [(blocks, threshold) for threshold in verified] if blocks > 1 else ()
     settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
+    parts = _parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
     sweep = evaluate_decoding(
         student,
         tokenizer,
@@ -59,24 +62,25 @@ def run_eval(
         max_new_tokens=max_new_tokens,
         scorer=task.scorer,
         base=None if base is None else load_base(base),
-        parts=_parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens]),
+        parts=parts,
     )
     facts = run_facts() | {"model": model, "base_model": base, "speeds": SPEEDS}
     report = Report(task.title, sweep.rows, batch_size, max_new_tokens, facts)
     console = Console()
     console.print(terminal_table(report))
     console.print(Text(report.caption), style="dim")
-    if output is not None:
+    if output is not None and parts is not None:
         console.print("\n".join(map(str, write_report(output, report, sweep))))
-        shutil.rmtree(output / "parts", ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
+        with suppress(OSError):  # others are there
+            parts.parent.rmdir()
 
 
 def _parts(output: Path | None, model: str, base: str | None, asked: Sequence[str | int]) -> Path | None:
     """Where an evaluation keeps what it has finished: another place for other weights, or for anything else asked of them."""
     if output is None:
         return None
-    weights = [[name, *weights_of(name)] for name in (model, base) if name is not None]
-    return output / "parts" / hashlib.sha256(json.dumps([weights, asked]).encode()).hexdigest()[:16]
+    return output / "parts" / hashlib.sha256(json.dumps([identity(model, base), asked]).encode()).hexdigest()[:16]
 
 
 def run_tasks(

@@ -1,5 +1,7 @@
 """Models for evaluation: loaded in float32 on a CPU, as they were saved elsewhere, with the folder's own `generate`."""
 
+import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +12,10 @@ from transformers.utils import logging
 
 from ..custom_generate import generate as decoder
 from ..hub import PROVENANCE_FILE, repository_file
-from ..lora import LORA_CONFIG, put_on
+from ..lora import LORA_CONFIG, named_base, put_on
+
+_ANY_OF = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json")
 
 
 def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -23,24 +28,33 @@ def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrain
         ValueError: the model was never adapted, or the base of an adapter cannot be loaded or is another one.
     """
     _check_there(name)
-    if (config := repository_file(name, LORA_CONFIG)) is not None:
-        named = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if (below := _base_below(name, base)) is not None:
         tokenizer = load_tokenizer(name)
-        adapted = put_on(_load_base_of(name, base or named), tokenizer, name)
-        return decoder.attach_decoder(adapted.merge_and_unload()), tokenizer
-    if repository_file(name, "config.json") is None and (adapter := repository_file(name, decoder.ADAPTER_FILE)) is not None:
-        return _load_base_with(name, adapter, base), load_tokenizer(name)
+        if repository_file(name, LORA_CONFIG) is not None:
+            adapted = put_on(lambda: _load_base_of(name, *below), tokenizer, name)
+            return decoder.attach_decoder(adapted.merge_and_unload()), tokenizer
+        return decoder.attach_adapter(decoder.attach_decoder(_load_base_of(name, *below)), str(name)), tokenizer
     model = _load(name, trust_remote_code=True)
     if not hasattr(model.config, "mtp"):
         raise ValueError(f"{name} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
     return model, load_tokenizer(name)
 
 
-def _check_there(name: str | Path) -> None:
+def _base_below(name: str | Path, base: str | None) -> tuple[str, str | None] | None:
+    """What an adapter without weights acts on, and its revision: by default what it names. None for whole models."""
+    if repository_file(name, LORA_CONFIG) is not None:
+        return named_base(name) if base is None else (base, None)
+    if repository_file(name, "config.json") is not None or (path := repository_file(name, decoder.ADAPTER_FILE)) is None:
+        return None
+    with safe_open(path, framework="pt") as file:
+        return base or file.metadata()["base_model_name_or_path"], None
+
+
+def _check_there(name: str | Path, revision: str | None = None) -> None:
     """In our words, before transformers' many."""
-    wanted = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
     try:
-        reason = None if any(repository_file(name, file) for file in wanted) else "no config.json in it, or not in reach"
+        there = any(repository_file(name, file, revision) for file in _ANY_OF)
+        reason = None if there else "no config.json in it, or not in reach"
     except OSError as error:  # no such repository, or none for this token
         reason = next(iter(str(error).splitlines()), type(error).__name__)
     if reason is not None and Path(name).is_dir():
@@ -55,29 +69,37 @@ def base_name(name: str | Path) -> str | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("base_model")
 
 
-def weights_of(name: str | Path) -> list[str]:
-    """What changes when other weights stand under the same name: the files of a folder and when they were written."""
-    return [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(name).glob("*.safetensors"))]
+def identity(name: str | Path, base: str | None) -> list[str]:
+    """What changes when other weights or another decoder stand under the same names, or are decoded elsewhere.
+
+    Of a folder its files and when they were written, of a repository on the Hub its commit. `base` as for `run_eval`; of an
+    adapter alone that which it names is meant, too.
+    """
+    below = _base_below(name, base) if base is None else (base, None)
+    decoders = (repository_file(name, "custom_generate/generate.py"), decoder.__file__)
+    code = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in decoders if path is not None]
+    return [*_stored(name), *([] if below is None else _stored(*below)), *code, *map(str, _place())]
 
 
-def _load_base_with(name: str | Path, adapter: str, base: str | None) -> PreTrainedModel:
-    if base is None:
-        with safe_open(adapter, framework="pt") as file:
-            base = file.metadata()["base_model_name_or_path"]
-    return decoder.attach_adapter(decoder.attach_decoder(_load_base_of(name, base)), str(name))
+def _stored(name: str | Path, revision: str | None = None) -> list[str]:
+    if Path(name).is_dir():
+        files = [path for pattern in _MODEL_FILES for path in sorted(Path(name).glob(pattern))]
+        return [str(name), *(f"{path.name} {path.stat().st_mtime_ns}" for path in files)]
+    found = filter(None, (repository_file(name, file, revision) for file in _ANY_OF))
+    return [str(name), *itertools.islice(found, 1)]  # a cached file lies in the folder of its commit
 
 
-def _load_base_of(name: str | Path, base: str) -> PreTrainedModel:
+def _load_base_of(name: str | Path, base: str, revision: str | None) -> PreTrainedModel:
     try:
-        return load_base(base)
+        return load_base(base, revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is an adapter alone, and its base {base!r} cannot be loaded; name it with --base.") from error
 
 
-def load_base(name: str | Path) -> PreTrainedModel:
+def load_base(name: str | Path, revision: str | None = None) -> PreTrainedModel:
     """A model as transformers decodes it, one token per pass."""
-    _check_there(name)
-    return _load(name, trust_remote_code=False)
+    _check_there(name, revision)
+    return _load(name, trust_remote_code=False, revision=revision)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -88,12 +110,19 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(name: str | Path, *, trust_remote_code: bool) -> PreTrainedModel:
+def _load(name: str | Path, *, trust_remote_code: bool, revision: str | None = None) -> PreTrainedModel:
     logging.disable_progress_bar()  # one bar per model is noise between tables
-    cuda = torch.cuda.is_available()
-    # One token alone and the same token with others behind it differ by rounding: only float32 decodes identically,
-    # and bfloat16 is slow on most CPUs.
+    device, dtype = _place()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(name), trust_remote_code=trust_remote_code, dtype="auto" if cuda else torch.float32
+        str(name), trust_remote_code=trust_remote_code, dtype=dtype, revision=revision
     )
-    return model.to("cuda" if cuda else "cpu").eval()
+    return model.to(device).eval()
+
+
+def _place() -> tuple[str, str | torch.dtype]:
+    """Device and dtype.
+
+    One token alone and the same token with others behind it differ by rounding: only float32 decodes identically, and
+    bfloat16 is slow on most CPUs.
+    """
+    return ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
