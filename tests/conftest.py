@@ -217,7 +217,7 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
     workers would live on and hold the pipes, for which it waits.
     """
 
-    def run(arguments: Sequence[object], *, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(arguments: Sequence[object], *, timeout: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, arguments)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, text=True, **streams, **options) as process:
