@@ -167,6 +167,7 @@ def evaluate_decoding(
             batch = prompts[start : start + batch_size]
             kept = None if parts is None else parts / f"{start}.json"
             done = {} if kept is None or not kept.is_file() else _read_part(kept)
+            finished = len(done)
             for setting, answers in records.items():
                 bar.update(task, description=setting.label)
                 if setting.label not in done:
@@ -175,7 +176,7 @@ def evaluate_decoding(
                     )
                 answers += done[setting.label]
                 bar.advance(task, len(batch))
-            if kept is not None:
+            if kept is not None and len(done) > finished:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(kept, json.dumps({label: list(map(asdict, part)) for label, part in done.items()}) + "\n")
     if scorer is not None:
