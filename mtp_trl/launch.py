@@ -9,6 +9,7 @@ the path override the recipe: `accelerate launch recipes/tiny.yaml --max_steps 1
 # Only the standard library here: the environment has to be set before torch is loaded.
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -40,7 +41,22 @@ def run(path: str) -> str:
     if caller["__name__"] == "__mp_main__":
         caller.update(true=True, false=False, null=None)
         return path
-    raise SystemExit(main(Path(path), sys.argv[1:]))
+    status: list[int] = []
+    atexit.register(_skip_teardown, status)  # the first to be registered is the last to be called
+    status.append(main(Path(path), sys.argv[1:]))
+    raise SystemExit(status[0])
+
+
+def _skip_teardown(status: list[int]) -> None:
+    """Ends one of several processes before its interpreter is taken apart, if the run has come to its end.
+
+    A thread of gloo that then lets go of a tensor needs the interpreter, and aborts the process: `accelerate launch` would
+    report a finished run as failed (pytorch issue 190489).
+    """
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status[0])
 
 
 def main(path: Path, overrides: Sequence[str] = ()) -> int:

@@ -17,6 +17,7 @@ TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
 
 SCRIPT = """
 import json
+import os
 import sys
 from pathlib import Path
 import torch
@@ -61,9 +62,10 @@ if options["decode"]:  # each process another prompt and another length: one of 
     Path(args.output_dir, f"texts_{rank}.json").write_text(json.dumps([text[0].tolist() for text in texts]))
 if trainer.is_world_process_zero():
     print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), flush=True)
-if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process
+if torch.distributed.is_initialized():  # as mtp_trl.launch: the interpreter's end may abort the process
     trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 

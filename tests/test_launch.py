@@ -92,6 +92,27 @@ def test_run_leaves_by_system_exit(write, monkeypatch):
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize(("processes", "torn_down"), [(1, True), (2, False)])
+def test_one_of_several_processes_leaves_before_the_interpreter_is_taken_apart(run_program, tmp_path, processes, torn_down):
+    """Exit status, exit handlers and output stay; the interpreter's end, where threads of gloo abort, is left out."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "import atexit, mtp_trl.launch as launch\n"
+        "class Last:\n"
+        "    def __del__(self, print=print): print('torn down')\n"
+        "def main(path, overrides):\n"
+        "    global last\n"
+        "    atexit.register(print, 'handlers ran')\n"
+        "    last = Last()\n"
+        "    return 3\n"
+        "launch.main = main\n"
+        "launch.run(__file__)\n"
+    )
+    done = run_program([recipe], env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)})
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["handlers ran", *["torn down"] * torn_down]
+
+
 def test_workers_that_reexecute_the_recipe_do_not_train(write):
     """Spawned workers run the main file again as __mp_main__: the YAML below the first line must then run."""
     path = write(gradient_checkpointing=None)
