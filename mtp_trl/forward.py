@@ -7,14 +7,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .regions import Layout, chunk_by_position, window_by_position
+
+logger = get_logger(__name__)
+
+# FlexAttention skips masks in blocks of 128 x 128: in shorter rows hardly a block is empty
+_FLEX_FROM_TOKENS = 512
+# Of the largest value, between two backends in half precision
+_FLEX_TOLERANCE = 2e-2
 
 # attention whose mask can be restated for a packed row; every other layer type takes the suffix layout
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -40,6 +50,61 @@ def check_attention_backend(model: PreTrainedModel) -> None:
             f"attn_implementation={backend!r} takes 2D masks only and cannot express packed regions; "
             "load the model with attn_implementation='sdpa' (or 'eager' for models that refuse sdpa)."
         )
+
+
+def take_flex_attention(model: PreTrainedModel, row_tokens: int, device: torch.device) -> None:
+    """FlexAttention in place of SDPA on CUDA, for rows long enough to have empty blocks, where a trial finds both alike."""
+    config = model.config.get_text_config()
+    supported = model._supports_flex_attn and can_pack(model) and config._attn_implementation == "sdpa"
+    if device.type != "cuda" or row_tokens < _FLEX_FROM_TOKENS or not supported:
+        return
+    if fault := flex_attention_fault(config, model.dtype, device):
+        logger.warning(f"Training with SDPA, since FlexAttention does not do here: {fault}")
+    else:
+        model.set_attn_implementation("flex_attention")
+
+
+def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What one attention of this model's shape finds wrong with FlexAttention, forward and backward; None if nothing.
+
+    It depends on device, PyTorch, compiler, head size and precision, so it is tried. The compiled kernel is used again.
+    """
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layer = SimpleNamespace(num_key_value_groups=heads // key_heads, training=True, is_causal=True)
+    try:
+        random = torch.Generator(device).manual_seed(0)
+        allowed = torch.rand(1, 192, 192, generator=random, device=device).lt(0.5).tril() | torch.eye(192, device=device).bool()
+        states = [
+            torch.randn(1, count, 192, size, generator=random, device=device).to(dtype).requires_grad_()
+            for count in (heads, key_heads, key_heads)
+        ]
+        results = []
+        for backend in ("sdpa", "flex_attention"):
+            mask = _backend_mask(config, allowed, dtype, backend)
+            output, _ = ALL_ATTENTION_FUNCTIONS[backend](layer, *states, mask, scaling=size**-0.5, dropout=0.0)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
+    except Exception as error:  # a compiler fails in ways of its own
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    for name, one, other in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        gap = ((one - other).abs().max() / one.abs().max()).item()
+        if not gap <= _FLEX_TOLERANCE:
+            return f"its {name} is off by {gap:.1%}."
+    return None
+
+
+@contextmanager
+def dense_masks(model: PreTrainedModel) -> Iterator[None]:
+    """SDPA, or eager attention, in place of FlexAttention within the block: `generate` makes dense masks."""
+    if model.config.get_text_config()._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
 
 
 def attention_masks(
@@ -68,7 +133,7 @@ def attention_masks(
             allowed = window_by_position(full, positions, window=window)
         elif layer_type == "chunked_attention":
             allowed = chunk_by_position(full, positions, chunk=chunk)
-        return _backend_mask(config, allowed[:, queries, keys], dtype)
+        return _backend_mask(config, allowed[:, queries, keys], dtype, config._attn_implementation)
 
     if hasattr(config, "layer_types"):
         return {layer_type: mask_of(layer_type) for layer_type in set(config.layer_types)}
@@ -77,8 +142,8 @@ def attention_masks(
     return mask_of("chunked_attention" if chunk is not None else "full_attention")
 
 
-def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    build = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    build = ALL_MASK_ATTENTION_FUNCTIONS[backend]
     rows, query_count, key_count = allowed.shape
     mask: Tensor = build(
         batch_size=rows,

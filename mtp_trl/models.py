@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from .config import MTPDistillConfig
-from .forward import evaluating
+from .forward import evaluating, take_flex_attention
 from .gated_adapter import add_gated_adapter
 from .mask_token import add_mask_token
 
@@ -78,7 +78,10 @@ def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) ->
             import deepspeed
 
             deepspeed.init_distributed()  # weights are sharded while they load; without CUDA nobody has started it yet
-        model: PreTrainedModel = create_model_from_path(name, **{**options, **overrides})
+        chosen = {**options, **overrides}
+        model: PreTrainedModel = create_model_from_path(name, **chosen)
+        if chosen.get("attn_implementation") is None:
+            take_flex_attention(model, args.max_length + args.slots_per_row, args.device)
         return model
 
     return load

@@ -7,8 +7,8 @@ Only the seams of the base class are here; the arithmetic is in `regions`, `obje
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +30,7 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import column_names, prepare_dataset
 from .evaluation.show import block_texts, coloured
-from .forward import can_pack, check_attention_backend, check_output_logits
+from .forward import can_pack, check_attention_backend, check_output_logits, dense_masks
 from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
 from .lora import check_alone, check_fits_base
@@ -158,9 +158,16 @@ class MTPDistillTrainer(HubLayout):
                 backbone = causal_lm(self.accelerator.unwrap_model(model)).base_model
                 backbone.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
-    def _decoding_as_it_is(self) -> AbstractContextManager[Any]:
-        """Decoding has shapes of its own at every pass, and would be compiled for each."""
-        return torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+    @contextmanager
+    def _decoding_as_it_is(self) -> Iterator[None]:
+        """Decoding has shapes of its own at every pass, and would be compiled for each; its masks are dense ones."""
+        with ExitStack() as stack:
+            if self.args.torch_compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for model in (self.model, self.teacher_model):
+                if model is not None:
+                    stack.enter_context(dense_masks(causal_lm(self.accelerator.unwrap_model(model))))
+            yield
 
     def _decode_completions(self) -> None:
         """How bare prompts are completed: one token per pass, or in the student's own blocks, as ConfAdapt takes them."""

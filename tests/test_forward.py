@@ -1,16 +1,22 @@
 """Packed and suffix layouts: the same logits as separate forward passes, on every supported architecture."""
 
+import logging
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mtp_trl import forward
 from mtp_trl.forward import (
     attention_masks,
     can_pack,
     check_attention_backend,
     check_output_logits,
+    flex_attention_fault,
     hidden_states,
     output_logits,
+    take_flex_attention,
 )
 from mtp_trl.regions import Layout, pack_regions, row_generator, sample_regions, suffix_regions
 
@@ -123,3 +129,47 @@ def test_block_masks_of_flex_attention_mean_the_same(tiny_model):
             hidden[backend] = hidden_states(model, layout.ids_XT, layout, masks)[read]
     assert isinstance(masks, BlockMask)
     torch.testing.assert_close(hidden["flex_attention"], hidden["sdpa"], atol=2e-5, rtol=1e-4)
+
+
+CUDA = torch.device("cuda")  # named alone: no test needs one
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "device", "fault", "taken"),
+    [
+        ("mistral", 512, CUDA, None, True), ("mistral", 511, CUDA, None, False), ("mistral", 512, CUDA, "slow", False),
+        ("mistral", 512, torch.device("cpu"), None, False), ("falcon_h1", 512, CUDA, None, False),
+        ("gemma2", 512, CUDA, None, False),  # eager by choice
+    ],
+)  # fmt: skip
+def test_long_rows_on_cuda_take_flex_attention(tiny_model, monkeypatch, name, tokens, device, fault, taken):
+    model = tiny_model(name)
+    before = model.config._attn_implementation
+    monkeypatch.setattr(forward, "flex_attention_fault", lambda *shape: fault)
+    monkeypatch.setattr(forward, "logger", logging.getLogger("plain"))
+    take_flex_attention(model, tokens, device)
+    assert model.config._attn_implementation == ("flex_attention" if taken else before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_tells_whether_flex_attention_does(tiny_model, monkeypatch, dtype):
+    """Three backends in its place: the one it is compared with, the same on another mask, and itself without a backward."""
+    config = tiny_model("mistral").config
+    cpu, sdpa = torch.device("cpu"), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    build = forward._backend_mask
+    monkeypatch.setattr(forward, "_backend_mask", lambda *options: build(*options[:-1], "sdpa"))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", sdpa)
+    assert flex_attention_fault(config, dtype, cpu) is None
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", lambda *given, **named: sdpa(*given[:4], None, **named))
+    assert "its output is off by" in str(flex_attention_fault(config, dtype, cpu))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_device_that_cannot_is_told_in_one_line(tiny_model):
+    with torch.compiler.set_stance("force_eager"):
+        fault = flex_attention_fault(tiny_model("mistral").config, torch.float32, torch.device("cpu"))
+    assert fault is not None
+    assert "backward" in fault
+    assert "\n" not in fault

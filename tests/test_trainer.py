@@ -294,6 +294,24 @@ def test_evaluation_is_repeatable_and_decodes(tmp_path, tokenizer, capsys):
     assert {"eval_reward", "eval_agreement/place_2", "eval_drift/kl"} <= set(first)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # which takes a minute
+@pytest.mark.parametrize("exact", [False, True])
+def test_flex_attention_evaluates_and_decodes_alike(tmp_path, tokenizer, exact):
+    """FlexAttention has no backward on CPUs; the passes of an evaluation need none. Decoding has dense masks of its own."""
+    outcomes = []
+    for backend in ("sdpa", "flex_attention"):
+        student = model()
+        student.set_attn_implementation(backend)
+        args = arguments(tmp_path, num_eval_prompts=2, exact=exact)
+        trainer = MTPDistillTrainer(student, args, rows(), load_dataset("test", 6, 0), processing_class=tokenizer)
+        with torch.compiler.set_stance("force_eager"):
+            metrics = trainer.evaluate()
+        assert student.config._attn_implementation == backend
+        outcomes.append({name: value for name, value in metrics.items() if not name.endswith(("time", "runtime", "second"))})
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-3, abs=1e-4)
+
+
 def test_attached_decoder_works_before_anything_is_saved(tmp_path, tokenizer):
     trainer = MTPDistillTrainer(model(), arguments(tmp_path), rows(), processing_class=tokenizer)
     ids = tokenizer("Tom has 3", return_tensors="pt")
