@@ -151,6 +151,8 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     def command(options: argparse.Namespace) -> int:
         from .evaluation.commands import run_eval, run_tasks
 
+        if options.blocks > 1 and not options.verify:
+            options.parser.error("--blocks needs --verify: several blocks are drafts of the text that is then verified")
         if options.tasks:
             run_tasks(
                 options.model,
@@ -159,6 +161,7 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
                 ks=options.static,
                 thresholds=options.thresholds,
                 verify=options.verify,
+                blocks=options.blocks,
                 batch_size=options.batch_size,
                 limit=options.limit,
                 chat_template=options.chat_template,

@@ -56,6 +56,7 @@ MODEL = str(ROOT / "models" / "tiny_exact_long")
         (["eval", "x", "--static", "2,x"], "'x' is not a whole number from 1 on"),
         (["eval", "x", "--batch-size", "0"], "'0' is not a whole number from 1 on"),
         (["eval", "x", "--blocks", "0"], "'0' is not a whole number from 1 on"),
+        (["eval", "x", "--blocks", "8"], "--blocks needs --verify"),
         (["eval", "x", "--output", __file__], "is a file, and a folder is needed"),
         (["eval", "x", "--task-data", "gsm8k_cot"], "is not TASK=FILE"),
         (["show", "x", "y", "--k", "few"], "'few' is not a whole number from 1 on"),

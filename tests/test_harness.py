@@ -110,9 +110,10 @@ def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": QUESTIONS[0], "answer": "never"}) + "\n")
     options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--task-data", f"local_sums={other}"]
-    assert main(["eval", str(root / "student"), *options, "--thresholds", "0.5", "--output", str(tmp_path / "out")]) == 0
+    options += ["--thresholds", "0.5", "--verify", "--blocks", "2", "--output", str(tmp_path / "out")]
+    assert main(["eval", str(root / "student"), *options]) == 0
     report = from_json((tmp_path / "out" / "local_sums" / "results.json").read_text())
-    assert [row.setting.label for row in report.rows] == ["student, k=1", "ConfAdapt 0.5"]
+    assert [row.setting.label for row in report.rows] == ["student, k=1", "ConfAdapt 0.5", "verified 0.5", "2 blocks 0.5"]
     assert report.rows[0].problems == 1
     assert report.rows[0].accuracy.value == 0.0
     assert "dataset" not in report.provenance  # a local file is no dataset of the Hub

@@ -49,9 +49,7 @@ def run_eval(
     """
     _check(ks, thresholds)
     student, tokenizer = load_student(model, base=base)
-    verified = thresholds if verify else ()
-    trees = [(blocks, threshold) for threshold in verified] if blocks > 1 else ()
-    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
+    settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
     parts = _parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
     sweep = evaluate_decoding(
         student,
@@ -76,6 +74,14 @@ def run_eval(
             parts.parent.rmdir()
 
 
+def _settings(
+    ks: Sequence[int], thresholds: Sequence[Threshold], *, verify: bool, blocks: int, base: str | None
+) -> list[Setting]:
+    verified = thresholds if verify else ()
+    trees = [(blocks, threshold) for threshold in verified] if blocks > 1 else ()
+    return decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
+
+
 def _parts(output: Path | None, model: str, base: str | None, asked: Sequence[str | int]) -> Path | None:
     """Where an evaluation keeps what it has finished: another place for other weights, or for anything else asked of them."""
     if output is None:
@@ -91,6 +97,7 @@ def run_tasks(
     ks: Sequence[int],
     thresholds: Sequence[Threshold],
     verify: bool,
+    blocks: int = 1,
     batch_size: int,
     limit: int | None = None,
     chat_template: bool | None = None,
@@ -101,6 +108,7 @@ def run_tasks(
     """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
 
     Args:
+        blocks: as in `run_eval`.
         chat_template: whether prompts go through the tokenizer's chat template; None: as the paper did with the model's base.
         data: JSON Lines files in place of tasks' own test sets, by task.
         output: a folder, with one more for each task; a run that was interrupted goes on from what is there.
@@ -118,8 +126,7 @@ def run_tasks(
         chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
     if chat_template and not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {model} has no chat template; evaluate with --no-chat-template.")
-    verified = thresholds if verify else ()
-    settings = decoding_settings(ks=ks, confadapt=thresholds, verified=verified, base=base is not None)
+    settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
     harness = HarnessModel(student, tokenizer, base=None if base is None else load_base(base), batch_size=batch_size)
     console = Console()
     for task in tasks:
