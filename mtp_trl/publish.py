@@ -37,8 +37,10 @@ _BESIDE = ("custom_generate/generate.py", hub.PROVENANCE_FILE, CALIBRATION_FILE,
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _MODEL = ("config.json", "generation_config.json", "*.py", *_WEIGHTS)
 # What an earlier push may have left and would be wrong beside this one: other shards, an adapter before it was merged.
-_OURS = (*_MODEL, *_TOKENIZER, *_BESIDE, ADAPTER_FILE, "adapter_*", "*.bin", "custom_generate/*", ".eval_results/*")
-_KEPT = ("README.md", "LICENSE*")
+_STALE = (
+    "config.json", "generation_config.json", *_WEIGHTS, *_TOKENIZER, "custom_generate/*", hub.PROVENANCE_FILE, CALIBRATION_FILE,
+    f"{RESULTS_FOLDER}/*", "adapter_config.json", "adapter_model.*", "pytorch_model*.bin*",
+)  # fmt: skip
 
 
 def export(
@@ -183,7 +185,7 @@ def push(
         repo_id: `you/name`, or a name under your own account; made if it is not there.
         private: whether a new repository is private.
         token: by default that of `hf auth login` or of HF_TOKEN.
-        revision: a branch; main by default.
+        revision: a branch, made if it is not there; main by default.
         commit_message: of the commit.
         blocking: False uploads in the background and returns a future; the folder may then change or vanish.
 
@@ -195,6 +197,8 @@ def push(
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
     # A snapshot beside the folder, which may be a checkpoint that training removes meanwhile. Hard links cost nothing, but
     # show what is written into a file later.
     parent = Path(folder).resolve().parent
@@ -237,14 +241,13 @@ def _commit(api: HfApi, folder: Path, repo_id: str, *, revision: str | None, mes
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     with _explained(repo_id):
         head = api.model_info(repo_id, revision=revision)
-        stale = [
-            sibling.rfilename
-            for sibling in head.siblings or []
-            if sibling.rfilename not in names
-            and any(_matches(sibling.rfilename, pattern) for pattern in _OURS)
-            and not any(_matches(sibling.rfilename, pattern) for pattern in _KEPT)
+        there = {sibling.rfilename for sibling in head.siblings or []}
+        stale = {name for name in there if any(_matches(name, pattern) for pattern in _STALE)}
+        reports = {Path(name).stem for name in stale if _matches(name, f"{RESULTS_FOLDER}/*.json")}
+        stale |= there & {f".eval_results/{report}.yaml" for report in reports}  # entries of others are the author's
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationDelete(name) for name in sorted(stale - names.keys())
         ]
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, str(path)) for name, path in names.items()]
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head.sha)
 

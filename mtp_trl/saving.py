@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi
+from transformers.integrations import deepspeed as zero
 from transformers.trainer import TRAINING_ARGS_NAME, PushInProgress
 from transformers.trainer_utils import HubStrategy
 
 from . import hub
-from .card import write_card
+from .card import RESULTS_FOLDER, write_card
 from .checkpoints import NothingLost
+from .evaluation.calibration import CALIBRATION_FILE, Calibration
 from .gated_adapter import split_adapter
 from .lora import save_merged, write_mask_row
 from .models import causal_lm
@@ -35,9 +40,13 @@ class HubLayout(NothingLost):
     provenance: dict[str, Any]
     _tokenizer: Any  # upstream's
     push_in_progress: Any  # the base class gives it no type
+    _saved: tuple[str, int] | None = None  # the last folder, and the step
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
+        unchanged = self._saved == (folder, self.state.global_step)
+        if self.args.should_save and not unchanged:
+            _set_aside(Path(folder))
         adapter = None
         if self.args.exact and state_dict is not None:
             adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
@@ -54,6 +63,11 @@ class HubLayout(NothingLost):
             hub.write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
             if is_peft_model(self.model):
                 write_mask_row(Path(folder), self.model, self.provenance)
+            if unchanged and (measured := Path(folder) / CALIBRATION_FILE).is_file():
+                threshold = Calibration.read(measured).threshold
+                if threshold is not None:
+                    hub.write_decoding_defaults(Path(folder), confadapt=threshold, verify=False)
+            self._saved = (folder, self.state.global_step)
 
     def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
         """As upstream, but for the card that PEFT writes beside adapters: a card of no use, taken for its author's own."""
@@ -124,14 +138,18 @@ class HubLayout(NothingLost):
         """As upstream, which sends neither decoder nor adapter, and sends `training_args.bin` with the token in it."""
         if self._saving:  # uploads run in the background: not from a folder that is about to be renamed
             return
-        running = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        running = [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
         if running and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._push_folder(checkpoint_folder, message, blocking=False)]
+        try:
+            jobs = [self._push_folder(checkpoint_folder, message, blocking=False)]
+        except (OSError, ValueError) as error:
+            logger.warning(_FAILED.format(error=error))
+            return
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             send = functools.partial(
@@ -158,22 +176,49 @@ class HubLayout(NothingLost):
         private: bool | None = None,
         tags: str | list[str] | None = None,
     ) -> Any:
-        if is_peft_model(self.model) and not self.args.adapter_only:
+        is_whole = not zero.is_deepspeed_zero3_enabled() and not self.is_fsdp_enabled
+        if is_peft_model(self.model) and not self.args.adapter_only and is_whole:
             folder = str(save_merged(self.model, self._tokenizer, Path(self.args.output_dir) / "merged", self.provenance))
-        return push(
-            folder,
-            self.hub_model_id,
-            private=self.args.hub_private_repo if private is None else private,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=message or "Upload model",
-            adapter_only=self.args.adapter_only,
-            tags=[tags] if isinstance(tags, str) else tags or (),
-            blocking=blocking,
-        )
+        with _by_itself():  # where weights are sharded, adapters are merged into their base as it was loaded
+            return push(
+                folder,
+                self.hub_model_id,
+                private=self.args.hub_private_repo if private is None else private,
+                token=token or self.args.hub_token,
+                revision=revision or self.args.hub_revision,
+                commit_message=message or "Upload model",
+                adapter_only=self.args.adapter_only,
+                tags=[tags] if isinstance(tags, str) else tags or (),
+                blocking=blocking,
+            )
+
+
+_FAILED = "A push during training failed, the next one makes up for it: {error}"
 
 
 def _warn_if_failed(job: Future[Any]) -> None:
-    """A push that fails in the background must not end the training, nor pass without a word."""
+    """A push that fails must not end the training, nor pass without a word."""
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"A push during training failed, the next one makes up for it: {error}")
+        logger.warning(_FAILED.format(error=error))
+
+
+def _set_aside(folder: Path) -> None:
+    """What was measured of weights that are about to be replaced keeps its content, under a name that no push sends."""
+    for name in (CALIBRATION_FILE, RESULTS_FOLDER):
+        measured, aside = folder / name, folder / f"earlier_{name}"
+        if measured.exists():
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            measured.replace(aside)
+            logger.warning(f"{measured} was measured of other weights, and is {aside.name} from now on.")
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """This process loads whole weights within the block, which ZeRO-3 would share out among all of them."""
+    configured = zero._hf_deepspeed_config_weak_ref
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = configured

@@ -1,11 +1,13 @@
 """Set for every test, before any library reads it: nothing fetched, nothing reported, nothing written outside."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -25,7 +27,7 @@ _private_folder("HF_MODULES_CACHE")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _private_folder("TORCH_EXTENSIONS_DIR")
 
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -232,3 +234,20 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def hub_server() -> Iterator[Any]:
+    """The stand-in Hub, its repositories open to the test."""
+    spec = importlib.util.spec_from_file_location("hub_stub", Path(__file__).parent / "hub_stub.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -23,18 +23,25 @@ class Repository:
     """Files by commit; a file is its bytes, or (sha256, size) of an LFS object."""
 
     def __init__(self, name: str) -> None:
-        self.head = hashlib.sha1(name.encode()).hexdigest()
+        self.branches = {"main": hashlib.sha1(name.encode()).hexdigest()}
         self.commits: dict[str, dict[str, Any]] = {self.head: {".gitattributes": b""}}
         self.private = False
 
+    @property
+    def head(self) -> str:
+        """The newest commit of main."""
+        return self.branches["main"]
+
     def at(self, revision: str) -> tuple[str, dict[str, Any] | None]:
-        commit = self.head if revision == "main" else revision
+        commit = self.branches.get(revision, revision)
         return commit, self.commits.get(commit)
 
-    def write(self, files: dict[str, Any]) -> None:
+    def write(self, files: dict[str, Any], branch: str = "main") -> str:
         """A commit that holds these files and nothing else."""
-        self.head = hashlib.sha1(f"{self.head} {sorted(files.items())}".encode()).hexdigest()
-        self.commits[self.head] = files
+        commit = hashlib.sha1(f"{self.branches[branch]} {sorted(files.items())}".encode()).hexdigest()
+        self.commits[commit] = files
+        self.branches[branch] = commit
+        return commit
 
     def names(self) -> set[str]:
         """Files of the newest commit."""
@@ -189,8 +196,18 @@ def commit(h: Handler, data: bytes, name: str, revision: str) -> None:
             files[value["path"]] = (value["oid"], value["size"])
         elif entry["key"] == "deletedFile":
             files.pop(value["path"], None)
-    repository.write(files)
-    return h.reply(200, {"success": True, "commitOid": repository.head, "commitUrl": f"{h.server.url}/{name}/commit/x"})
+    if unquote(revision) not in repository.branches:
+        return h.fail(404, "RevisionNotFound")
+    oid = repository.write(files, unquote(revision))
+    return h.reply(200, {"success": True, "commitOid": oid, "commitUrl": f"{h.server.url}/{name}/commit/x"})
+
+
+def branch(h: Handler, _: bytes, name: str, revision: str) -> None:
+    repository = h.server.repositories[name]
+    if unquote(revision) in repository.branches:
+        return h.fail(409, "Conflict")
+    repository.branches[unquote(revision)] = repository.head
+    return h.reply(200)
 
 
 def resolve(h: Handler, _: bytes, name: str, revision: str, path: str) -> None:
@@ -217,6 +234,8 @@ def info(h: Handler, _: bytes, name: str, revision: str = "main") -> None:
     if name not in h.server.repositories:
         return h.fail(401, "RepoNotFound")
     sha, files = h.server.repositories[name].at(unquote(revision or "main"))
+    if files is None:
+        return h.fail(404, "RevisionNotFound")
     siblings = [{"rfilename": path} for path in sorted(files or {})]
     return h.reply(200, {"_id": "0" * 24, "id": name, "modelId": name, "sha": sha, "private": False, "tags": [],
                          "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
@@ -245,6 +264,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("PUT", "/_lfs/(?P<oid>[0-9a-f]{64})", lfs_put),
     ("GET HEAD", "/_lfs/(?P<oid>[0-9a-f]{64})", lfs_get),
     ("POST", f"/api/models/{_NAME}/commit/{_REVISION}", commit),
+    ("POST", f"/api/models/{_NAME}/branch/{_REVISION}", branch),
     ("GET HEAD", f"/{_NAME}/resolve/{_REVISION}/(?P<path>.+)", resolve),
     ("GET", f"/api/models/{_NAME}/tree/{_REVISION}(?P<folder>/.*)?", tree),
     ("GET", f"/api/models/{_NAME}(?:/revision/{_REVISION})?", info),

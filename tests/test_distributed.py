@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 import mtp_trl.word_problems
@@ -54,6 +54,8 @@ trainer = MTPDistillTrainer(
 assert trainer.is_deepspeed_enabled == bool(args.deepspeed)
 trainer.train(resume_from_checkpoint=options.get("resume"))
 trainer.save_model()
+if options["push"]:
+    trainer.push_to_hub()
 if options["decode"]:  # each process another prompt and another length: one of them is done long before the other
     rank = trainer.accelerator.process_index
     ids = torch.arange(5, 9 + 2 * rank, device=trainer.accelerator.device)[None]
@@ -93,19 +95,19 @@ def train(run_program, source, tmp_path):
     """Runs the script in so many processes; returns its losses and what it saved."""
 
     def run(processes: int, name: str, *, rows: int = 768, launch: tuple = (), resume: str | None = None, lora=False,
-            prompts_only=False, decode=False, **arguments):  # fmt: skip
+            prompts_only=False, decode=False, push=None, **arguments):  # fmt: skip
         script = tmp_path / "train.py"
         script.write_text(SCRIPT)
         folder = tmp_path / name
         options = {
             "source": source(rows), "tokenizer": str(TOKENIZER), "resume": resume, "lora": lora, "prompts_only": prompts_only,
-            "decode": decode,
+            "decode": decode, "push": push is not None,
             "arguments": {"output_dir": str(folder), "per_device_train_batch_size": 8 // processes, **arguments},
         }  # fmt: skip
         command = ["-m", "accelerate.commands.launch"]
         if processes > 1:
             command += [*(launch or ("--multi_gpu",)), "--num_processes", processes, "--main_process_port", 0]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (push or {})
         done = run_program([*command, script, json.dumps(options)], env=environment)
         assert done.returncode == 0, done.stderr[-8000:]
         line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
@@ -181,3 +183,24 @@ def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact)
         limits = {"max_new_tokens": 3 + 20 * rank, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
         expected = [model.generate(ids, mtp_k=k, confadapt=0.3, verify=False, **limits)[0].tolist() for k in (1, 4)]
         assert json.loads((tmp_path / "two" / f"texts_{rank}.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("how", ["zero3", "fsdp2"])
+def test_lora_on_a_sharded_base_is_pushed_whole(train, source, hub_server, tmp_path, how):
+    """Merged by one process into the base as it was loaded, after a checkpoint and at the end; the others do not wait."""
+    options = {"deepspeed": deepspeed("zero3", tmp_path)} if how == "zero3" else {"launch": FSDP2}
+    online = {
+        "HF_ENDPOINT": hub_server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+    }  # fmt: skip
+    hub = {"push_to_hub": True, "hub_model_id": "me/lora", "save_strategy": "steps", "save_steps": 2}
+    train(2, "two", lora=True, push=online, **hub, **options)
+    repository = hub_server.repositories["me/lora"]
+    assert len(repository.commits) == 3  # the Hub's own, the second step's and the last
+    sha256, size = repository.commits[repository.head]["model.safetensors"]
+    assert len(hub_server.objects[sha256]) == size
+    pushed, trained = load(hub_server.objects[sha256]), load_file(tmp_path / "two" / "adapter_model.safetensors")
+    base = load_file(Path(source(768)) / "model.safetensors")
+    for name in (name for name in base if "q_proj" in name):
+        a, b = (trained[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+        torch.testing.assert_close(pushed[name], base[name] + 2 * b @ a)

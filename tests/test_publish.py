@@ -1,24 +1,25 @@
 """A folder becomes a repository, whole and with nothing else in it; pushes go through the real client to a stand-in Hub."""
 
 import dataclasses
-import importlib.util
 import json
+import logging
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import constants, parse_eval_result_entries
-from transformers import AutoTokenizer
+from huggingface_hub import HfApi, constants, parse_eval_result_entries
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mtp_trl
-from mtp_trl import hub
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer, hub
 from mtp_trl.card import MARK
 from mtp_trl.cli import main
+from mtp_trl.evaluation.calibration import CALIBRATION_FILE, Calibration, Counts, Step
 from mtp_trl.evaluation.report import from_json, to_json
 from mtp_trl.publish import export, push
+from mtp_trl.word_problems import load_dataset
 
 HERE = Path(__file__).parent
 TOKENIZER = Path(mtp_trl.__file__).parent / "word_problems" / "base"
@@ -50,33 +51,14 @@ PRIVATE = (
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
-def stub_module():
-    spec = importlib.util.spec_from_file_location("hub_stub", HERE / "hub_stub.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def server():
-    """The stand-in Hub, its repositories open to the test."""
-    server = stub_module().Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def online(server, monkeypatch):
+def online(hub_server, monkeypatch):
     """This process talks to the stand-in Hub, with a token that may write."""
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    return server
+    return hub_server
 
 
 @pytest.fixture
@@ -212,10 +194,24 @@ def test_what_an_earlier_push_left_of_the_model_goes_and_what_is_the_authors_sta
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]
     stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
-    kept = ["LICENSE", "assets/picture.png", "notes.md"]
+    stale += ["mtp_results/sums.json", "mtp_results/sums.png", ".eval_results/sums.yaml"]
+    kept = ["LICENSE", "assets/picture.png", "notes.md", "handler.py", ".eval_results/others.yaml"]
     repository.write(repository.commits[repository.head] | dict.fromkeys([*stale, *kept], b"x"))
     push(folder, REPOSITORY)
     assert repository.names() == FILES | set(kept)
+
+
+def test_a_branch_is_made_where_it_is_not_there(folder, online):
+    push(folder, REPOSITORY)
+    repository = online.repositories[REPOSITORY]
+    before = repository.head
+    (folder / "generation_config.json").write_text("{}")
+    for _ in range(2):
+        assert main(["push", str(folder), REPOSITORY, "--revision", "next"]) == 0
+    assert repository.head == before
+    assert len(repository.commits) == 3
+    _, files = repository.at("next")
+    assert files["generation_config.json"] == b"{}"
 
 
 def test_a_connection_that_breaks_leaves_the_old_revision_and_a_second_run_mends_it(folder, online, monkeypatch, tiny_model):
@@ -272,9 +268,64 @@ def test_a_private_repository_takes_the_right_token_alone(folder, online, monkey
     assert online.repositories[REPOSITORY].names() == FILES
 
 
-def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, server, tmp_path):
+def small_run(folder, **options):
+    config = LlamaConfig(
+        vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    args = MTPDistillConfig(
+        str(folder), use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=8, max_steps=3, disable_tqdm=True,
+        per_device_train_batch_size=2, gradient_checkpointing=False, num_eval_prompts=0, exact=True, exact_rank=2, **options,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return MTPDistillTrainer(LlamaForCausalLM(config), args, load_dataset("train", 4, 0), processing_class=tokenizer)
+
+
+def test_a_hub_that_is_away_for_a_while_does_not_end_the_training(online, tmp_path, monkeypatch, caplog):
+    create, errors = HfApi.create_repo, [ConnectionError("Name or service not known")]
+
+    def create_unless_away(*args, **options):
+        if errors:
+            raise errors.pop()
+        return create(*args, **options)
+
+    run = small_run(tmp_path / "out", push_to_hub=True, hub_model_id=REPOSITORY, save_steps=1, hub_always_push=True)
+    monkeypatch.setattr(HfApi, "create_repo", create_unless_away)
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.saving"):
+        run.train()
+    assert run.state.global_step == 3
+    assert "A push during training failed" in caplog.text
+    run._finish_current_push()
+    assert len(online.repositories[REPOSITORY].commits) >= 3  # the Hub's own, and the second and third step's
+
+
+def test_what_was_measured_of_other_weights_is_not_published(tmp_path, caplog):
+    """Saved again without another step the same measurements stay, and the threshold they found with them."""
+    out = tmp_path / "out"
+    run = small_run(out, save_strategy="no")
+    run.save_model()
+    steps = [Step(0.7, Counts(100, 0, 0, 2.0), 0.001, True)]
+    found = Calibration("accuracy", 0.01, 0.95, 0.7, steps, {})
+    found.write(out / CALIBRATION_FILE)
+    (out / "mtp_results").mkdir()
+    (out / "mtp_results" / "a.json").write_text("{}")
+    run.save_model()
+    assert Calibration.read(out / CALIBRATION_FILE) == found
+    assert json.loads((out / "generation_config.json").read_text())["confadapt"] == 0.7
+    run.train()
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.saving"):
+        run.save_model()
+    assert "was measured of other weights" in caplog.text
+    assert not {CALIBRATION_FILE, "mtp_results"} & {path.name for path in out.iterdir()}
+    assert Calibration.read(out / f"earlier_{CALIBRATION_FILE}") == found
+    assert json.loads((out / "generation_config.json").read_text())["confadapt"] == 0.9
+    exported = export(out, tmp_path / "exported")
+    assert not [name for name in names(exported) if "earlier" in name]
+
+
+def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, hub_server, tmp_path):
     environment = {
-        **os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        **os.environ, "HF_ENDPOINT": hub_server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
     }  # fmt: skip
     done = run_program([HERE / "hub_round_trip.py", tmp_path, TOKENIZER], env=environment)
@@ -284,13 +335,15 @@ def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, serv
     expected = {"full": FILES, "lora": FILES, "exact": FILES | {adapter}, "adapter_only": FILES - weights | {adapter}}
     expected["lora_alone"] = expected["adapter_only"] | {"adapter_config.json", "adapter_model.safetensors"}
     for kind, files in expected.items():
-        repository = server.repositories[f"me/{kind}"]
+        repository = hub_server.repositories[f"me/{kind}"]
         assert repository.names() == files
         first, *during, last = repository.commits.values()
         assert set(first) == {".gitattributes"}
         assert [set(commit) for commit in during] == [files, files]  # one for each checkpoint
         assert b"`word_problems`" in last["README.md"]
-    contents = [file for repository in server.repositories.values() for file in repository.commits[repository.head].values()]
-    for content in [*(file for file in contents if isinstance(file, bytes)), *server.objects.values()]:
+    contents = [
+        file for repository in hub_server.repositories.values() for file in repository.commits[repository.head].values()
+    ]
+    for content in [*(file for file in contents if isinstance(file, bytes)), *hub_server.objects.values()]:
         assert b"hf_test" not in content
         assert str(tmp_path).encode() not in content
