@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -50,6 +51,20 @@ def check_attention_backend(model: PreTrainedModel) -> None:
             f"attn_implementation={backend!r} takes 2D masks only and cannot express packed regions; "
             "load the model with attn_implementation='sdpa' (or 'eager' for models that refuse sdpa)."
         )
+
+
+def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> None:
+    """Raises ValueError where slots would stand beyond a table of learned positions (GPT-2, OPT)."""
+    needed = max_length + k_max - 2  # the last block begins behind the last token but one
+    for name, table in model.base_model.named_modules():
+        if not isinstance(table, nn.Embedding) or not re.search(r"wpe$|position", name):
+            continue
+        rows = table.num_embeddings - getattr(table, "offset", 0)
+        if needed > rows:
+            raise ValueError(
+                f"Texts of max_length={max_length} tokens with blocks of up to k_max={k_max} behind them need {needed} "
+                f"positions, and {name} of {type(model).__name__} has {rows}; set max_length to {rows - k_max + 2} or less."
+            )
 
 
 def take_flex_attention(model: PreTrainedModel, row_tokens: int, device: torch.device) -> None:

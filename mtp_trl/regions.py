@@ -146,6 +146,7 @@ def pack_regions(
     region_BS = region_BS.clamp(max=anchor_BR.shape[1] - 1)
     anchor_BS = anchor_BR.gather(1, region_BS)
     slot_BS = column_S - start_BR.gather(1, region_BS) + 1  # slot s = 1..size-1 of its region
+    slot_BS = slot_BS.where(used_BS, 0)  # what is left over stands within the text's positions
 
     text_N = torch.arange(N, device=device)
     positions_XT = torch.cat([text_N.expand(B, N), anchor_BS + slot_BS], 1)

@@ -30,7 +30,7 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import column_names, prepare_dataset
 from .evaluation.show import block_texts, coloured
-from .forward import can_pack, check_attention_backend, check_output_logits, dense_masks
+from .forward import can_pack, check_attention_backend, check_output_logits, check_positions, dense_masks
 from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
 from .lora import check_alone, check_fits_base
@@ -104,6 +104,7 @@ class MTPDistillTrainer(HubLayout):
         teacher = None
         causal = causal_lm(student)
         check_attention_backend(causal)
+        check_positions(causal, max_length=args.max_length, k_max=args.k_max)
         add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = hub.provenance(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
         if args.exact:
@@ -292,9 +293,8 @@ class MTPDistillTrainer(HubLayout):
         """How student and teacher read a layout under this configuration."""
         student = causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-        compared = self.args.objective != "ground_truth" or self.args.ntp_coef > 0 or not self.model.training
-        warming_up = self._objective() != self.args.objective
-        with_teacher = compared and (self.args.ntp_coef > 0 or not warming_up)
+        watched = self.args.ntp_coef > 0 or (self.args.drift_limit is not None and self.args.eval_strategy == "no")
+        with_teacher = watched or self._objective() != "ground_truth" or not self.model.training
         if self.args.exact:
             return MaskGated(student, with_teacher=with_teacher)
         return WholeRows(student, teacher, self._teacher_runner(unwrapped_student) if with_teacher else None)

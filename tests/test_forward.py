@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_trl import forward
@@ -13,12 +14,13 @@ from mtp_trl.forward import (
     can_pack,
     check_attention_backend,
     check_output_logits,
+    check_positions,
     flex_attention_fault,
     hidden_states,
     output_logits,
     take_flex_attention,
 )
-from mtp_trl.regions import Layout, pack_regions, row_generator, sample_regions, suffix_regions
+from mtp_trl.regions import Layout, Regions, pack_regions, row_generator, sample_regions, suffix_regions
 
 K, SLOTS, MASK, PAD = 6, 18, 60, 2
 PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite"]
@@ -92,6 +94,27 @@ def test_unknown_logit_rules_are_refused(tiny_model):
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * (1 + inputs[0].ndim))
     with pytest.raises(ValueError, match="post-processes its logits"):
         check_output_logits(model)
+
+
+def test_a_table_of_positions_that_slots_would_leave_is_refused(tiny_model):
+    """The last block fits into it at the largest length allowed, and not at one more."""
+    longest = 32 - K + 2
+    small_opt = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32
+    )
+    for model in (tiny_model("gpt2", n_positions=32, max_position_embeddings=32), OPTForCausalLM(small_opt)):
+        check_positions(model, max_length=longest, k_max=K)
+        with pytest.raises(ValueError, match=f"need 33 positions, .* has 32; set max_length to {longest} or less"):
+            check_positions(model, max_length=longest + 1, k_max=K)
+        clean_BN = torch.randint(3, 60, (1, longest), generator=torch.Generator().manual_seed(1))
+        regions = Regions(torch.tensor([[longest - 2]]), torch.tensor([[K]]))
+        layout = pack_regions(clean_BN, torch.tensor([longest]), regions, k_max=K, slots=SLOTS, mask_token_id=MASK)
+        assert layout.positions_XT.max() == 31
+        hidden_states(model, layout.ids_XT, layout, attention_masks(model.config, layout, model.dtype))
+
+
+def test_positions_that_are_computed_have_no_end(tiny_model):
+    check_positions(tiny_model("llama"), max_length=10_000, k_max=K)
 
 
 def test_flash_attention_is_refused_with_the_remedy(tiny_model):
