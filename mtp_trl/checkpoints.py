@@ -30,6 +30,7 @@ class NothingLost(DistillationTrainer):
 
     stopped_at: int | None = None
     _saving = False
+    _published: Path | None = None  # the last checkpoint of this run
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream. SIGTERM, which schedulers send before they take a machine away, saves and ends the run."""
@@ -52,6 +53,9 @@ class NothingLost(DistillationTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         place = Path(self._get_output_dir(trial)) / name
         partial = place.parent / PARTIAL
+        if place == self._published:  # at a save interval or at SIGTERM, and again at the end: the weights are the same
+            self._rewrite_state(place)
+            return
         if self.is_local_process_zero():
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
@@ -77,10 +81,20 @@ class NothingLost(DistillationTrainer):
         if self.is_local_process_zero() and (partial / name).is_dir():  # nodes that share no disk have a folder each
             _publish(partial / name, place)
         self.accelerator.wait_for_everyone()
+        self._published = place
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
             rotate_checkpoints(str(place.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
+
+    def _rewrite_state(self, place: Path) -> None:
+        """With what has been measured since the step was saved."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(place)
+        if self.args.should_save:
+            written = place / f".{TRAINER_STATE_NAME}"
+            self.state.save_to_json(str(written))
+            written.replace(place / TRAINER_STATE_NAME)
 
     def _not_written(self, place: Path, error: Exception) -> str:
         free = shutil.disk_usage(place.parent).free / 2**20
@@ -115,10 +129,13 @@ def _publish(partial: Path, place: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    if place.is_dir():  # the same step saved twice, say at a save interval and again at the end
-        shutil.rmtree(place)
+    replaced = place.with_name(f".replaced-{place.name}")
+    if place.is_dir():  # of another run in the same folder
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
     partial.rename(place)
     partial.parent.rmdir()
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 class _StopAtSigterm(TrainerCallback):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.trainer_utils import IntervalStrategy
 
 import mtp_trl.word_problems
-from mtp_trl import MTPDistillConfig, MTPDistillTrainer, launch
+from mtp_trl import MTPDistillConfig, MTPDistillTrainer, checkpoints, launch
 from mtp_trl.checkpoints import PARTIAL
 from mtp_trl.word_problems import load_dataset
 
@@ -210,3 +210,35 @@ def test_the_best_checkpoint_is_named_by_its_place(base, tmp_path):
     best = Path(run.state.best_model_checkpoint)
     assert best.parent == tmp_path
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+class Asked(TrainerCallback):
+    """What SIGTERM does in the last step of an epoch, where a checkpoint is due anyway."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_save = True
+
+
+def test_a_step_that_is_saved_twice_is_written_once_and_its_record_brought_up_to_date(base, tmp_path, monkeypatch):
+    places = []
+    publish = checkpoints._publish
+    monkeypatch.setattr(checkpoints, "_publish", lambda partial, place: places.append(place.name) or publish(partial, place))
+    run = trainer(base, tmp_path, Asked())
+    run.eval_dataset = run.train_dataset.select(range(4))
+    run.args.eval_strategy = run.args.save_strategy = IntervalStrategy.EPOCH
+    run.args.metric_for_best_model, run.args.greater_is_better = "eval_loss", False
+    run.train()
+    assert places == [f"checkpoint-{step}" for step in range(1, 7)]
+    record = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert "eval_loss" in record["log_history"][-1]  # measured at the epoch's end, after the step had been saved
+
+
+def test_a_checkpoint_of_another_run_gives_way(base, tmp_path):
+    saved = []
+    for learning_rate in (1e-3, 2e-3):
+        run = trainer(base, tmp_path, At(0, None))
+        run.args.learning_rate = learning_rate
+        run.train()
+        saved.append(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
+    assert any(not torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    assert not list(tmp_path.glob(".*checkpoint*"))

@@ -239,9 +239,11 @@ def test_streamed_data_gives_the_same_rows():
     assert list(prepared) == prepare_dataset(rows(**columns), make_tokenizer()).to_list()
 
 
-def test_a_null_behind_the_first_rows_is_left_out_and_counted(caplog):
+@pytest.mark.parametrize("first", [0, 100])
+def test_a_few_nulls_are_left_out_and_counted(caplog, first):
     with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
-        dataset = rows(prompt=["a"] * 100 + [None, "b"], completion=["x"] * 101 + [None])
+        prompts = ["a"] * first + [None, "b"] + ["a"] * (100 - first)
+        dataset = rows(prompt=prompts, completion=["x"] * (first + 1) + [None] + ["x"] * (100 - first))
         framed = format_columns(dataset, prompt_format="Q: {}", as_messages=True)
         prepared = prepare_dataset(framed, make_tokenizer(template=CHATML))
     assert len(prepared) == 100

@@ -72,6 +72,13 @@ def test_it_raises_ntp_coef_which_holds_the_text_and_survives_a_resume(tmp_path)
     assert raised == [entry["guard/ntp_coef"] for entry in state["log_history"] if "guard/ntp_coef" in entry]
 
 
+@pytest.mark.parametrize("options", [{"ground_truth_warmup": 1.0}, {"objective": "ground_truth"}], ids=str)
+def test_it_watches_while_the_text_itself_is_the_teacher(tmp_path, options):
+    run = trainer(tmp_path, drift_limit=1e-3, drift_action="stop", **options)
+    run.train()
+    assert 1 < run.state.global_step < 6
+
+
 def test_verified_decoding_that_slows_down_is_warned_about(tmp_path, caplog):
     args, state, control = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False), TrainerState(), TrainerControl()
     guard = DriftGuard(held_out=True)
