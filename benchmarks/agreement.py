@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -53,13 +54,15 @@ class RowForEachPlace(WholeRows):
 
 @dataclass
 class Row:
-    """A way, and its agreement over time: (optimizer steps, seconds of training, agreement)."""
+    """A way, the seconds of its median step, and (optimizer steps, agreement) as training went on."""
 
     way: str
-    history: list[tuple[int, float, float]] = field(default_factory=list)
+    seconds_per_step: float = 0.0
+    history: list[tuple[int, float]] = field(default_factory=list)
 
     def seconds_to(self, target: float) -> float | None:
-        return next((seconds for _, seconds, agreement in self.history if agreement >= target), None)
+        """Steps times the median step: what else the machine did meanwhile says nothing about a way."""
+        return next((step * self.seconds_per_step for step, agreement in self.history if agreement >= target), None)
 
 
 class Run:
@@ -91,12 +94,13 @@ class Run:
         self.optimizer = muon_adamw(model, lr=options.learning_rate, weight_decay=0.0)
         self.train = _texts(tokenizer, "train", 200 * options.rows, seed=1)
         self.held_out = _collate(_texts(tokenizer, "test", 64, seed=0), tokens.pad_id)
-        self.row, self.step, self.seconds = Row(TRAINED[name]), 0, 0.0
+        self.row, self.step = Row(TRAINED[name]), 0
+        self.seconds: list[float] = []  # of each step
 
     @property
     def is_done(self) -> bool:
-        reached = bool(self.row.history) and self.row.history[-1][2] >= self.options.target
-        return reached or self.seconds >= self.options.seconds
+        reached = bool(self.row.history) and self.row.history[-1][1] >= self.options.target
+        return reached or sum(self.seconds) >= self.options.seconds
 
     def go_on(self) -> None:
         """`--every` optimizer steps, then the agreement on held-out text."""
@@ -110,9 +114,10 @@ class Run:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.seconds += time.perf_counter() - started
+            self.seconds.append(time.perf_counter() - started)
             self.step += 1
-        self.row.history.append((self.step, round(self.seconds, 2), round(self._agreement(), 4)))
+        self.row.seconds_per_step = round(median(self.seconds), 4)
+        self.row.history.append((self.step, round(self._agreement(), 4)))
 
     @torch.no_grad()
     def _agreement(self) -> float:
@@ -146,15 +151,16 @@ def measure(options: argparse.Namespace) -> list[Row]:
     while unfinished := [run for run in runs if not run.is_done]:
         for run in unfinished:
             run.go_on()
-            step, seconds, agreement = run.row.history[-1]
-            console.print(f"{run.row.way}: step {step}, {seconds:.0f} s, agreement {agreement:.3f}", highlight=False)
+            step, agreement = run.row.history[-1]
+            took = f"{sum(run.seconds):.0f} s"
+            console.print(f"{run.row.way}: step {step}, {took}, agreement {agreement:.3f}", highlight=False)
     return [run.row for run in runs]
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown, of what the JSON holds: the time to the target, or to the largest twentieth that every way has reached."""
     rows, facts = [Row(**row) for row in results["rows"]], results["provenance"]
-    reached_by_all = min(max(agreement for _, _, agreement in row.history) for row in rows)
+    reached_by_all = min(max(agreement for _, agreement in row.history) for row in rows)
     target = min(results["target"], int(20 * reached_by_all) / 20)
     first, common = rows[0].seconds_to(target), min(row.history[-1][0] for row in rows)
     lines = [
@@ -162,12 +168,11 @@ def table(results: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        step, seconds, _ = row.history[-1]
-        agreement = next(agreement for steps, _, agreement in row.history if steps == common)
+        agreement = dict(row.history)[common]
         reached = row.seconds_to(target)
-        times = f"{reached:.0f}" if reached is not None else f"not in {seconds:.0f}"
+        times = f"{reached:.0f}" if reached is not None else f"not in {row.history[-1][0] * row.seconds_per_step:.0f}"
         speed = f"{first / reached:.2f}x" if first is not None and reached is not None else "-"
-        lines.append(f"| {row.way} | {seconds / step:.3f} | {agreement:.3f} | {times} | {speed} |")
+        lines.append(f"| {row.way} | {row.seconds_per_step:.3f} | {agreement:.3f} | {times} | {speed} |")
     lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]
     return "\n".join(lines) + "\n"
 
