@@ -1,4 +1,4 @@
-"""Every code block of docs/ and of no other place runs, in order, on the bundled model with fewer steps."""
+"""Every code block of docs/ and of README runs, in order, on the bundled model with fewer steps."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ import torch
 
 import mtp_trl
 from mtp_trl.cli import COMMANDS, main
+from mtp_trl.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -78,6 +79,42 @@ def test_every_block_of_the_documents_runs(place, capsys):
     assert (place / "my_model" / "mtp_calibration.json").is_file()
     for document in ("your_own_domain.md", "recipes.md", "faq.md", "troubleshooting.md"):
         run(document)
+
+
+CPU = ("--use_cpu", "true", "--bf16", "false")
+README_HERE = {  # a model and data that are there, and a run that is over in a moment
+    '"Qwen/Qwen3-4B-Instruct-2507"': '"mtp_trl/word_problems/base"',
+    '"openai/gsm8k", "main", split="train"': '"json", data_files="gsm8k.jsonl", split="train"',
+    "k_max=16": 'k_max=4, max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True',
+    "max_new_tokens=192": "max_new_tokens=24",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_blocks_of_the_readme_run(place, monkeypatch, capsys):
+    """Its Python as it stands but for `README_HERE`; of its commands, recipes and options are read."""
+    (place / "demo_out").mkdir()
+    (place / "demo_out" / "model").symlink_to(ROOT / "models" / "tiny_exact_long")
+    row = json.dumps({"question": "Tom has 3 pens and buys 4. How many?", "answer": "3 + 4 = 7 #### 7"}) + "\n"
+    (place / "gsm8k.jsonl").write_text(row * 8)
+    pushed = []
+    monkeypatch.setattr(mtp_trl.MTPDistillTrainer, "push_to_hub", lambda self: pushed.append(self.args.output_dir))
+    namespace, launched = {}, []
+    for language, code in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        if language == "python":
+            for as_printed, here in README_HERE.items():
+                code = code.replace(as_printed, here)
+            exec(compile(code, "README.md", "exec"), namespace)
+        for line in code.splitlines():
+            words = shlex.split(line, comments=True) if language == "" else []
+            if words[:2] in (["accelerate", "launch"], ["mtp-trl", "train"]):
+                (recipe,) = (word for word in words if word.endswith(".yaml"))
+                read_recipe(place / recipe, [*CPU, *words[words.index(recipe) + 1 :]])
+                launched.append(recipe)
+    assert "Answer: " in capsys.readouterr().out
+    assert pushed == ["qwen3-mtp"]
+    assert (place / "qwen3-mtp" / "custom_generate" / "mtp_adapter.safetensors").is_file()
+    assert len(launched) == 3
 
 
 # Generated, or for clusters and for vLLM's server: the latter's commands are those that tests/test_serving_vllm.py builds.
