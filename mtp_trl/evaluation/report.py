@@ -75,10 +75,11 @@ class Report:
         harness = f"lm-evaluation-harness's prompts and stops, {template}"
         longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
+        same = "are token for token theirs" if self.max_new_tokens else "have their very text up to the stop"
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
-            f"same: share of answers that are token for token theirs{speed}{blocks}. "
+            f"same: share of answers that {same}{speed}{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
             f"transformers {versions['transformers']}; {code_span(facts['command'])}."
         )

@@ -103,7 +103,7 @@ class Row:
     """A setting's line in the table. Accuracies are shares in [0, 1] and None without a scorer.
 
     `versus_base` and `versus_plain` are paired differences of accuracy; `same_as_base` and `same_as_plain` shares of
-    answers that are token for token those of the base and of the student's k=1.
+    answers that are token for token those of the base and of the student's k=1; of a harness's task, that have their text.
     """
 
     setting: Setting
