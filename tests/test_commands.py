@@ -67,6 +67,20 @@ def test_every_exact_decoding_equals_a_naive_greedy_loop(folders, tmp_path):
         assert answer["token_ids"] == reference, answer["decoding"]
 
 
+def test_defaults_of_the_folder_change_no_row(folders, tmp_path):
+    evaluate(folders, tmp_path / "without", blocks=3)
+    student = shutil.copytree(folders / "student", tmp_path / "student")
+    for name, value in (("mtp_blocks", 3), ("mtp_k", 2), ("mtp_k", "auto")):
+        config = json.loads((folders / "student" / "generation_config.json").read_text()) | {name: value}
+        (student / "generation_config.json").write_text(json.dumps(config))
+        evaluate(tmp_path, tmp_path / f"{name}_{value}", base=str(folders / "base"), blocks=3)
+    first, *others = (
+        [(row.setting, row.tokens_per_pass) for row in from_json(path.read_text()).rows]
+        for path in (tmp_path / name / "results.json" for name in ("without", "mtp_blocks_3", "mtp_k_2", "mtp_k_auto"))
+    )
+    assert all(other == first for other in others)
+
+
 def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     evaluate(folders, tmp_path)
     report = from_json((tmp_path / "results.json").read_text())

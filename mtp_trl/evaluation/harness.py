@@ -75,7 +75,7 @@ class HarnessModel(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], temperature: float = 0.0, **generation_kwargs: Any
     ) -> torch.Tensor:
         """As the harness's own, but each row ends at its own stop: there a batch goes on until all its rows have one."""
-        arguments: dict[str, Any] = dict(self.setting.arguments)
+        arguments: dict[str, Any] = self.setting.arguments(self.student.config.mtp["k_max"])
         if self.setting.kind == "base":
             arguments["suppress_tokens"] = list(self.student.config.mtp["barred_token_ids"])
         if temperature:
