@@ -188,7 +188,10 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Command:
-    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default."""
+    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default.
+
+    It is a threshold for unverified text: verify=False becomes the folder's default too, also in exact mode.
+    """
     parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
     _data_options(parser)
     parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")

@@ -164,7 +164,8 @@ def run_calibrate(
 ) -> Calibration:
     """Find the lowest threshold that keeps the bound and make it the folder's default; the evidence goes beside it.
 
-    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text.
+    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text. The threshold is for
+    unverified text: a folder whose default was `verify=True` has `verify=False` then, and that is said.
 
     Args:
         per_place: also look for thresholds that differ by place.
@@ -213,6 +214,13 @@ def run_calibrate(
         )
     calibration.write(folder / CALIBRATION_FILE)
     write_decoding_defaults(folder, confadapt=chosen, verify=False)
+    if getattr(student.generation_config, "verify", False):
+        Console().print(
+            f"{model} verified its text by default and does so no more: the threshold is for unverified text. "
+            "verify=True in a call, or --verify, still gives exactly the model's own.",
+            highlight=False,
+            markup=False,
+        )
     return calibration
 
 
