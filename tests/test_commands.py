@@ -109,6 +109,12 @@ def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, 
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
     (student / "custom_generate" / "generate.py").write_text("# another decoder\n")
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    adapter, tokenizer = student / "custom_generate" / "mtp_adapter.safetensors", student / "tokenizer.json"
+    adapter.write_bytes(b"")
+    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    for file in (adapter, tokenizer):
+        os.utime(file, ns=(1, 1))
+        parts.append(commands._parts(tmp_path, str(student), None, [1]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
     assert parts[0] == parts[1]

@@ -151,6 +151,35 @@ def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, mod
         run_settings(model, "local_sums", settings, parts=tmp_path, limit=3)
 
 
+def test_files_among_the_options_are_told_apart_by_what_is_in_them(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_trl.evaluation.harness.run_task", lambda *args, **options: Part([1.0], ["x"], 4, 2, 1.0, None))
+    monkeypatch.chdir(tmp_path)
+    data, tasks = tmp_path / "data.jsonl", tmp_path / "tasks"
+    (tasks / "inner").mkdir(parents=True)
+    files = [data, tasks / "one.yaml", tasks / "_default_yaml", tasks / "inner" / "score.py"]
+    for file in files:
+        file.write_text("before")
+
+    def run(data, tasks):
+        run_settings(model, "local_sums", [Setting("plain")], parts=tmp_path / "parts", data=data, tasks_folder=tasks)
+
+    run(data, tasks)
+    run(Path("data.jsonl"), Path("tasks") / ".." / "tasks")
+    for file in files:
+        file.write_text("after")
+        with pytest.raises(ValueError, match="name another output folder"):
+            run(data, tasks)
+        file.write_text("before")
+    run(data, tasks)
+
+
+def test_another_batch_size_has_another_speed(root, tmp_path):
+    options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--limit", "1", "--output", str(tmp_path)]
+    for size in ("1", "2"):
+        assert main(["eval", str(root / "student"), *options, "--batch-size", size]) == 0
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+
+
 def test_an_unknown_task_is_refused(root, model):
     with pytest.raises(ValueError, match="knows no task 'nonsense'"):
         run_task(model, "nonsense", Setting("plain"), tasks_folder=root / "tasks")

@@ -134,7 +134,7 @@ def run_tasks(
             harness,
             task,
             settings,
-            parts=_parts(output, model, base, []),
+            parts=_parts(output, model, base, [batch_size]),
             limit=limit,
             chat_template=chat_template,
             data=(data or {}).get(task),

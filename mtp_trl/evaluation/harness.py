@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import time
@@ -206,6 +207,8 @@ def run_settings(
 ) -> dict[Setting, Part]:
     """A task in every setting. With a folder for `parts`, what an earlier run with the same options finished is read there.
 
+    Files among the options are told apart by what is in them.
+
     Raises:
         ValueError: the parts there were made with other options.
     """
@@ -213,7 +216,7 @@ def run_settings(
     console = Console(stderr=True)
     for number, setting in enumerate(settings, start=1):
         path = None if parts is None else parts / f"{task}.{re.sub('[ ,/]+', '_', setting.label)}.json"
-        asked = json.loads(json.dumps({"task": task, **options}, default=str))
+        asked = {"task": task} | {name: _by_content(option) for name, option in options.items()}
         if path is not None and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["options"] != asked:
@@ -226,6 +229,17 @@ def run_settings(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"options": asked, "part": vars(finished[setting])}) + "\n")
     return finished
+
+
+def _by_content(option: Any) -> Any:
+    """Of a file its hash, of a folder that of the tasks in it: they may be written anew under the same name, or be moved."""
+    if not isinstance(option, Path):
+        return option
+    tasks = {path for pattern in ("*yaml", "*yml", "*.py") for path in option.rglob(pattern)}
+    digest = hashlib.sha256()
+    for path in [option] if option.is_file() else sorted(filter(Path.is_file, tasks)):
+        digest.update(f"{path.relative_to(option)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def table(parts: Mapping[Setting, Part]) -> list[Row]:
