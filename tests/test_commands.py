@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -98,6 +99,13 @@ def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(row.setting.label in printed for row in report.rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pareto.png", "results.json", "results.md"]
+
+
+def test_without_matplotlib_the_picture_is_left_out_and_a_line_says_so(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate(folders, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "results.json", "results.md"]
+    assert "no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[eval]'" in capsys.readouterr().err
 
 
 def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -170,8 +172,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_report(folder: Path, report: Report, sweep: Sweep | None = None) -> list[Path]:
-    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all."""
+def plots(*, extra: str) -> bool:
+    """Whether Matplotlib is there; without it, a line says that there will be no picture, and which extra has it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    missing = f"There will be no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[{extra}]'."
+    Console(stderr=True).print(missing, highlight=False, markup=False, soft_wrap=True)
+    return False
+
+
+def write_report(folder: Path, report: Report, sweep: Sweep | None = None, *, plot: bool = True) -> list[Path]:
+    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all.
+
+    Without `plot` there is no pareto.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.md": markdown(report),
@@ -182,7 +196,7 @@ def write_report(folder: Path, report: Report, sweep: Sweep | None = None) -> li
     for name, text in texts.items():
         write_atomically(folder / name, text)
     written = [folder / name for name in texts]
-    if report.rows[0].accuracy is not None:
+    if plot and report.rows[0].accuracy is not None:
         written.append(folder / "pareto.png")
         plot_pareto(report, written[-1])
     return written
