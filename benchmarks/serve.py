@@ -232,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         f"| {row.model} | {row.way} | {row.clients} | {'-' if row.accuracy is None else f'{100 * row.accuracy:.1f}%'} | "
         f"{row.tokens_per_s:,.0f} | {row.speed:.2f}x | {1000 * row.time_to_first_token:,.0f} | "
-        f"{1000 * row.time_per_token:.1f} | {'1.00' if row.tokens_per_pass is None else f'{row.tokens_per_pass:.2f}'} |"
+        f"{_milliseconds(row.time_per_token)} | {'1.00' if row.tokens_per_pass is None else f'{row.tokens_per_pass:.2f}'} |"
         for row in rows
     ]
     versions = f"vLLM {facts['versions']['vllm']}, torch {facts['versions']['torch']}"
@@ -241,6 +241,11 @@ def table(results: dict[str, Any]) -> str:
     setting = f"{asked['requests']} requests, greedy, up to {asked['max_tokens']} tokens, medians over requests; ConfAdapt at "
     lines += ["", f"{setting}{threshold}. {facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def _milliseconds(seconds: float) -> str:
+    """A dash where most answers came in one piece, so that no time lies between their first token and their last."""
+    return "-" if seconds < 5e-5 else f"{1000 * seconds:.1f}"
 
 
 def begun(output: Path | None, asked: dict[str, Any]) -> dict[str, Any]:

@@ -149,10 +149,12 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
     harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own")
 
     def command(options: argparse.Namespace) -> int:
-        from .evaluation.commands import run_eval, run_tasks
-
         if options.blocks > 1 and not options.verify:
             options.parser.error("--blocks needs --verify: several blocks are drafts of the text that is then verified")
+        if options.tasks:
+            _require("lm_eval", "--tasks", extra="eval")
+        from .evaluation.commands import run_eval, run_tasks
+
         if options.tasks:
             run_tasks(
                 options.model,
@@ -188,7 +190,10 @@ def _eval(parser: argparse.ArgumentParser) -> Command:
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> Command:
-    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default."""
+    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default.
+
+    It is a threshold for unverified text: verify=False becomes the folder's default too, also in exact mode.
+    """
     parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
     _data_options(parser)
     parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
@@ -198,6 +203,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
 
     def command(options: argparse.Namespace) -> int:
+        _require("scipy", "The test of a threshold", extra="eval")
         from .evaluation.commands import run_calibrate
 
         run_calibrate(
@@ -304,10 +310,7 @@ def _app(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--port", type=int, metavar="N", help="on loopback (default: the first free one from 7860)")
 
     def command(options: argparse.Namespace) -> int:
-        from importlib.util import find_spec
-
-        if find_spec("gradio") is None:
-            raise ValueError("The page needs Gradio, which is not installed; pip install 'mtp-trl[app]'.")
+        _require("gradio", "The page", extra="app")
         from .evaluation.app import run_app
 
         run_app(options.model, base=options.base, port=options.port)
@@ -374,6 +377,14 @@ def _publishing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
     )
+
+
+def _require(package: str, what: str, *, extra: str) -> None:
+    """Raises ValueError where a package of an extra is missing, before any work is done."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}, which is not installed; pip install 'mtp-trl[{extra}]'.")
 
 
 def _block(text: str) -> int | str:

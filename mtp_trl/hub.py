@@ -185,7 +185,10 @@ def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float], verify: bool) -> None:
-    """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter."""
+    """Other defaults for a saved model: in its generation_config.json and in an exact mode's adapter.
+
+    A block of its own is none of them any more: thresholds are calibrated with the largest one.
+    """
     path, adapter = folder / "generation_config.json", folder / decoder.ADAPTER_FILE
     if adapter.is_file():
         with safe_open(adapter, framework="pt") as file:
@@ -193,6 +196,7 @@ def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float],
         save_adapter(adapter, load_file(adapter), metadata)
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8")) | {"confadapt": confadapt, "verify": verify}
+        config.pop("mtp_k", None)
         write_atomically(path, json.dumps(config, indent=2) + "\n")
 
 

@@ -240,6 +240,21 @@ def test_thresholds_by_place_reach_generation_config_and_card_and_decode_so(fold
     assert "| 0.99/0.999 |" in card
 
 
+def test_a_folder_that_verified_is_said_to_do_so_no_more(folder, tmp_path, capsys):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mtp_k": "auto"}))
+    write_prompts(tmp_path / "data.jsonl", 40)
+    assert calibrate_command(folder, tmp_path / "data.jsonl") == 0
+    assert "verified its text by default and does so no more" in " ".join(capsys.readouterr().out.split())
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)  # mtp_k="auto" would be refused without verification
+    assert calibrate_command(folder, tmp_path / "data.jsonl") == 0
+    assert "by default" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--help"])
+    assert "verify=False becomes the folder's default" in " ".join(capsys.readouterr().out.split())
+
+
 def test_too_few_problems_or_a_threshold_that_cannot_be_found_change_nothing(folder, tmp_path, capsys):
     before = (folder / "generation_config.json").read_text()
     data = tmp_path / "data.jsonl"

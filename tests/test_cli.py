@@ -31,6 +31,16 @@ def test_every_command_explains_itself(name, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 3
 
 
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("lm_eval", ["eval", "nowhere", "--tasks", "gsm8k_cot"]), ("scipy", ["calibrate", "nowhere", "--data", "nothing.jsonl"])],
+)
+def test_a_missing_extra_is_named_before_anything_else(package, arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(arguments) == 2
+    assert f"needs {package}, which is not installed; pip install 'mtp-trl[eval]'." in capsys.readouterr().err
+
+
 def test_without_a_command_it_says_what_there_is(capsys):
     assert cli.main([]) == 2
     shown = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_every_exact_decoding_equals_a_naive_greedy_loop(folders, tmp_path):
         assert answer["token_ids"] == reference, answer["decoding"]
 
 
+def test_defaults_of_the_folder_change_no_row(folders, tmp_path):
+    evaluate(folders, tmp_path / "without", blocks=3)
+    student = shutil.copytree(folders / "student", tmp_path / "student")
+    for name, value in (("mtp_blocks", 3), ("mtp_k", 2), ("mtp_k", "auto")):
+        config = json.loads((folders / "student" / "generation_config.json").read_text()) | {name: value}
+        (student / "generation_config.json").write_text(json.dumps(config))
+        evaluate(tmp_path, tmp_path / f"{name}_{value}", base=str(folders / "base"), blocks=3)
+    first, *others = (
+        [(row.setting, row.tokens_per_pass) for row in from_json(path.read_text()).rows]
+        for path in (tmp_path / name / "results.json" for name in ("without", "mtp_blocks_3", "mtp_k_2", "mtp_k_auto"))
+    )
+    assert all(other == first for other in others)
+
+
 def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     evaluate(folders, tmp_path)
     report = from_json((tmp_path / "results.json").read_text())
@@ -86,6 +101,13 @@ def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pareto.png", "results.json", "results.md"]
 
 
+def test_without_matplotlib_the_picture_is_left_out_and_a_line_says_so(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate(folders, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "results.json", "results.md"]
+    assert "no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[eval]'" in capsys.readouterr().err
+
+
 def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, monkeypatch):
     """An evaluation is interrupted, the model trained anew into the same folder: nothing of the old one may be left."""
     student = tmp_path / "student"
@@ -95,6 +117,12 @@ def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, 
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
     (student / "custom_generate" / "generate.py").write_text("# another decoder\n")
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    adapter, tokenizer = student / "custom_generate" / "mtp_adapter.safetensors", student / "tokenizer.json"
+    adapter.write_bytes(b"")
+    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    for file in (adapter, tokenizer):
+        os.utime(file, ns=(1, 1))
+        parts.append(commands._parts(tmp_path, str(student), None, [1]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     parts.append(commands._parts(tmp_path, str(student), None, [1]))
     assert parts[0] == parts[1]

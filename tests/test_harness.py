@@ -1,16 +1,20 @@
 """lm-evaluation-harness on a local task: what it counts is what `generate` reports, and its own `hf` model works too."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from mtp_trl.cli import main
-from mtp_trl.evaluation.harness import HarnessModel, Part, run_settings, run_task, table
+from mtp_trl.evaluation.harness import HarnessModel, OwnStop, Part, run_settings, run_task, table
 from mtp_trl.evaluation.models import load_base, load_student
 from mtp_trl.evaluation.report import from_json
 from mtp_trl.evaluation.sweep import Setting
+from mtp_trl.word_problems import test_problems
 
+ROOT = Path(__file__).resolve().parents[1]
 # lm_eval 0.4.13 writes its own deprecations and leaves files to be closed by the collector
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 QUESTIONS = ["3 + 4 =", "Tom has 3 pens and buys 4. How many?", "How many pens?"]
@@ -82,6 +86,52 @@ def test_scores_and_counts_are_those_of_the_decoding(root, model):
     assert parts[Setting("static", k=2)].passes == passes
 
 
+def test_answers_and_counts_end_at_each_rows_own_stop_in_any_batch(tmp_path):
+    """A row went on until all of its batch had come to the stop, and the text behind it counted."""
+    prompts = [problem.prompt for problem in test_problems(12)]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps({"question": prompt, "answer": "x"}) + "\n" for prompt in prompts))
+    task = TASK.format(data=data).replace("Q:", ".").replace("max_gen_toks: 8", "max_gen_toks: 32")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local_sums.yaml").write_text(task)
+    student, tokenizer = load_student(ROOT / "models" / "tiny_exact_long")
+    base = load_base(ROOT / "mtp_trl" / "word_problems" / "base")
+    answers, tokens = [], 0
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        generated = student.generate(ids, mtp_k=1, verify=False, max_new_tokens=32)[0, ids.shape[1] :]
+        texts = [tokenizer.decode(generated[:n], skip_special_tokens=True) for n in range(1, len(generated) + 1)]
+        answers.append(texts[-1].split(".")[0])
+        tokens += next((n for n, text in enumerate(texts, start=1) if "." in text), len(texts))
+    own = [Setting("base"), Setting("plain"), Setting("verified", threshold=0.5), Setting("tree", k=8, threshold=0.3)]
+    others = [Setting("static", k=4), Setting("confadapt", threshold=0.9)]
+    alone, batched = (
+        run_settings(
+            HarnessModel(student, tokenizer, base=base, batch_size=size),
+            "local_sums",
+            own + others,
+            tasks_folder=tmp_path / "tasks",
+        )
+        for size in (1, 12)
+    )
+    for setting in own + others:
+        one, other = alone[setting], batched[setting]
+        assert (one.answers, one.tokens, one.passes) == (other.answers, other.tokens, other.passes), setting
+    for setting in own:
+        assert (batched[setting].answers, batched[setting].tokens) == (answers, tokens), setting
+
+
+def test_a_stop_is_looked_for_in_what_was_generated_alone(root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "student")
+    prompt = tokenizer.encode("How many?\n")
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n3", "3\n")]
+    stop = OwnStop(tokenizer, ["\n\n", ""], prompt_length=len(prompt))
+    assert stop(torch.tensor([prompt + row for row in rows]), None).tolist() == [False, False]
+    stop = OwnStop(tokenizer, ["\n"], prompt_length=len(prompt))
+    assert stop(torch.tensor([prompt + row for row in rows]), None).tolist() == [True, True]
+    assert [stop.length(row) for row in rows] == [1, len(rows[1])]
+
+
 def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, model, tmp_path, monkeypatch):
     settings = [Setting("plain"), Setting("static", k=2)]
     asked = []
@@ -99,6 +149,35 @@ def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, mod
     assert asked == ["student, k=1", "static k=2", "static k=2"]
     with pytest.raises(ValueError, match="name another output folder"):
         run_settings(model, "local_sums", settings, parts=tmp_path, limit=3)
+
+
+def test_files_among_the_options_are_told_apart_by_what_is_in_them(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_trl.evaluation.harness.run_task", lambda *args, **options: Part([1.0], ["x"], 4, 2, 1.0, None))
+    monkeypatch.chdir(tmp_path)
+    data, tasks = tmp_path / "data.jsonl", tmp_path / "tasks"
+    (tasks / "inner").mkdir(parents=True)
+    files = [data, tasks / "one.yaml", tasks / "_default_yaml", tasks / "inner" / "score.py"]
+    for file in files:
+        file.write_text("before")
+
+    def run(data, tasks):
+        run_settings(model, "local_sums", [Setting("plain")], parts=tmp_path / "parts", data=data, tasks_folder=tasks)
+
+    run(data, tasks)
+    run(Path("data.jsonl"), Path("tasks") / ".." / "tasks")
+    for file in files:
+        file.write_text("after")
+        with pytest.raises(ValueError, match="name another output folder"):
+            run(data, tasks)
+        file.write_text("before")
+    run(data, tasks)
+
+
+def test_another_batch_size_has_another_speed(root, tmp_path):
+    options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--limit", "1", "--output", str(tmp_path)]
+    for size in ("1", "2"):
+        assert main(["eval", str(root / "student"), *options, "--batch-size", size]) == 0
+    assert len(list((tmp_path / "parts").iterdir())) == 2
 
 
 def test_an_unknown_task_is_refused(root, model):

@@ -368,9 +368,12 @@ def test_the_benchmark_counts_tokens_and_compares_with_plain(monkeypatch):
     assert (ours.speed, ours.accuracy) == (4.0, None)
     facts = {"date": "today", "hardware": "CPU", "command": "serve.py", "versions": {"vllm": "0.32.0", "torch": "2.13.0"}}
     asked = {"requests": 2, "max_tokens": 8, "confadapt": 0.9}
-    table = serve.table({"rows": [vars(plain), vars(ours)], "asked": asked, "provenance": facts})
+    at_once = [serve.Answer(sent=0.0, first=1.0, last=1.00001, tokens=8, right=None)]
+    burst = serve.row("a", "confadapt", 2, at_once, 2.5, [plain])
+    table = serve.table({"rows": [vars(plain), vars(ours), vars(burst)], "asked": asked, "provenance": facts})
     assert "| a | plain vLLM | 2 | 50.0% | 2 | 1.00x | 750 | 750.0 | 1.00 |" in table
     assert "| a | verified | 2 | - | 8 | 4.00x | 500 | 71.4 | 2.50 |" in table
+    assert "| a | ConfAdapt | 2 | - | 8 | 4.00x | 1,000 | - | 2.50 |" in table
 
 
 def test_an_interrupted_benchmark_goes_on_behind_what_is_there(monkeypatch, tmp_path, capsys):

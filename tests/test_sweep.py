@@ -37,7 +37,7 @@ class Scripted:
     """Answers `x` with the characters of `script[x]`, ending in EOS; blocks of `k` tokens. Records its calls."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(mtp={"barred_token_ids": [7, 8]})
+    config = SimpleNamespace(mtp={"barred_token_ids": [7, 8], "k_max": 4})
     generation_config = SimpleNamespace(eos_token_id=[EOS, 2])
 
     def __init__(self, script, *, multi_token=True):
@@ -91,17 +91,19 @@ def test_the_base_counts_one_token_per_pass_through_its_end_of_text():
 
 def test_every_setting_names_its_arguments_so_that_no_default_of_the_folder_leaks_in():
     student, base = Scripted(SCRIPT), Scripted(SCRIPT, multi_token=False)
-    sweep(student, base, batch_size=3)
-    chosen = [{k: call.get(k) for k in ("mtp_k", "confadapt", "verify")} for call in student.calls]
-    assert chosen == [
-        {"mtp_k": 1, "confadapt": None, "verify": False},
-        {"mtp_k": 2, "confadapt": 0.0, "verify": False},
-        {"mtp_k": None, "confadapt": 0.9, "verify": False},
-        {"mtp_k": None, "confadapt": 0.5, "verify": True},
+    settings = decoding_settings(ks=[2], confadapt=[0.9], verified=[0.5], trees=[(3, 0.5)])
+    sweep(student, base, settings=settings, batch_size=3)
+    names = ("mtp_k", "confadapt", "verify", "mtp_blocks")
+    assert [tuple(call.get(name) for name in names) for call in student.calls] == [
+        (1, 0.0, False, 1),
+        (2, 0.0, False, 1),
+        (4, 0.9, False, 1),
+        (4, 0.5, True, 1),
+        (4, 0.5, True, 3),
     ]
     (call,) = base.calls
     assert call["suppress_tokens"] == [7, 8]
-    assert not {"mtp_k", "confadapt", "verify"} & set(call)
+    assert not set(names) & set(call)
 
 
 def test_rows_equal_counting_by_hand():
@@ -151,7 +153,7 @@ def test_thresholds_that_differ_have_rows_of_their_own(tmp_path):
     assert [setting.label for setting in settings[1:3]] == ["ConfAdapt 0.9", "ConfAdapt 0.9999996"]
     student = Scripted(SCRIPT)
     sweep(student, settings=settings, batch_size=3, parts=tmp_path)
-    assert [call.get("confadapt") for call in student.calls] == [None, *close]
+    assert [call.get("confadapt") for call in student.calls] == [0.0, *close]
 
 
 def test_speed_is_that_of_the_median_batch():

@@ -68,6 +68,20 @@ def test_unusable_files_are_refused_with_the_line(tmp_path, text, message):
         load_task(str(path))
 
 
+def test_line_ends_inside_of_text_and_a_byte_order_mark_are_no_faults(tmp_path):
+    path, texts = tmp_path / "data.jsonl", ["a\u2028b", "c\x85d"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes("".join(line + "\r\n" for line in lines).encode("utf-8-sig"))
+    assert load_task(str(path)).prompts == texts
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2 is not UTF-8 \(byte 0xff\)"):
+        load_task(str(path))
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match="word_problem_s"):
         load_task("word_problem_s")

@@ -16,7 +16,7 @@ from ..custom_generate.generate import checked_thresholds
 from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
 from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
 from .models import base_name, identity, load_base, load_student
-from .report import Report, terminal_table, write_report
+from .report import Report, plots, terminal_table, write_report
 from .show import ColouredStreamer, block_texts, html_page
 from .sweep import SPEEDS, Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
 from .tasks import Task
@@ -48,6 +48,7 @@ def run_eval(
         ValueError: a threshold that is no probability, a block below 2, a model that was not adapted.
     """
     _check(ks, thresholds)
+    plot = output is not None and task.scorer is not None and plots(extra="eval")
     student, tokenizer = load_student(model, base=base)
     settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
     parts = _parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
@@ -68,7 +69,7 @@ def run_eval(
     console.print(terminal_table(report))
     console.print(Text(report.caption), style="dim")
     if output is not None and parts is not None:
-        console.print("\n".join(map(str, write_report(output, report, sweep))))
+        console.print("\n".join(map(str, write_report(output, report, sweep, plot=plot))))
         shutil.rmtree(parts, ignore_errors=True)
         with suppress(OSError):  # others are there
             parts.parent.rmdir()
@@ -121,6 +122,7 @@ def run_tasks(
     _check(ks, thresholds)
     for task in tasks:
         check_task(task, tasks_folder)
+    plot = output is not None and plots(extra="eval")
     student, tokenizer = load_student(model, base=base)
     if chat_template is None:
         chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
@@ -134,7 +136,7 @@ def run_tasks(
             harness,
             task,
             settings,
-            parts=_parts(output, model, base, []),
+            parts=_parts(output, model, base, [batch_size]),
             limit=limit,
             chat_template=chat_template,
             data=(data or {}).get(task),
@@ -148,7 +150,7 @@ def run_tasks(
         console.print(terminal_table(report))
         console.print(Text(report.caption), style="dim")
         if output is not None:
-            console.print("\n".join(map(str, write_report(output / task, report))))
+            console.print("\n".join(map(str, write_report(output / task, report, plot=plot))))
 
 
 def run_calibrate(
@@ -164,7 +166,8 @@ def run_calibrate(
 ) -> Calibration:
     """Find the lowest threshold that keeps the bound and make it the folder's default; the evidence goes beside it.
 
-    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text.
+    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text. The threshold is for
+    unverified text: a folder whose default was `verify=True` has `verify=False` then, and that is said.
 
     Args:
         per_place: also look for thresholds that differ by place.
@@ -213,6 +216,13 @@ def run_calibrate(
         )
     calibration.write(folder / CALIBRATION_FILE)
     write_decoding_defaults(folder, confadapt=chosen, verify=False)
+    if getattr(student.generation_config, "verify", False):
+        Console().print(
+            f"{model} verified its text by default and does so no more: the threshold is for unverified text. "
+            "verify=True in a call, or --verify, still gives exactly the model's own.",
+            highlight=False,
+            markup=False,
+        )
     return calibration
 
 

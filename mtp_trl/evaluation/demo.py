@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..hub import run_facts, write_atomically
 from .models import load_base, load_student
-from .report import Report, terminal_table, write_report
+from .report import Report, plots, terminal_table, write_report
 from .show import as_html, block_texts, coloured
 from .sweep import SPEEDS, Record, Setting, decoding_settings, evaluate_decoding
 from .tasks import BUNDLED, load_task
@@ -44,6 +44,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
     if not recipe.is_file():
         raise FileNotFoundError(f"There is no {recipe}; run the demo from a checkout of the repository.")
     console = Console()
+    plot = plots(extra="demo")
     base_name = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
     folder = output / "model"
     console.rule("1  adapt the base: at masks it writes blocks, and the base corrects them", align="left")
@@ -73,7 +74,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
         f"{SHOWN.label} {speed:,.0f}: {speed / base_speed:.2f} times as many.",
         highlight=False,
     )
-    written = write_report(output, report, sweep)
+    written = write_report(output, report, sweep, plot=plot)
 
     console.rule("3  one answer, a colour for each forward pass", align="left")
     index, answer = _answer_to_show(sweep.records[SHOWN])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import time
@@ -17,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..hub import write_atomically
 from .metrics import mean_with_error, paired_difference, share_identical
@@ -72,25 +73,62 @@ class HarnessModel(HFLM):
         self._model = self.base if setting.kind == "base" else self.student
 
     def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+        self, context: torch.Tensor, max_length: int, stop: list[str], temperature: float = 0.0, **generation_kwargs: Any
     ) -> torch.Tensor:
-        arguments: dict[str, Any] = dict(self.setting.arguments)
+        """As the harness's own, but each row ends at its own stop: there a batch goes on until all its rows have one."""
+        arguments: dict[str, Any] = self.setting.arguments(self.student.config.mtp["k_max"])
         if self.setting.kind == "base":
             arguments["suppress_tokens"] = list(self.student.config.mtp["barred_token_ids"])
+        if temperature:
+            arguments["temperature"] = temperature
+        own_stop = OwnStop(self.tokenizer, stop, prompt_length=context.shape[1])
         started = time.perf_counter()
-        output = super()._model_generate(
-            context, max_length, stop, return_dict_in_generate=True, **generation_kwargs, **arguments
+        output = self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([own_stop]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+            **{"do_sample": False} | generation_kwargs | arguments,
         )
         answers = output.sequences[:, context.shape[1] :].tolist()  # waits for the device
         self.seconds += time.perf_counter() - started
         if self.setting.kind == "base":
-            lengths = [answer_length(answer, end_of_text_ids(self.model)) for answer in answers]
+            ends = end_of_text_ids(self.model)
+            lengths = [own_stop.length(answer[: answer_length(answer, ends)]) for answer in answers]
             self.tokens, self.passes = self.tokens + sum(lengths), self.passes + sum(lengths)
         else:
             self.tokens += sum(map(sum, output.block_lengths))
             self.passes += int(output.forward_passes.sum())
         sequences: torch.Tensor = output.sequences
         return sequences
+
+
+class OwnStop(StoppingCriteria):
+    """Ends a row with the token that completes a stop string in what was generated, whatever the other rows do.
+
+    Transformers' `stop_strings` also look at the end of the prompt, the harness does not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, prompt_length: int) -> None:
+        self.tokenizer, self.stops, self.prompt_length = tokenizer, [stop for stop in stops if stop], prompt_length
+        # At worst a token for each byte; a few more, because tokenizers drop a space before the first token.
+        self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """A verdict for each row."""
+        generated = input_ids[:, self.prompt_length :].tolist()
+        return torch.tensor([self.reached(token_ids) for token_ids in generated], device=input_ids.device)
+
+    def reached(self, token_ids: list[int]) -> bool:
+        """Whether the last of these tokens completes a stop string, or one shortly before it did."""
+        text = self.tokenizer.decode(token_ids[-self.window :])
+        return any(stop in text for stop in self.stops)
+
+    def length(self, token_ids: list[int]) -> int:
+        """Tokens up to the first that completes a stop string, inclusive; all without one."""
+        return next((n for n in range(1, len(token_ids)) if self.reached(token_ids[:n])), len(token_ids))
 
 
 def run_task(
@@ -169,6 +207,8 @@ def run_settings(
 ) -> dict[Setting, Part]:
     """A task in every setting. With a folder for `parts`, what an earlier run with the same options finished is read there.
 
+    Files among the options are told apart by what is in them.
+
     Raises:
         ValueError: the parts there were made with other options.
     """
@@ -176,7 +216,7 @@ def run_settings(
     console = Console(stderr=True)
     for number, setting in enumerate(settings, start=1):
         path = None if parts is None else parts / f"{task}.{re.sub('[ ,/]+', '_', setting.label)}.json"
-        asked = json.loads(json.dumps({"task": task, **options}, default=str))
+        asked = {"task": task} | {name: _by_content(option) for name, option in options.items()}
         if path is not None and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["options"] != asked:
@@ -189,6 +229,17 @@ def run_settings(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"options": asked, "part": vars(finished[setting])}) + "\n")
     return finished
+
+
+def _by_content(option: Any) -> Any:
+    """Of a file its hash, of a folder that of the tasks in it: they may be written anew under the same name, or be moved."""
+    if not isinstance(option, Path):
+        return option
+    tasks = {path for pattern in ("*yaml", "*yml", "*.py") for path in option.rglob(pattern)}
+    digest = hashlib.sha256()
+    for path in [option] if option.is_file() else sorted(filter(Path.is_file, tasks)):
+        digest.update(f"{path.relative_to(option)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def table(parts: Mapping[Setting, Part]) -> list[Row]:

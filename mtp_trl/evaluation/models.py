@@ -15,7 +15,10 @@ from ..hub import PROVENANCE_FILE, repository_file
 from ..lora import LORA_CONFIG, named_base, put_on
 
 _ANY_OF = ("config.json", LORA_CONFIG, decoder.ADAPTER_FILE)
-_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json")
+# Weights, exact mode's adapter, configs and whatever a tokenizer consists of.
+_WEIGHTS = ("*.safetensors", "*.bin", "custom_generate/*.safetensors", "*config.json")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*tokens*.json", "*.jinja")
+_MODEL_FILES = (*_WEIGHTS, *_TOKENIZER)
 
 
 def load_student(name: str | Path, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -70,7 +73,7 @@ def base_name(name: str | Path) -> str | None:
 
 
 def identity(name: str | Path, base: str | None) -> list[str]:
-    """What changes when other weights or another decoder stand under the same names, or are decoded elsewhere.
+    """What changes when other weights, tokenizer or decoder stand under the same names, or are decoded elsewhere.
 
     Of a folder its files and when they were written, of a repository on the Hub its commit. `base` as for `run_eval`; of an
     adapter alone that which it names is meant, too.
@@ -83,7 +86,7 @@ def identity(name: str | Path, base: str | None) -> list[str]:
 
 def _stored(name: str | Path, revision: str | None = None) -> list[str]:
     if Path(name).is_dir():
-        files = [path for pattern in _MODEL_FILES for path in sorted(Path(name).glob(pattern))]
+        files = sorted({path for pattern in _MODEL_FILES for path in Path(name).glob(pattern)})
         return [str(name), *(f"{path.name} {path.stat().st_mtime_ns}" for path in files)]
     found = filter(None, (repository_file(name, file, revision) for file in _ANY_OF))
     return [str(name), *itertools.islice(found, 1)]  # a cached file lies in the folder of its commit

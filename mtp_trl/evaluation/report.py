@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -75,10 +77,11 @@ class Report:
         harness = f"lm-evaluation-harness's prompts and stops, {template}"
         longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
+        same = "are token for token theirs" if self.max_new_tokens else "have their very text up to the stop"
         return (
             f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
             "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
-            f"same: share of answers that are token for token theirs{speed}{blocks}. "
+            f"same: share of answers that {same}{speed}{blocks}. "
             f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
             f"transformers {versions['transformers']}; {code_span(facts['command'])}."
         )
@@ -169,8 +172,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_report(folder: Path, report: Report, sweep: Sweep | None = None) -> list[Path]:
-    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all."""
+def plots(*, extra: str) -> bool:
+    """Whether Matplotlib is there; without it, a line says that there will be no picture, and which extra has it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    missing = f"There will be no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[{extra}]'."
+    Console(stderr=True).print(missing, highlight=False, markup=False, soft_wrap=True)
+    return False
+
+
+def write_report(folder: Path, report: Report, sweep: Sweep | None = None, *, plot: bool = True) -> list[Path]:
+    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all.
+
+    Without `plot` there is no pareto.png.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.md": markdown(report),
@@ -181,7 +196,7 @@ def write_report(folder: Path, report: Report, sweep: Sweep | None = None) -> li
     for name, text in texts.items():
         write_atomically(folder / name, text)
     written = [folder / name for name in texts]
-    if report.rows[0].accuracy is not None:
+    if plot and report.rows[0].accuracy is not None:
         written.append(folder / "pareto.png")
         plot_pareto(report, written[-1])
     return written

@@ -48,18 +48,21 @@ class Setting:
             "tree": f"{self.k} blocks {threshold}",
         }[self.kind]
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `generate` that select it, each named, so that no default of the folder remains."""
+    def arguments(self, k_max: int) -> dict[str, Any]:
+        """The keyword arguments of `generate` that select it, each named, so that no default of the folder remains.
+
+        Args:
+            k_max: the student's largest block, which thresholds shorten.
+        """
         if self.kind == "base":
             return {}
         if self.kind == "plain":
-            return {"mtp_k": 1, "verify": False}
+            return {"mtp_k": 1, "confadapt": 0.0, "verify": False, "mtp_blocks": 1}
         if self.kind == "static":
-            return {"mtp_k": self.k, "confadapt": 0.0, "verify": False}
+            return {"mtp_k": self.k, "confadapt": 0.0, "verify": False, "mtp_blocks": 1}
         if self.kind == "tree":
-            return {"confadapt": self.threshold, "verify": True, "mtp_blocks": self.k}
-        return {"confadapt": self.threshold, "verify": self.kind == "verified"}
+            return {"mtp_k": k_max, "confadapt": self.threshold, "verify": True, "mtp_blocks": self.k}
+        return {"mtp_k": k_max, "confadapt": self.threshold, "verify": self.kind == "verified", "mtp_blocks": 1}
 
 
 def threshold_text(threshold: Threshold | Sequence[float]) -> str:
@@ -103,7 +106,7 @@ class Row:
     """A setting's line in the table. Accuracies are shares in [0, 1] and None without a scorer.
 
     `versus_base` and `versus_plain` are paired differences of accuracy; `same_as_base` and `same_as_plain` shares of
-    answers that are token for token those of the base and of the student's k=1.
+    answers that are token for token those of the base and of the student's k=1; of a harness's task, that have their text.
     """
 
     setting: Setting
@@ -302,7 +305,7 @@ def _decode_batch(
     max_new_tokens: int,
 ) -> list[Record]:
     """Greedy answers to a batch, not yet scored. The wall-clock is that of `generate`, shared equally by the rows."""
-    model, arguments = student, setting.arguments
+    model, arguments = student, setting.arguments(student.config.mtp["k_max"])
     if setting.kind == "base" and base is not None:
         # Held to the student's vocabulary: the rows that are never emitted.
         model, arguments = base, {"suppress_tokens": list(student.config.mtp["barred_token_ids"])}

@@ -1,5 +1,6 @@
 """Where held-out prompts come from: the bundled word problems or a JSON Lines file, with or without answers."""
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -78,11 +79,15 @@ def _matches(references: Sequence[str]) -> Scorer:
 
 def _read_rows(path: Path, *, column: str) -> list[dict[str, object]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Text as JSON allows it has line ends of its own (U+2028), and some editors begin a file with a mark.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            byte = f"0x{line[error.start]:02x}"
+            raise ValueError(f"{path.name}, line {number} is not UTF-8 (byte {byte}); save the file as UTF-8.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}, line {number} is not JSON ({error.msg}); one object per line.") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
