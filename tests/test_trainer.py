@@ -372,6 +372,9 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"completions_by": "nobody"}, "completions_by"),
         ({"completions_by": "student_blocks", "use_vllm": True}, "own generate"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
+        ({"k_max": 1025}, "k_max=1025 .*at most 1024"),
+        ({"exact_alpha": 0}, "exact_alpha must be > 0, got 0"), ({"exact_alpha": float("nan")}, "exact_alpha .*got nan"),
+        ({"reward_floor": 0.0}, "reward_floor .*got 0.0"), ({"reward_floor": float("nan")}, "reward_floor .*got nan"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):
