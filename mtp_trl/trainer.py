@@ -126,6 +126,7 @@ class MTPDistillTrainer(HubLayout):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        self.provenance["adapter"] = hub.adapter_facts(self.model)
         if args.adapter_only and not args.exact:
             check_fits_base(self.model)
         self._decode_completions()
