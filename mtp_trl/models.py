@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from .config import MTPDistillConfig
 from .forward import evaluating, take_flex_attention
 from .gated_adapter import add_gated_adapter
-from .mask_token import add_mask_token
+from .mask_token import add_mask_token, chosen_mask_token
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -86,6 +86,25 @@ def _fsdp(args: MTPDistillConfig) -> tuple[str, str] | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     return None
+
+
+def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig) -> str:
+    """The mask token that a run of this model will use, before its weights load: data must not contain it.
+
+    Of a model that cannot be found the configured one: that it is missing is said where it loads.
+    """
+    if not isinstance(model, str):
+        return chosen_mask_token(model.config, tokenizer, mask_token=args.mask_token)
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    found = {name: options[name] for name in _WHERE if name in options}
+    try:
+        config = AutoConfig.from_pretrained(model, **found)
+    except OSError:
+        return args.mask_token
+    return chosen_mask_token(config, tokenizer, mask_token=args.mask_token)
+
+
+_WHERE = ("revision", "trust_remote_code", "subfolder", "cache_dir", "token", "local_files_only", "code_revision")
 
 
 def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
