@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,6 +97,7 @@ def render_card(
     evidence = evidence or Evidence()
     dataset = provenance.get("dataset") or dataset_name
     calibrated = None if evidence.calibration is None else evidence.calibration.threshold
+    name = repo_id or model_name
     if adapter_only is None:
         adapter_only = bool(settings.get("adapter_only"))
     data = ModelCardData(
@@ -111,9 +114,13 @@ def render_card(
         template_path=str(_TEMPLATE),
         mark=MARK,
         model_name=escape_markdown(model_name),
-        repo_id=repo_id or model_name,
-        base=base,
+        repo_id=json.dumps(name),
+        base=json.dumps(base),
+        repo_id_shell=_on_a_command_line(name),
+        evaluate=code_span(f"mtp-trl eval {_on_a_command_line(name)} --base {_on_a_command_line(base)} --verify"),
         base_code=code_span(base),
+        mask_token=code_span(provenance["mask_token"]),
+        lora=_lora(provenance.get("adapter")),
         dataset=dataset and code_span(dataset),
         paper=PAPER,
         provenance=provenance,
@@ -126,13 +133,35 @@ def render_card(
         by_place=isinstance(calibrated, tuple),
         verify=bool(settings.get("verify")) and calibrated is None,
         command=code_span(provenance["command"]),
-        settings=json.dumps(settings, indent=2),
+        objective=code_span(provenance["objective"]),
+        hardware=escape_markdown(provenance["hardware"] or ""),
+        settings=_fenced(json.dumps(settings, indent=2), "json"),
         results=[(name, markdown(report).rstrip()) for name, report in evidence.reports.items()],
         plots=evidence.plots,
         results_folder=RESULTS_FOLDER,
         calibration=None if evidence.calibration is None else evidence.calibration.markdown(),
     )
     return str(card).rstrip() + "\n"
+
+
+def _on_a_command_line(name: str) -> str:
+    return shlex.quote(" ".join(name.split()))
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code whose fence is longer than any within it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _lora(adapter: dict[str, Any] | None) -> str | None:
+    """The LoRA that was trained, in a few words; None for exact mode's adapter, full fine-tuning and unknown adapters."""
+    if adapter is None or adapter["kind"] != "lora":
+        return None
+    targets = adapter["target_modules"]
+    layers = targets if isinstance(targets, str) else ", ".join(targets)
+    return f"LoRA of rank {int(adapter['rank'])} (alpha {float(adapter['alpha']):g}) on {code_span(layers)}"
 
 
 def write_card(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DistillationConfig
 
+from .custom_generate.generate import LARGEST_BLOCK
 from .guard import DRIFT_ACTIONS
 from .mask_token import MASK_TOKEN
 from .objective import OBJECTIVES
@@ -19,7 +21,8 @@ class MTPDistillConfig(DistillationConfig):
 
     Parameters:
         k_min, k_max (`int`, *optional*, defaults to `2` and `16`):
-            Block sizes are drawn uniformly from `[k_min, k_max]`. In the paper fixed sizes cost 12.5 points on GSM8K.
+            Block sizes are drawn uniformly from `[k_min, k_max]`; `k_max` is at most 1024. In the paper fixed sizes cost 12.5
+            points on GSM8K.
         slots_per_row (`int`, *optional*, defaults to `128`):
             Mask slots behind every text; regions are drawn until they are full. More slots give more supervised places for
             each clean token that is read.
@@ -127,6 +130,8 @@ class MTPDistillConfig(DistillationConfig):
                 f"Block sizes need 2 <= k_min <= k_max, got k_min={self.k_min} and k_max={self.k_max}; "
                 "for plain distillation use trl.DistillationTrainer."
             )
+        if self.k_max > LARGEST_BLOCK:
+            raise ValueError(f"k_max={self.k_max} is more than decoding takes in one block; set it to at most {LARGEST_BLOCK}.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if self.verify is None:
@@ -145,6 +150,12 @@ class MTPDistillConfig(DistillationConfig):
         for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if not 0 < self.exact_alpha < math.inf:
+            raise ValueError(
+                f"exact_alpha must be > 0, got {self.exact_alpha}: its scale is exact_alpha / exact_rank. 128 is usual."
+            )
+        if not -math.inf < self.reward_floor < 0:
+            raise ValueError(f"reward_floor is a log-probability in nats, below 0, got {self.reward_floor}; -20 is usual.")
         if self.ntp_coef < 0 or self.num_eval_prompts < 0:
             raise ValueError(f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}.")
         for name in ("ground_truth_warmup", "k_curriculum"):

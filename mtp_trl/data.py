@@ -361,7 +361,7 @@ class _Encoder:
             if any(isinstance(part, str) and self.mask_token in part for part in parts):
                 raise ValueError(
                     f"the text contains the mask token {self.mask_token!r}; remove it from the data or choose "
-                    "another mask_token"
+                    "another mask_token, which may be a token that the tokenizer has"
                 )
 
 

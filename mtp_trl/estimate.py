@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .config import MTPDistillConfig
-from .gated_adapter import adapted_layers
+from .custom_generate.generate import linear_features
+from .gated_adapter import ALL_LINEAR, adapted_layers
 from .recipe import read_recipe
 
 GIB = 2**30
@@ -121,10 +122,18 @@ def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
 
 def adapter_parameters(model: PreTrainedModel, setup: Setup) -> int:
     """Trainable parameters of LoRA or of exact mode's adapter, with the mask token's row."""
-    layers = adapted_layers(model, setup.targets)
+    layers = _adapted(model, setup)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers named {', '.join(setup.targets or ())}; name some to adapt.")
     return setup.rank * sum(sum(features) for features in layers.values()) + int(model.get_input_embeddings().embedding_dim)
+
+
+def _adapted(model: PreTrainedModel, setup: Setup) -> dict[str, tuple[int, int]]:
+    if setup.mode == "lora" and setup.targets == (ALL_LINEAR,):
+        head = model.get_output_embeddings()
+        layers = {name: linear_features(module) for name, module in model.named_modules() if module is not head}
+        return {name: features for name, features in layers.items() if features}
+    return adapted_layers(model, setup.targets)
 
 
 def _activations(model: PreTrainedModel, setup: Setup, compute_bytes: float, trainable: int) -> float:
@@ -135,7 +144,7 @@ def _activations(model: PreTrainedModel, setup: Setup, compute_bytes: float, tra
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if setup.mode != "full":  # a frozen layer needs its input no more, an adapted one does
         model.requires_grad_(False)
-        for name in adapted_layers(model, setup.targets):
+        for name in _adapted(model, setup):
             model.get_submodule(name).weight.requires_grad_(True)
         model.get_input_embeddings().weight.requires_grad_(True)
     saved = _saved_for_backward(model, setup.rows, columns, setup.slots + setup.length) * compute_bytes / _FLOAT32
@@ -200,7 +209,9 @@ def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, pr
     quantised = 0.5 if model.load_in_4bit else 1.0 if model.load_in_8bit else None
     half = model.dtype in ("bfloat16", "float16")
     with_master = deepspeed is not None and arguments.bf16
-    mode = "exact" if arguments.exact else "lora" if model.use_peft else "full"
+    exact = arguments.exact
+    targets = arguments.exact_target_modules if exact else model.lora_target_modules  # TRL makes one name a string
+    mode = "exact" if exact else "lora" if model.use_peft else "full"
     # a region of k places takes k - 1 slots: on average (k_max + k_min) / 2 places
     per_slot = 1 + 1 / ((arguments.k_min + arguments.k_max) / 2 - 1)
     return Setup(
@@ -220,7 +231,7 @@ def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, pr
         offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
         processes=processes,
         rank=arguments.exact_rank if mode == "exact" else model.lora_r,
-        target_modules=tuple((arguments.exact_target_modules if mode == "exact" else model.lora_target_modules) or ()) or None,
+        target_modules=(targets,) if isinstance(targets, str) else tuple(targets or ()) or None,
     )
 
 

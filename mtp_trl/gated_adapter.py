@@ -31,22 +31,22 @@ def add_gated_adapter(
     *,
     rank: int,
     alpha: float,
-    target_modules: Sequence[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> MaskGatedAdapter:
     """Freeze `model` and attach an adapter: A random, B zero, the mask's row that of the embedding; nothing changes yet.
 
     Args:
         model: a causal LM with a mask token (`config.mtp`), its weights quantised or sharded by ZeRO-3 or neither.
-        target_modules: last parts of the names of linear layers; by default every linear layer of the attention and, in
-            models without experts, of the MLP.
+        target_modules: last parts of the names of linear layers, or one of them; by default, and as "all-linear", every
+            linear layer of the attention and, in models without experts, of the MLP.
 
     Raises:
         ValueError: when no linear layer fits.
     """
     shapes = adapted_layers(model, target_modules)
     if not shapes:
-        wanted = "attention or MLP layers" if target_modules is None else ", ".join(target_modules)
+        wanted = ", ".join(_names(target_modules) or ["attention or MLP layers"])
         raise ValueError(f"{type(model).__name__} has no linear layer among {wanted}; name some in target_modules.")
     model.requires_grad_(False)
     _keep_differentiable(model)
@@ -66,9 +66,17 @@ def add_gated_adapter(
     return adapter.attach(model)
 
 
-def adapted_layers(model: PreTrainedModel, target_modules: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+def adapted_layers(model: PreTrainedModel, target_modules: str | Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the layers that an adapter of `target_modules` acts on, by name; see `add_gated_adapter`."""
-    return {name: features for name, layer in _linear_layers(model, target_modules) if (features := linear_features(layer))}
+    layers = _linear_layers(model, _names(target_modules))
+    return {name: features for name, layer in layers if (features := linear_features(layer))}
+
+
+def _names(target_modules: str | Sequence[str] | None) -> list[str] | None:
+    """None for the default layers. TRL and PEFT give one name as a string, which would be read letter by letter."""
+    if target_modules is None or target_modules in (ALL_LINEAR, [ALL_LINEAR]):
+        return None
+    return [target_modules] if isinstance(target_modules, str) else list(target_modules)
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
@@ -105,6 +113,7 @@ def split_adapter(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> tupl
     return tensors, {name: value for name, value in state_dict.items() if not name.startswith("mtp_adapter.")}
 
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 _OF_THE_CACHE = ".kv_b_proj"  # latent attention (DeepSeek): expands all cached latents, not the columns of a pass
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import cached_file
 
 from .custom_generate import generate as decoder
@@ -52,11 +54,10 @@ def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float | Sequence
 def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str, dataset: str | None = None) -> dict[str, Any]:
     """Who made this model: base, command, settings, versions, hardware, date. No secrets."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    settings = {
-        name: value
-        for name, value in args.to_dict().items()
-        if name in defaults and value != defaults[name] and "token" not in name and _is_plain(value)
-    }
+    filled_in = AcceleratorConfig().to_dict()
+    filled_in.pop("use_configured_state", None)  # transformers takes it out
+    defaults["accelerator_config"] = filled_in
+    changed = {name: value for name, value in args.to_dict().items() if name in defaults and value != defaults[name]}
     return {
         "base_model": public_name(base_model),
         "dataset": None if dataset is None else public_name(dataset),
@@ -64,9 +65,27 @@ def provenance(*, base_model: str, args: MTPDistillConfig, mask_token: str, data
         "objective": args.objective,
         "k_min": args.k_min,
         "k_max": args.k_max,
-        "settings": settings,
+        "settings": {name: value for name, value in _public(changed).items() if value is not None},
         **run_facts(),
     }
+
+
+def adapter_facts(model: Any) -> dict[str, Any] | None:
+    """Kind, rank, alpha and layers of the adapter that a run trains; None where it trains the weights themselves."""
+    if is_peft_model(model):
+        config = model.active_peft_config
+        targets = getattr(config, "target_modules", None)
+        return {
+            "kind": config.peft_type.value.lower(),
+            "rank": getattr(config, "r", None),
+            "alpha": getattr(config, "lora_alpha", None),
+            "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+        }
+    gated: decoder.MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
+    if gated is None:
+        return None
+    layers = sorted({name.rpartition(".")[2] for name in gated.names})
+    return {"kind": "exact", "rank": gated.rank, "alpha": gated.alpha, "target_modules": layers}
 
 
 def run_facts() -> dict[str, Any]:
@@ -79,7 +98,10 @@ def run_facts() -> dict[str, Any]:
     }
 
 
-_SECRET_OPTION = re.compile(r"--?(?:token|[\w-]*(?:hub|hf|api|auth|access)[_-](?:token|key)|[\w-]*(?:secret|password)[\w-]*)")
+_SECRET_OPTION = re.compile(
+    r"--?(?:token|[\w-]*(?:hub|hf|api|auth|access)[_-](?:token|key)|[\w-]*(?:secret|password)[\w-]*)", re.IGNORECASE
+)
+_SECRET_NAME = re.compile(r"token|secret|password|credential|(?:api|auth|access|private)[_-]?key", re.IGNORECASE)
 _SECRET = re.compile(r"hf_\w{3,}")
 
 
@@ -100,10 +122,21 @@ def _publishable(arguments: list[str]) -> list[str]:
     return shown
 
 
+def _public(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings without secrets and without what is not plain; a setting within a setting is looked at by itself."""
+    return {
+        name: _public(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if _is_plain(name) and not _SECRET_NAME.search(str(name)) and (isinstance(value, dict) or _is_plain(value))
+    }
+
+
 def _is_plain(value: Any) -> bool:
     if _SECRET.search(str(value)):
         return False
-    return isinstance(value, str | int | float | bool | list) and "/" not in str(value)  # no paths of a machine
+    if isinstance(value, list | tuple):
+        return all(_is_plain(one) for one in value)
+    return value is None or (isinstance(value, str | int | float) and "/" not in str(value))  # no paths of a machine
 
 
 def _versions() -> dict[str, str]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .custom_generate.generate import check_mask_tokens
 
 MASK_TOKEN = "<|mtp|>"
 _ROW_MULTIPLE = 64  # matrix heights that tensor cores like
@@ -42,15 +45,17 @@ def add_mask_token(
 
     Returns:
         The id of the mask token.
+
+    Raises:
+        ValueError: the model's `config.mtp` is broken.
     """
-    if recorded := getattr(model.config, "mtp", None):
-        _register(tokenizer, recorded["mask_token"])
+    if (recorded := getattr(model.config, "mtp", None)) is not None:
+        _register(tokenizer, _recorded_token(recorded))
         recorded["k_max"] = k_max
         return int(recorded["mask_token_id"])
 
     rows, tokens = _embedding_height(model), len(tokenizer)
-    if tokens >= rows and mask_token not in tokenizer.get_vocab():
-        mask_token = _reserved_token(tokenizer) or mask_token
+    mask_token = _token_within(rows, tokenizer, mask_token)
     mask_id = _register(tokenizer, mask_token)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=_ROW_MULTIPLE, mean_resizing=False)
@@ -65,6 +70,26 @@ def add_mask_token(
         "base_vocab_size": rows,
     }
     return mask_id
+
+
+def chosen_mask_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, mask_token: str = MASK_TOKEN) -> str:
+    """The string of the token that `add_mask_token` will take, known before any weights load; nothing is changed."""
+    if (recorded := getattr(config, "mtp", None)) is not None:
+        return _recorded_token(recorded)
+    return _token_within(config.get_text_config().vocab_size, tokenizer, mask_token)
+
+
+def _recorded_token(mtp: Any) -> str:
+    check_mask_tokens(mtp)
+    if "mask_token" not in mtp:
+        raise ValueError("config.mtp does not name its mask_token; add it to config.json, or load another revision.")
+    return str(mtp["mask_token"])
+
+
+def _token_within(rows: int, tokenizer: PreTrainedTokenizerBase, mask_token: str) -> str:
+    if len(tokenizer) >= rows and mask_token not in tokenizer.get_vocab():
+        return _reserved_token(tokenizer) or mask_token
+    return mask_token
 
 
 def _reserved_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from .config import MTPDistillConfig
 from .forward import evaluating, take_flex_attention
 from .gated_adapter import add_gated_adapter
-from .mask_token import add_mask_token
+from .mask_token import add_mask_token, chosen_mask_token
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig) -> None:
     """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
 
+    Of the configuration `r`, `lora_alpha` and `target_modules` are taken: names, one name, or "all-linear", which stands for
+    the layers that this adapter has by default.
+
     Raises:
-        ValueError: for a model that has adapters already, under FSDP 1, and where FSDP or ZeRO-3 would not gather the adapter.
+        ValueError: for a model that has adapters already, under FSDP 1, where FSDP or ZeRO-3 would not gather the adapter,
+            and for a configuration that asks for more than rank, alpha and layers.
     """
     fsdp = _fsdp(args)
     if fsdp is not None and fsdp != ("2", "FULL_STATE_DICT"):
@@ -47,10 +52,30 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
         "target_modules": args.exact_target_modules,
     }
     if peft_config is not None:
+        _check_shape_alone(peft_config)
         targets = peft_config.target_modules
-        shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": targets and sorted(targets)}
+        names = sorted(targets) if isinstance(targets, set) else targets
+        shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": names}
     student.config.mtp["exact"] = True
     add_gated_adapter(student, seed=args.seed, **shape)
+
+
+_TAKEN = {"r", "lora_alpha", "target_modules"}
+_OF_THE_FILE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+
+
+def _check_shape_alone(peft_config: PeftConfig) -> None:
+    """Exact mode takes the shape of its adapter from a LoRA's configuration; the rest would be ignored."""
+    if peft_config.peft_type != "LORA":
+        raise ValueError(f"exact mode's adapter is a LoRA, got {type(peft_config).__name__}; pass a LoraConfig, or none.")
+    usual = type(peft_config)()
+    for field in dataclasses.fields(peft_config):
+        value, default = getattr(peft_config, field.name), getattr(usual, field.name)
+        if field.name not in _TAKEN | _OF_THE_FILE and value != default:
+            raise ValueError(
+                f"exact mode takes r, lora_alpha and target_modules of peft_config and would ignore {field.name}={value!r}; "
+                f"leave it at {default!r}, or set exact_rank, exact_alpha and exact_target_modules instead of a peft_config."
+            )
 
 
 def _fsdp(args: MTPDistillConfig) -> tuple[str, str] | None:
@@ -61,6 +86,25 @@ def _fsdp(args: MTPDistillConfig) -> tuple[str, str] | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     return None
+
+
+def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig) -> str:
+    """The mask token that a run of this model will use, before its weights load: data must not contain it.
+
+    Of a model that cannot be found the configured one: that it is missing is said where it loads.
+    """
+    if not isinstance(model, str):
+        return chosen_mask_token(model.config, tokenizer, mask_token=args.mask_token)
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    found = {name: options[name] for name in _WHERE if name in options}
+    try:
+        config = AutoConfig.from_pretrained(model, **found)
+    except OSError:
+        return args.mask_token
+    return chosen_mask_token(config, tokenizer, mask_token=args.mask_token)
+
+
+_WHERE = ("revision", "trust_remote_code", "subfolder", "cache_dir", "token", "local_files_only", "code_revision")
 
 
 def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:

@@ -35,7 +35,7 @@ from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
 from .lora import check_alone, check_fits_base
 from .mask_token import add_mask_token
-from .models import adapters_off, causal_lm, frozen_teacher, make_exact, model_loader, with_mask_row
+from .models import adapters_off, causal_lm, frozen_teacher, make_exact, mask_token_of, model_loader, with_mask_row
 from .objective import block_metrics, place_weights
 from .optimizer import muon_adamw
 from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
@@ -94,8 +94,9 @@ class MTPDistillTrainer(HubLayout):
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=args.trust_remote_code
         )
-        train_dataset = _prepared(train_dataset, tokenizer, args, "train")
-        eval_dataset = _prepared(eval_dataset, tokenizer, args, "eval")
+        mask_token = mask_token_of(model, tokenizer, args)
+        train_dataset = _prepared(train_dataset, tokenizer, args, mask_token, "train")
+        eval_dataset = _prepared(eval_dataset, tokenizer, args, mask_token, "eval")
         _check_one_step(train_dataset, args)
         _check_generation(train_dataset, args)
 
@@ -127,6 +128,7 @@ class MTPDistillTrainer(HubLayout):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        self.provenance["adapter"] = hub.adapter_facts(self.model)
         if args.adapter_only and not args.exact:
             check_fits_base(self.model)
         self._decode_completions()
@@ -418,17 +420,17 @@ class MTPDistillTrainer(HubLayout):
         return table
 
 
-def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, split: str) -> Any:
+def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, mask_token: str, split: str) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: _prepared(part, tokenizer, args, name) for name, part in dataset.items()}
+        return {name: _prepared(part, tokenizer, args, mask_token, name) for name, part in dataset.items()}
     return prepare_dataset(
         dataset,
         tokenizer,
         column_map=cast("dict[str, str] | None", args.column_map),  # text has been parsed by now
         max_length=args.max_length,
-        mask_token=args.mask_token,
+        mask_token=mask_token,
         desc=split,
     )
 

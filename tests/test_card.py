@@ -1,5 +1,6 @@
 """A card says what its model is, what was measured and what was not; what data and people named is shown literally."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -85,6 +86,27 @@ def test_text_of_data_and_people_cannot_become_markup(tmp_path):
     assert "](javascript" not in outside_code.replace("\\](", "")
     assert "\n# heading" not in text
     assert text.count("\n---\n") == 1  # the end of the metadata
+
+
+@pytest.mark.parametrize("changes", [{"ntp_coef": 0.5}, {"exact": True}, {"exact": True, "adapter_only": True}], ids=str)
+def test_names_and_settings_cannot_leave_their_code_blocks(tmp_path, changes):
+    hostile = 'me/x"); import os #`\n```\n<script>'
+    facts = provenance("org/base", tmp_path, **changes) | {"mask_token": "<b>`x`", "base_model": hostile}
+    facts["objective"] = facts["hardware"] = "`<script>`"
+    facts["settings"] |= {"run_name": "\n````\n<script>"}
+    text = render_card(facts, model_name="m", repo_id=hostile)
+    assert "<script>" not in re.sub(r"(?s)(```+)(?!`).*?\n\1\n|`[^`\n]*`", "", text)
+    blocks = re.findall(r"(?s)\n```python\n(.*?)\n```\n", text)
+    assert len(blocks) == (1 if changes.get("adapter_only") else 2)
+    for block in blocks:
+        imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Import)]
+        assert not imported
+        assert hostile in {node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)}
+    assert json.loads(re.search(r"(?s)\n(````+)json\n(.*?)\n\1\n", text)[2]) == facts["settings"]
+
+
+def test_the_limits_claim_no_measurement_that_was_not_made(tmp_path):
+    assert "CPU" not in render_card(provenance("org/base", tmp_path), model_name="x").split("## Limits")[1].split("## How")[0]
 
 
 @pytest.mark.parametrize("text", ["plain words, 1.5 %", "snake_case_name"])

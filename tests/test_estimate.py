@@ -14,7 +14,7 @@ from trl import ModelConfig
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
 from mtp_trl.cli import main
-from mtp_trl.estimate import GIB, Setup, estimate, setup_of
+from mtp_trl.estimate import GIB, Setup, adapter_parameters, estimate, setup_of
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
@@ -97,6 +97,18 @@ def test_exact_mode_keeps_no_state_of_the_base():
     assert memory.parameters == 2 * (8030261248 + adapter)
     assert memory.teacher == 0
     assert memory.optimizer == 12 * adapter / 8
+
+
+@pytest.mark.parametrize(
+    ("targets", "per_layer"),
+    [(["q_proj"], 2 * 128), (["q_proj", "v_proj"], 4 * 128), ("all-linear", 8 * 128 + 3 * (128 + 344))],
+)
+def test_lora_targets_are_names_or_one_name_or_all_linear_layers(tmp_path, targets, per_layer):
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False)
+    named = ModelConfig(use_peft=True, lora_r=8, lora_target_modules=targets)  # TRL makes a list of one name a string
+    with torch.device("meta"):
+        model = LlamaForCausalLM(CONFIG)
+    assert adapter_parameters(model, setup_of(args, named, None, 1)) == 8 * 4 * per_layer + 128
 
 
 def test_the_command_reads_a_recipe(tmp_path, capsys):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -438,6 +439,44 @@ def test_every_objective_trains_the_adapter(tmp_path, objective):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_a_string_is_one_name_and_all_linear_the_default_layers(tiny_model):
+    def names(target_modules):
+        return add_gated_adapter(tiny_model("llama"), rank=2, alpha=2, target_modules=target_modules).names
+
+    assert names("q_proj") == names(["q_proj"]) != names(None)
+    assert names("all-linear") == names(["all-linear"]) == names(None)
+    with pytest.raises(ValueError, match="no linear layer among query; name"):
+        names("query")
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj", "v_proj"], "all-linear", None])
+def test_a_lora_configuration_gives_the_adapters_shape(tiny_model, targets):
+    model = tiny_model("llama")
+    arguments = SimpleNamespace(fsdp_plugin_args=None, deepspeed_plugin=None, exact_rank=8, exact_alpha=8, seed=0)
+    arguments.exact_target_modules = None
+    make_exact(model, LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"), arguments)
+    adapter = model.mtp_adapter
+    assert (adapter.rank, adapter.alpha) == (2, 6)
+    last = {name.rsplit(".", 1)[-1] for name in adapter.names}
+    all_of_them = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert last == (all_of_them if targets in ("all-linear", None) else {targets} if isinstance(targets, str) else {*targets})
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [{"use_rslora": True}, {"lora_dropout": 0.5}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "all"},
+     {"rank_pattern": {"q_proj": 4}}, {"layers_to_transform": [0]}, {"init_lora_weights": "gaussian"}],
+    ids=str,
+)  # fmt: skip
+def test_what_exact_mode_would_ignore_of_a_lora_configuration_is_refused(tiny_model, ignored):
+    arguments = SimpleNamespace(fsdp_plugin_args=None, deepspeed_plugin=None, exact_rank=8, exact_alpha=8, seed=0)
+    arguments.exact_target_modules = None
+    with pytest.raises(ValueError, match=f"would ignore {next(iter(ignored))}=.*leave it at"):
+        make_exact(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **ignored), arguments)
+    with pytest.raises(ValueError, match="got IA3Config; pass a LoraConfig"):
+        make_exact(tiny_model("llama"), IA3Config(target_modules=["q_proj"], feedforward_modules=[]), arguments)
 
 
 def test_target_modules_that_are_not_there_are_refused(tiny_model):

@@ -20,6 +20,7 @@ def test_provenance_holds_no_paths_and_no_tokens(tmp_path):
     [
         (["--hub_token", "hf_abcdef", "--max_new_tokens", "256"], "--hub_token '***' --max_new_tokens 256"),
         (["--hub_token=hf_abcdef", "--seed", "1"], "'--hub_token=***' --seed 1"),
+        (["--HF_TOKEN", "q", "--Hub-Token=q", "--seed", "1"], "--HF_TOKEN '***' '--Hub-Token=***' --seed 1"),
         (["--token", "x", "--private"], "--token '***' --private"),
         (["--note", "with hf_abcdef inside"], "--note 'with *** inside'"),
         (["/opt/me/recipe.yaml", "--output_dir=/opt/me/out", "runs/x"], "recipe.yaml --output_dir=out runs/x"),
@@ -35,6 +36,20 @@ def test_a_setting_that_holds_a_token_is_left_out(tmp_path):
     settings = hub.provenance(base_model="org/base", args=args, mask_token="<|mtp|>")["settings"]
     assert "hf_secret" not in json.dumps(settings)
     assert settings["seed"] == 3
+
+
+def test_settings_within_a_setting_are_kept_without_secrets_and_paths(tmp_path):
+    options = {
+        "num_decay_steps": 1600,
+        "inner": {"api_key": "q", "HF_Token": "q", "file": "/opt/q", "odd": object(), "x": None},
+    }
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_kwargs=options)
+    args.model_init_kwargs = {"token": "hf_secret", "revision": "v2", "note": "hf_secret", "parts": [{"password": "q"}]}
+    settings = hub.provenance(base_model="org/base", args=args, mask_token="<|mtp|>")["settings"]
+    assert settings["lr_scheduler_kwargs"] == {"num_decay_steps": 1600, "inner": {"x": None}}
+    assert settings["model_init_kwargs"] == {"revision": "v2"}
+    assert "accelerator_config" not in settings
+    json.dumps(settings)
 
 
 def test_names_that_mean_something_elsewhere(tmp_path):

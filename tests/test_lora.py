@@ -59,6 +59,26 @@ def trained(root, *, adapter=None, **changes):
     return trainer
 
 
+def test_a_runs_provenance_and_card_tell_its_lora_also_once_that_is_merged(tmp_path):
+    write_base(tmp_path / "base")
+    trained(tmp_path, adapter=LoraConfig(r=2, lora_alpha=6, target_modules=["v_proj", "q_proj"]))
+    for folder in (tmp_path / "run", export(tmp_path / "run", tmp_path / "merged")):
+        facts = json.loads((folder / PROVENANCE_FILE).read_text())
+        assert facts["adapter"] == {"kind": "lora", "rank": 2, "alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    assert "LoRA of rank 2 (alpha 6) on `q_proj, v_proj`" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("exact", "kind"), [(True, "exact"), (False, None)])
+def test_the_provenance_of_a_run_without_lora_says_so(tmp_path, exact, kind):
+    write_base(tmp_path / "base")
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "k_max": 4, "exact": exact, "max_steps": 1}
+    args = MTPDistillConfig(str(tmp_path / "run"), **options)
+    adapter = LoraConfig(r=2, lora_alpha=6, target_modules="q_proj") if exact else None
+    trainer = MTPDistillTrainer(str(tmp_path / "base"), args, load_dataset("train", 64, 0), peft_config=adapter)
+    wanted = {"kind": kind, "rank": 2, "alpha": 6, "target_modules": ["q_proj"]} if exact else None
+    assert trainer.provenance["adapter"] == wanted
+
+
 @pytest.mark.parametrize(("architecture", "rows"), [("llama", 766), ("gemma3", 768)])
 def test_an_adapter_alone_decodes_as_the_run_did(tmp_path, architecture, rows):
     write_base(tmp_path / "base", architecture, rows)

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mtp_trl.mask_token import MASK_TOKEN, add_mask_token
+from mtp_trl.mask_token import MASK_TOKEN, add_mask_token, chosen_mask_token
 
 
 def build(tokens: int, rows: int, *, tied: bool = True, extra: tuple[str, ...] = ()):
@@ -63,6 +63,20 @@ def test_a_full_matrix_gives_its_last_reserved_token(reserved):
     assert mask_id == tokenizer.convert_tokens_to_ids(reserved.format(2)) == 3
     assert model.get_input_embeddings().weight.shape[0] == 64
     assert MASK_TOKEN not in tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "extra", "named"),
+    [(100, 128, (), "<|mtp|>"), (128, 128, (), "<|mtp|>"), (64, 64, ("<unused0>", "<unused1>"), "<|mtp|>"),
+     (60, 64, ("<unused0>",), "<|mtp|>"), (64, 64, ("<unused0>", "<mine>"), "<mine>")],
+)  # fmt: skip
+def test_the_choice_is_known_from_the_config_alone(tokens, rows, extra, named):
+    model, tokenizer = build(tokens, rows, extra=extra)
+    chosen = chosen_mask_token(model.config, tokenizer, mask_token=named)
+    assert len(tokenizer) == tokens
+    add_mask_token(model, tokenizer, mask_token=named)
+    assert model.config.mtp["mask_token"] == chosen
+    assert chosen_mask_token(model.config, tokenizer, mask_token="<other>") == chosen  # recorded by now
 
 
 def test_the_row_has_the_mean_and_spread_of_the_rows_in_use():

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtp_trl
 from mtp_trl import hub
-from mtp_trl.custom_generate.generate import MaskGatedAdapter
+from mtp_trl.custom_generate.generate import ADAPTER_FILE, MaskGatedAdapter, attach_adapter
 from mtp_trl.evaluation.show import as_html
+from mtp_trl.gated_adapter import add_gated_adapter
+from mtp_trl.mask_token import add_mask_token
 from mtp_trl.publish import export
 
 PACKAGE = Path(mtp_trl.__file__).parent
@@ -143,16 +145,93 @@ def test_secrets_and_pickles_beside_a_model_are_not_published(folder, tmp_path):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
 
-def test_an_adapter_file_with_hostile_metadata_fails_before_anything_runs(tmp_path):
-    path = tmp_path / "adapter.safetensors"
+WORDS = {"mask_token": "<|mtp|>", "mask_token_id": 60, "k_max": 8, "barred_token_ids": [60, 61, 62, 63]}
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    ["x", ["a"], 5, {"exact": True}, WORDS | {"mask_token_id": "a"}, WORDS | {"exact": "yes"}, WORDS | {"mask_token": 5},
+     WORDS | {"base_vocab_size": "64"}, WORDS | {"barred_token_ids": "abc"}],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_config_is_refused_in_decoding_and_in_training(folder, tiny_model, mtp):
+    content = json.loads((folder / "config.json").read_text()) | {"mtp": mtp}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.mtp .*load another revision"):
+        decode(folder)
+    model = tiny_model("llama")
+    model.config.mtp = mtp
+    with pytest.raises(ValueError, match=r"config\.mtp .*load another revision"):
+        add_mask_token(model, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def exact_folder(tmp_path, tiny_model):
+    """An exact mode's adapter, and its base in the folder beside it."""
+    model = tiny_model("llama")
+    mtp = model.config.mtp
+    del model.config.mtp
+    model.save_pretrained(tmp_path / "base")
+    model.config.mtp = mtp | {"exact": True}
+    add_gated_adapter(model, rank=2, alpha=4)
+    hub.set_decoding_defaults(model, confadapt=0.5, verify=True)
+    facts = {"base_model": "org/base", "settings": {}}
+    hub.write_decoder(tmp_path / "exact", model, facts)
+    return tmp_path / "exact"
+
+
+def change_metadata(folder, **values):
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        metadata = file.metadata() | values
     save_file(
-        {"mask_row": torch.zeros(4)}, path, metadata={"r": "__import__('os')", "lora_alpha": "1", "mtp": "{}", "defaults": "{}"}
+        load_file(folder / ADAPTER_FILE), folder / ADAPTER_FILE, metadata={k: v for k, v in metadata.items() if v is not None}
     )
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    with pytest.raises(ValueError, match="invalid literal for int"):
-        MaskGatedAdapter.from_tensors(load_file(path), metadata)
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", "0"), ("r", "__import__('os')"), ("r", None), ("r", "3"), ("r", "1000000000000"), ("lora_alpha", "nan"),
+        ("lora_alpha", '"4"'), ("lora_alpha", "NaN"), ("lora_alpha", "1" * 400), ("mtp", None), ("mtp", "[1]"), ("mtp", "{"),
+        ("mtp", "[" * 100_000),
+        ("mtp", json.dumps(WORDS | {"mask_token_id": "a"})), ("mtp", json.dumps(WORDS | {"mask_token_id": -1})),
+        ("mtp", json.dumps(WORDS | {"barred_token_ids": "abc"})), ("mtp", json.dumps(WORDS | {"k_max": 10**9})),
+        ("defaults", None), ("defaults", "[]"), ("defaults", "not json"), ("lora_layers", "5"), ("lora_layers", "[5]"),
+    ],
+)  # fmt: skip
+def test_an_adapter_file_with_hostile_metadata_is_refused(exact_folder, name, value):
+    change_metadata(exact_folder, **{name: value})
+    base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
+    with pytest.raises(ValueError, match=rf"mtp_adapter.safetensors .*{'rank' if value == '3' else ''}.*load another revision"):
+        base.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=str(exact_folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("change", [{"mask_row": None}, {"mask_row": torch.zeros(2, 32)}, {"lora_B.weight": None}])
+def test_an_adapter_file_without_its_tensors_is_refused(exact_folder, change):
+    with safe_open(exact_folder / ADAPTER_FILE, framework="pt") as file:
+        metadata, tensors = file.metadata(), load_file(exact_folder / ADAPTER_FILE)
+    ((end, replaced),) = change.items()
+    name = next(name for name in tensors if name.endswith(end))
+    tensors = {key: value for key, value in tensors.items() if key != name} | ({} if replaced is None else {name: replaced})
+    with pytest.raises(ValueError, match=r"mtp_adapter\.safetensors has .*load another revision"):
+        MaskGatedAdapter.from_tensors(tensors, metadata)
+
+
+def test_an_adapter_sets_no_other_defaults_than_those_of_decoding(exact_folder):
+    change_metadata(exact_folder, defaults=json.dumps({"confadapt": 0.7, "max_new_tokens": 10**6, "to_dict": 1, "mtp_k": 3}))
+    base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
+    attach_adapter(base, str(exact_folder))
+    assert base.generation_config.confadapt == 0.7
+    assert base.generation_config.max_new_tokens is None
+    assert callable(base.generation_config.to_dict)
+    assert "mtp_k" not in base.mtp_adapter.defaults
+
+
+def test_a_hostile_config_meets_an_adapter_with_an_error(exact_folder):
+    base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
+    base.config.mtp = {"exact": True}
+    with pytest.raises(ValueError, match=r"config\.mtp has mask_token_id='None'"):
+        attach_adapter(base, str(exact_folder))
 
 
 # ---- text of models and data ----

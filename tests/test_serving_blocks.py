@@ -255,7 +255,8 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
     file = tmp_path / "custom_generate" / "mtp_adapter.safetensors"
     file.parent.mkdir()
     words = {"mask_token_id": 29, "barred_token_ids": [29], "k_max": 6, "exact": True}
-    save_file({"mask_row": torch.zeros(4)}, file, metadata={"mtp": json.dumps(words), "defaults": '{"confadapt": 0.5}'})
+    shape = {"r": "1", "lora_alpha": "1"}
+    save_file({"mask_row": torch.zeros(4)}, file, metadata=shape | {"mtp": json.dumps(words), "defaults": '{"confadapt": 0.5}'})
     config = vllm_config(adapter=str(tmp_path))
     config.model_config.hf_config = SimpleNamespace()  # the base knows of no mask
     served = Served.of(config)
@@ -264,7 +265,7 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
     config.model_config.get_vocab_size = lambda: 29
     with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
         Served.of(config)
-    lora = {"mtp": json.dumps(words), "defaults": "{}", "lora_layers": '["model.layers.0.mlp.up_proj"]'}
+    lora = shape | {"mtp": json.dumps(words), "defaults": "{}", "lora_layers": '["model.layers.0.mlp.up_proj"]'}
     save_file({"mask_row": torch.zeros(4)}, file, metadata=lora)
     with pytest.raises(ValueError, match="is a LoRA adapter; serve the merged model"):
         Served.of(config)

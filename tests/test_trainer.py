@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DistillationTrainer
 
@@ -353,6 +354,36 @@ def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, token
         MTPDistillTrainer(str(tmp_path / "no_such_model"), arguments(tmp_path), rows(4), processing_class=tokenizer)
 
 
+def with_reserved_token(tokenizer, folder):
+    """A tokenizer that fills the model's matrix and keeps a token for later."""
+    tokenizer.add_tokens([f"<filler{i}>" for i in range(767 - len(tokenizer))])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|reserved_special_token_7|>"]}, replace_extra_special_tokens=False)
+    assert len(tokenizer) == 768
+    model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("columns", [["prompt", "completion"], ["prompt"]])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_reserved_token_that_becomes_the_mask_is_refused_in_the_data(tmp_path, tokenizer, by_name, columns, monkeypatch):
+    with_reserved_token(tokenizer, tmp_path / "base")
+    texts = {"prompt": ["a"] * 8 + ["x <|reserved_special_token_7|>"], "completion": ["b"] * 9}
+    data = Dataset.from_dict({name: texts[name] for name in columns})
+    monkeypatch.setattr("mtp_trl.models.create_model_from_path", lambda *_, **__: pytest.fail("weights were loaded"))
+    base = str(tmp_path / "base") if by_name else model()
+    wanted = r"mask token '<\|reserved_special_token_7\|>'; remove it from the data"
+    with pytest.raises(ValueError, match=wanted if columns == ["prompt"] else f"Row 8 of the train set: .*{wanted}"):
+        MTPDistillTrainer(base, arguments(tmp_path), data, processing_class=tokenizer)
+
+
+def test_the_string_of_a_mask_token_that_is_not_used_is_text(tmp_path, tokenizer):
+    with_reserved_token(tokenizer, tmp_path / "base")
+    data = Dataset.from_dict({"prompt": ["a <|mtp|>"] * 8, "completion": ["b"] * 8})
+    trainer = MTPDistillTrainer(str(tmp_path / "base"), arguments(tmp_path), data)
+    assert trainer.provenance["mask_token"] == "<|reserved_special_token_7|>"
+    assert not any(trainer._tokens.mask_id in row["prompt_ids"] for row in trainer.train_dataset)
+
+
 def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("mtp_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
     args = arguments(tmp_path, ds3_gather_for_generation=False)
@@ -372,6 +403,9 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"completions_by": "nobody"}, "completions_by"),
         ({"completions_by": "student_blocks", "use_vllm": True}, "own generate"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
+        ({"k_max": 1025}, "k_max=1025 .*at most 1024"),
+        ({"exact_alpha": 0}, "exact_alpha must be > 0, got 0"), ({"exact_alpha": float("nan")}, "exact_alpha .*got nan"),
+        ({"reward_floor": 0.0}, "reward_floor .*got 0.0"), ({"reward_floor": float("nan")}, "reward_floor .*got nan"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):

@@ -1494,7 +1494,7 @@ def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAd
     if recorded is None and adapter is not None:
         recorded = _within_vocabulary(adapter.mtp, model)
     if recorded is not None:
-        _check_mask_tokens(recorded, rows=model.config.get_text_config().vocab_size)
+        check_mask_tokens(recorded, rows=model.config.get_text_config().vocab_size)
         if request.mtp_token_id not in (None, recorded["mask_token_id"]):
             raise ValueError(
                 f"mtp_token_id={request.mtp_token_id} contradicts config.mtp, whose mask token is "
@@ -1515,25 +1515,38 @@ def _mask_tokens(model: PreTrainedModel, request: _Request, adapter: MaskGatedAd
     }
 
 
-def _check_mask_tokens(mtp: Any, *, rows: int) -> None:
+_ANY_VOCABULARY = 2**31  # rows, where the vocabulary is not known yet
+_BROKEN = "the repository is broken, load another revision."
+
+
+def check_mask_tokens(mtp: Any, *, rows: int = _ANY_VOCABULARY, where: str = "config.mtp") -> None:
     """A config comes with the repository, from anybody: its values are looked at before anything is built of them."""
-
-    def is_number(value: Any, low: int, high: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    known = mtp if isinstance(mtp, dict) else {}
-    barred = known.get("barred_token_ids")
+    if not isinstance(mtp, dict):
+        raise ValueError(f"{where} must hold values by name, got {_short(mtp)}; {_BROKEN}")
+    barred = mtp.get("barred_token_ids")
     right = {
-        "mask_token_id": is_number(known.get("mask_token_id"), 0, rows - 1),
-        "k_max": is_number(known.get("k_max"), 1, LARGEST_BLOCK),
-        "barred_token_ids": isinstance(barred, list) and len(barred) < rows and all(is_number(t, 0, rows - 1) for t in barred),
+        "mask_token_id": _is_whole(mtp.get("mask_token_id"), 0, rows - 1),
+        "k_max": _is_whole(mtp.get("k_max"), 1, LARGEST_BLOCK),
+        "barred_token_ids": isinstance(barred, list) and len(barred) < rows and all(_is_whole(t, 0, rows - 1) for t in barred),
+        "base_vocab_size": _is_whole(mtp.get("base_vocab_size", 1), 1, _ANY_VOCABULARY),
+        "mask_token": isinstance(mtp.get("mask_token", ""), str),
+        "exact": isinstance(mtp.get("exact", False), bool),
     }
     for name, is_right in right.items():
         if not is_right:
             raise ValueError(
-                f"config.mtp has {name}={str(known.get(name))[:50]!r}: ids are rows of the vocabulary, 0 to {rows - 1}, not "
-                f"all of them barred, and k_max is 1 to {LARGEST_BLOCK}; the repository is broken, load another revision."
+                f"{where} has {name}={_short(mtp.get(name))}: ids are rows of the vocabulary, 0 to {rows - 1}, not all of them "
+                f"barred, k_max is 1 to {LARGEST_BLOCK}, base_vocab_size a number >= 1, mask_token text, exact true or false; "
+                f"{_BROKEN}"
             )
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _short(value: Any) -> str:
+    return repr(str(value)[:50])
 
 
 def _within_vocabulary(mtp: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -1678,7 +1691,10 @@ def _use_adapter_of(repository: str, model: PreTrainedModel, hub_options: dict[s
 def _mask_gated_adapter(model: PreTrainedModel) -> MaskGatedAdapter | None:
     """The adapter of an exact-mode model; the first call reads it from the model's own repository."""
     attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
-    if attached is not None or not (getattr(model.config, "mtp", None) or {}).get("exact"):
+    mtp = getattr(model.config, "mtp", None)
+    if mtp is not None:
+        check_mask_tokens(mtp, rows=model.config.get_text_config().vocab_size)
+    if attached is not None or mtp is None or not mtp.get("exact"):
         return attached
     source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
     path = cached_file(source[0], ADAPTER_FILE, revision=source[1])
@@ -1832,10 +1848,13 @@ class MaskGatedAdapter(nn.Module):
                 )
         rows = model.get_input_embeddings().weight.shape[0]
         base_rows = self.mtp.get("base_vocab_size")
+        last = max(self.mtp.get("barred_token_ids", ()), default=0)
         # As the base has it, or grown by the mask's row, to a height that hardware likes or not.
-        if base_rows and rows not in (base_rows, self.mtp["mask_token_id"] + 1, max(self.mtp["barred_token_ids"]) + 1):
+        if base_rows and rows not in (base_rows, self.mtp["mask_token_id"] + 1, last + 1):
             raise ValueError(f"{expected}: its vocabulary has {base_rows} rows, this model's {rows}; {remedy}")
         own = getattr(model.config, "mtp", None)
+        if own is not None:
+            check_mask_tokens(own)
         if own is not None and self.mtp and own["mask_token_id"] != self.mtp["mask_token_id"]:
             mask_ids = f"its mask token is {self.mtp['mask_token_id']}, this model's {own['mask_token_id']}"
             raise ValueError(f"{expected}: {mask_ids}; {remedy}")
@@ -1899,22 +1918,69 @@ class MaskGatedAdapter(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> MaskGatedAdapter:
-        """An adapter as its file has it."""
+        """An adapter as its file has it.
+
+        Raises:
+            ValueError: metadata or tensors that no adapter has.
+        """
+        said = adapter_metadata(metadata)
         before, behind = "base_model.model.", ".lora_A.weight"
-        names = [name[len(before) : -len(behind)] for name in tensors if name.endswith(behind)]
-        shapes = {
-            name: (tensors[f"{before}{name}{behind}"].shape[1], tensors[f"{before}{name}.lora_B.weight"].shape[0])
-            for name in names
-        }
-        rank, alpha = int(metadata["r"]), float(metadata["lora_alpha"])
-        adapter = cls(shapes, rank=rank, alpha=alpha, hidden_size=len(tensors["mask_row"]))
-        adapter.mtp, adapter.defaults = json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
-        adapter.base = (metadata["base_model_name_or_path"], metadata["base_fingerprint"] or None)
-        adapter.lora_layers = json.loads(metadata.get("lora_layers", "[]"))
+        names = [name[len(before) : -len(behind)] for name in tensors if name.startswith(before) and name.endswith(behind)]
+        shapes = {}
+        for name in names:
+            low, high = (_shape(tensors, f"{before}{name}.lora_{side}.weight") for side in "AB")
+            if len(low) != 2 or len(high) != 2 or not low[0] == high[1] == said["r"]:
+                raise ValueError(f"{ADAPTER_FILE} has {name} with {low} and {high}, not of rank {said['r']}; {_BROKEN}")
+            shapes[name] = (low[1], high[0])
+        if len(row := _shape(tensors, "mask_row")) != 1:
+            raise ValueError(f"{ADAPTER_FILE} has mask_row with {row}, not one row; {_BROKEN}")
+        adapter = cls(shapes, rank=said["r"], alpha=float(said["lora_alpha"]), hidden_size=row[0])
+        adapter.mtp, adapter.defaults, adapter.lora_layers = said["mtp"], said["defaults"], said["lora_layers"]
+        adapter.base = (metadata.get("base_model_name_or_path", ""), metadata.get("base_fingerprint") or None)
         with torch.no_grad():
             for name, parameter in adapter.by_file_name().items():
                 parameter.copy_(tensors[name])
         return adapter
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tensors[name].shape) if name in tensors else ()
+
+
+_DEFAULTS = ("confadapt", "verify")  # all that an adapter may say of decoding on its base
+
+
+def adapter_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What `MaskGatedAdapter.metadata` wrote, looked at: an adapter comes with its repository, from anybody.
+
+    Raises:
+        ValueError: a value is missing or is not what it should be.
+    """
+    written = {"lora_layers": "[]", **(metadata or {})}
+
+    def value(name: str, is_right: Callable[[Any], bool], wanted: str) -> Any:
+        try:
+            found = json.loads(written[name])
+        except (KeyError, ValueError, RecursionError):
+            found = None
+        if not is_right(found):
+            raise ValueError(f"{ADAPTER_FILE} has {name}={_short(written.get(name))}, which must be {wanted}; {_BROKEN}")
+        return found
+
+    said = {
+        "r": value("r", lambda r: _is_whole(r, 1, 2**31), "a whole number >= 1"),
+        "lora_alpha": value("lora_alpha", lambda alpha: type(alpha) in (int, float) and abs(alpha) < 1e9, "a number"),
+        "mtp": value("mtp", lambda mtp: isinstance(mtp, dict), "the mask token's values by name"),
+        "defaults": value("defaults", lambda defaults: isinstance(defaults, dict), "decoding defaults by name"),
+        "lora_layers": value(
+            "lora_layers",
+            lambda layers: isinstance(layers, list) and all(isinstance(layer, str) for layer in layers),
+            "a list of names",
+        ),
+    }
+    check_mask_tokens(said["mtp"], where=f"`mtp` in {ADAPTER_FILE}")
+    said["defaults"] = {name: said["defaults"][name] for name in _DEFAULTS if name in said["defaults"]}
+    return said
 
 
 def linear_features(layer: Any) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ...custom_generate.generate import check_mask_tokens
 from . import hooks
 from .heads import pad_heads
 from .settings import SECTION, Settings, adapter_words
@@ -48,6 +49,7 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     mtp = getattr(config, "mtp", None) if adapter is None else adapter_words(adapter)[0]
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
+    check_mask_tokens(mtp)
     chosen = {name: value for name, value in options.items() if value is not None}
     settings = Settings(mtp["k_max"], (0.0,), verify=True).with_options(chosen, k_max=mtp["k_max"])
     if settings.k < 2:

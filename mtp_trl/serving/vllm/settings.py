@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ... import __version__
-from ...custom_generate.generate import ADAPTER_FILE, checked_thresholds
+from ...custom_generate.generate import ADAPTER_FILE, adapter_metadata, check_mask_tokens, checked_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +82,8 @@ class Served:
             mtp, repository = adapter_words(adapter)
         else:
             mtp, repository = getattr(model.hf_config, "mtp", None), model.try_get_generation_config() or {}
+            if mtp is not None:
+                check_mask_tokens(mtp)
             adapter = model.model if mtp and mtp.get("exact") else None
         if mtp is None:
             raise ValueError(
@@ -168,15 +169,15 @@ def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.mtp` and the decoding defaults that an adapter published alone carries for its base.
 
     Raises:
-        ValueError: the adapter goes with a LoRA.
+        ValueError: the adapter goes with a LoRA, or its file is broken.
     """
     with safe_open(adapter_file(repository), framework="pt") as file:
-        metadata = file.metadata()
-    if json.loads(metadata.get("lora_layers", "[]")):
+        said = adapter_metadata(file.metadata())
+    if said["lora_layers"]:
         raise ValueError(
             f"{repository} is a LoRA adapter; serve the merged model, which `mtp-trl export` writes without options."
         )
-    return json.loads(metadata["mtp"]), json.loads(metadata["defaults"])
+    return said["mtp"], said["defaults"]
 
 
 def adapter_file(repository: str) -> str:
