@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .config import MTPDistillConfig
+from .forward import backbone
 from .gated_adapter import adapted_layers
 from .recipe import read_recipe
 
@@ -182,7 +183,7 @@ def _saved_for_backward(model: PreTrainedModel, rows: int, columns: int, keys: i
     model.config.get_text_config()._attn_implementation = "estimate"
     ids = torch.zeros(rows, columns, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.base_model(input_ids=ids, use_cache=False)
+        output = backbone(model)(input_ids=ids, use_cache=False)
     del output
     return float(sum(storage.nbytes() for storage in kept.values()))
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .custom_generate.generate import windows_by_column
 from .regions import Layout, chunk_by_position, window_by_position
 
 logger = get_logger(__name__)
@@ -30,16 +31,25 @@ _FLEX_TOLERANCE = 2e-2
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its output head, also where `base_model` is the model itself (Llama 4)."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether several regions may share one row of this model.
 
     They may where attention is all that mixes tokens. A recurrent or convolutional layer cannot skip tokens, and a model
-    that takes no `position_ids` cannot be told where a slot stands.
+    that takes no `position_ids`, or counts windows in columns, cannot be told where a slot stands.
     """
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    return not model._is_stateful and takes_positions and set(layer_types) <= _PACKABLE_LAYERS
+    arguments = inspect.signature(backbone(model).forward).parameters
+    # Models without a cache are from before masks could be handed in.
+    takes_layouts = {"position_ids", "past_key_values"} <= set(arguments) and not windows_by_column(model)
+    return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 
 def check_attention_backend(model: PreTrainedModel) -> None:
@@ -163,7 +173,7 @@ def hidden_states(model: PreTrainedModel, ids_XT: Tensor, layout: Layout, masks:
     inputs: dict[str, Any] = {"input_ids": ids_XT, "attention_mask": masks, "use_cache": False}
     if layout.allowed_XTT is not None:
         inputs["position_ids"] = layout.positions_XT
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    hidden: Tensor = backbone(model)(**inputs).last_hidden_state
     return hidden.flatten(0, 1)
 
 
@@ -171,7 +181,7 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
     """The model's own logits [P, V] from hidden states: output head, multiplier, softcap.
 
     The names are those that transformers' configs use: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier`
-    (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), `final_logit_softcapping` (Gemma).
+    (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), and the softcaps of Gemma, RecurrentGemma, xLSTM.
     `check_output_logits` compares with `model(...).logits`, so an architecture with another rule is refused, not mistrained.
     """
     config = model.config.get_text_config()
@@ -181,8 +191,9 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
             logits = logits * getattr(config, name)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
         logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (cap := getattr(config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -203,7 +214,7 @@ def check_output_logits(model: PreTrainedModel) -> None:
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        actual = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+        actual = output_logits(model, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     gap = (expected - actual).abs().max().item()
     if gap > 1e-2 * max(1.0, expected.abs().max().item()):
         raise ValueError(
