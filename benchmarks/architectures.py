@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import tempfile
 import traceback
 import warnings
@@ -30,7 +31,7 @@ import torch
 from rich.progress import track
 from tiny_models import BARRED, EOS, MASK, PAD, build
 from torch import Tensor
-from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mtp_trl.config import MTPDistillConfig
@@ -186,15 +187,24 @@ def largest_gap(model: PreTrainedModel) -> float:
     return gap
 
 
-def train(model: PreTrainedModel, *, exact: bool) -> str:
-    """`STEPS` steps on one batch: does the loss fall?"""
+def train(model: PreTrainedModel, *, exact: bool) -> tuple[str, PreTrainedModel]:
+    """`STEPS` steps on one batch: does the loss fall? If not, in smaller steps: the target moves with the student's blocks."""
+    for learning_rate in (1e-2, 1e-3) if exact else (1e-3, 1e-4):
+        trained = copy.deepcopy(model)
+        found = _train(trained, exact=exact, learning_rate=learning_rate)
+        if found == RIGHT:
+            break
+    return found, trained
+
+
+def _train(model: PreTrainedModel, *, exact: bool, learning_rate: float) -> str:
     if exact:
         add_gated_adapter(model, rank=8, alpha=16)
         reader: Any = MaskGated(model, with_teacher=True)
     else:
         teacher = copy.deepcopy(model).requires_grad_(False)
         reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2 if exact else 3e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     for _ in range(STEPS):
         output = distillation_pass(reader, batch(), TOKENS, settings(), objective="hard")
@@ -210,19 +220,20 @@ def train(model: PreTrainedModel, *, exact: bool) -> str:
 
 def check_training(case: Case) -> dict[str, str]:
     """Full fine-tuning."""
-    model = copy.deepcopy(case.model)
+    model = case.model
     layout = "packed" if can_pack(model) else "suffix"
     check_output_logits(model)
     if (gap := largest_gap(model)) > LARGEST_GAP:
         return {"layout": layout, "training": f"its logits are off by {gap:.2g}"}
-    return {"layout": layout, "training": train(model, exact=False)}
+    return {"layout": layout, "training": train(model, exact=False)[0]}
 
 
 def check_exact(case: Case) -> dict[str, str]:
     """Exact mode: trained, and the verified text is still the base's."""
+    check_output_logits(case.model)
     before, _ = ours(case.model, case.rows, verify=True)
-    found = train(case.model, exact=True)
-    after, _ = ours(case.model, case.rows, verify=True)
+    found, trained = train(case.model, exact=True)
+    after, _ = ours(trained, case.rows, verify=True)
     return {"exact": found if after == before else "wrong"}
 
 
@@ -242,7 +253,8 @@ def text_decoder(model_type: str) -> str | None:
     parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", None) or {}
     if "text_config" not in parts:
         return None
-    return str(CONFIG_MAPPING[model_type]().get_text_config(decoder=True).model_type)
+    decoder = str(CONFIG_MAPPING[model_type]().get_text_config(decoder=True).model_type)
+    return decoder if decoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def reason(error: BaseException) -> str:
@@ -265,7 +277,7 @@ def check(model_type: str) -> Iterator[dict[str, str]]:
         yield {"built": reason(error)}
         return
     yield {"built": RIGHT}
-    case.model.generation_config.pad_token_id, case.model.generation_config.eos_token_id = PAD, EOS
+    case.model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS)  # forces no token
     for column, checked in COLUMNS.items():
         try:
             yield checked(case)
@@ -314,6 +326,60 @@ def row_of(model_type: str, *, seconds: float) -> dict[str, str]:
             if found is None:
                 return row
             row |= found
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def short(found: str, name: str) -> str:
+    """Without what differs from model to model: the class's name, numbers, and what stands behind the reason."""
+    found = re.sub(r" ?\([^)]*\)|\[[^]]*\]", "", found.replace(name, "the model")).partition(";")[0]
+    return found.replace("|", "\\|").strip().rstrip(".")
+
+
+def cells(row: dict[str, str]) -> tuple[str, ...]:
+    """Decoding, training, exact mode and transformers itself."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row["type"]]
+    if row["built"] != RIGHT:
+        return (f"not built: {short(row['built'], name)}", "-", "-", "-")
+    decoding = short(row["verified"], name)
+    if row.get("blocks") != row["verified"]:
+        decoding += f"; blocks: {short(row.get('blocks', '-'), name)}"
+    if row.get("cache") == "uncached":
+        decoding += ", without a cache"
+    training = short(row.get("training", "-"), name)
+    if row.get("layout") == "suffix":
+        training += ", a row per region"
+    upstream = short(row["upstream"], name)
+    return decoding, training, short(row.get("exact", "-"), name), "" if upstream == RIGHT else upstream
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, of what the JSON holds: model types with the same cells share a line."""
+    parts = {row["type"]: row["built"][4:] for row in results["rows"] if row["built"].startswith("see ")}
+    rows = [row for row in results["rows"] if row["type"] not in parts]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault(cells(row), []).append(row["type"])
+    built = [row for row in rows if row["built"] == RIGHT]
+    counts = [sum(row.get(column) == RIGHT for row in built) for column in ("verified", "training", "exact")]
+    counted = f"Of {len(rows)} model types {len(built)} are built; of these {counts[0]} decode verified text right, "
+    counted += f"{counts[1]} train and {counts[2]} train in exact mode."
+    lines = [
+        counted,
+        "",
+        "| model types | decoding | training | exact mode | transformers itself |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for found, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(found)} |")
+    several = ", ".join(f"`{name}` (`{part}`)" for name, part in parts.items())
+    if several:
+        lines += ["", f"Made of several models, of which the text decoder is the one to look up: {several}."]
+    facts = results["provenance"]
+    versions = f"torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}"
+    lines += ["", f"{facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

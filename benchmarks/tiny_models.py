@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, PAD, EOS, MASK, BARRED = 64, 0, 1, 60, (60, 61, 62, 63)
 
@@ -206,6 +208,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "inkling2_text": _INKLING,
     "inkling_text": _INKLING,
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16], "attention_head_size": 8, "feed_forward_size": 64},
+    "roc_bert": {
+        "pronunciation_embed_dim": 16, "pronunciation_vocab_size": 64, "shape_embed_dim": 16, "shape_vocab_size": 64
+    },
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX"},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
@@ -235,11 +246,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config_class(model_type: str) -> type[PretrainedConfig]:
+    """That of its causal LM: of its text decoder, where a config is made of several (Emu3, Mllama)."""
+    own = CONFIG_MAPPING[model_type]
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if name is None or "text_config" not in own.sub_configs:
+        return own
+    return getattr(transformers, name).config_class
+
+
 def options_of(model_type: str) -> dict[str, Any]:
     """Configuration values of a tiny model."""
     known = {}
     if model_type not in ARCHITECTURES:
-        default = CONFIG_MAPPING[model_type]().to_dict()
+        default = config_class(model_type)().to_dict()
         known = {name: value for name, value in MORE_SIZES.items() if name in default}
         if "kv_lora_rank" in default:  # latent attention has no groups of heads
             known["num_key_value_heads"] = SIZES["num_attention_heads"]
@@ -258,17 +278,23 @@ def build(
     options = {**options_of(architecture), **changes}
     backend = options.pop("attn_implementation", None)
     model_type = "gemma3_text" if architecture == "gemma3" else architecture
-    config = AutoConfig.for_model(model_type, **options)
+    config = config_class(model_type)(**options)
     config.mtp = {"mask_token": "<|mtp|>", "mask_token_id": MASK, "k_max": 8, "barred_token_ids": list(BARRED)}
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = sum(p.numel() for p in _of_config(config, model_type).parameters())
     if parameters > LARGEST:
         raise ValueError(f"{parameters:,} parameters are not tiny: name the sizes of {model_type} in tiny_models.py.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=backend).eval()
+        model = _of_config(config, model_type, attn_implementation=backend).eval()
     _randomise(model, seed=seed, logit_scale=logit_scale, context=context)
     return model
+
+
+def _of_config(config: PretrainedConfig, model_type: str, **options: Any) -> PreTrainedModel:
+    if type(config) is CONFIG_MAPPING[model_type]:
+        return AutoModelForCausalLM.from_config(config, **options)
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config(config, **options)
 
 
 @torch.no_grad()

@@ -113,6 +113,8 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
     has_experts = any("expert" in name for name, _ in model.named_modules())
     attention = tuple(f"{name}." for name, module in model.named_modules() if _is_attention(module))
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
+    # Where no block can be checkpointed (CTRL) the lists of blocks.
+    blocks = blocks or tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for name, module in model.named_modules():
         if module is head or linear_features(module) is None or not name.startswith(blocks):
             continue

@@ -495,6 +495,7 @@ def _forward_pass(
         )
     if kinds <= _ATTENTION | _RECURRENT and _continues_from_states(model):
         return _RecurrentForward(model, settings, arguments, rows, config, synced=synced)
+    check_left_to_right(model)
     warnings.warn(
         f"{type(model).__name__} has layers whose cache is unknown, or cannot be told positions: it is decoded correctly but "
         "without a cache, which is slow for long texts.",
@@ -544,6 +545,27 @@ def _states_agree(model: PreTrainedModel) -> bool:
             model(input_ids=part, use_cache=True, **{name: cache})
         found.append([states[i].float() for states, i in _states(cache.layers)])
     return all((one - other).norm() <= 0.1 * one.norm() for one, other in zip(*found, strict=True))
+
+
+_left_to_right: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def check_left_to_right(model: PreTrainedModel) -> None:
+    """Raises ValueError when logits depend on tokens behind them: then a block's tokens cannot be verified in one pass."""
+    if model in _left_to_right:
+        return
+    ids = (
+        torch.arange(12, device=_execution_device(model.get_input_embeddings()))[None]
+        % model.config.get_text_config().vocab_size
+    )
+    alone, before = (model(input_ids=part, use_cache=False).logits[0, :8].float() for part in (ids[:, :8], ids))
+    if (alone - before).norm() > 0.5 * alone.norm():  # rounding may send single tokens to other experts
+        raise ValueError(
+            f"{type(model).__name__} does not read from left to right: its logits depend on tokens behind them. Use a causal "
+            "model, or what makes this one causal in its config."
+        )
+    _left_to_right.add(model)
 
 
 def _states(layers: Sequence[Any]) -> list[tuple[dict[int, Tensor], int]]:
@@ -1808,7 +1830,7 @@ class _MaskRow(_Part):
 
     def forward(self, output: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return self.weight.to(output.dtype).expand_as(output)
+            return self.weight.to(output.dtype).expand_as(output).clone()  # some models write into their embeddings
         return output.copy_(self.weight)
 
 
@@ -1903,13 +1925,14 @@ class MaskGatedAdapter(nn.Module):
             raise ValueError(f"{expected}, and these weights differ from it; {remedy}")
 
     def _adapt(self, name: str, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
+        if isinstance(self.gate, int) and self.gate == 0:
+            return output
+        flat, x = output, inputs[0]
         if output.ndim == 2 and "expert" not in name and len(output) == math.prod(self.shape):  # OPT flattens rows
-            x, flat = x.view(*self.shape, -1), output
-            return self._where_gated(flat.view(*self.shape, -1), lambda part, where: update(part, x[:, where])).view_as(flat)
-        if output.ndim != 3:  # experts' tokens, or keys of the whole cache: which of them are masks cannot be told
+            output, x = output.view(*self.shape, -1), x.view(*self.shape, -1)
+        if output.shape[:-1] != self.shape:  # experts' tokens, or keys of the whole cache: which are masks cannot be told
             raise ValueError(f"{name} gives {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
-        return self._where_gated(output, lambda part, columns: update(part, x[:, columns]))
+        return self._where_gated(output, lambda part, columns: update(part, x[:, columns])).view_as(flat)
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         self.shape = output.shape[:2]
