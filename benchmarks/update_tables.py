@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ablate  # noqa: E402
 import agreement  # noqa: E402
+import architectures  # noqa: E402
 import calibration  # noqa: E402
 import decode  # noqa: E402
 import exactness  # noqa: E402
@@ -41,6 +42,8 @@ def table(name: str) -> str:
         return ablate.table(RESULTS / name)
     text = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
     results = json.loads(text)
+    if "built" in results["rows"][0]:
+        return architectures.table(results)
     if "identical" in results["rows"][0]:
         return exactness.table(results)
     if "way" in results["rows"][0] and "same_as_greedy" in results["rows"][0]:

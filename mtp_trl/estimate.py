@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .config import MTPDistillConfig
 from .custom_generate.generate import linear_features
+from .forward import backbone
 from .gated_adapter import ALL_LINEAR, adapted_layers
 from .recipe import read_recipe
 
@@ -191,7 +192,7 @@ def _saved_for_backward(model: PreTrainedModel, rows: int, columns: int, keys: i
     model.config.get_text_config()._attn_implementation = "estimate"
     ids = torch.zeros(rows, columns, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.base_model(input_ids=ids, use_cache=False)
+        output = backbone(model)(input_ids=ids, use_cache=False)
     del output
     return float(sum(storage.nbytes() for storage in kept.values()))
 

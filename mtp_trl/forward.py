@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .custom_generate.generate import check_left_to_right, windows_by_column
 from .regions import Layout, chunk_by_position, window_by_position
 
 logger = get_logger(__name__)
@@ -31,16 +32,25 @@ _FLEX_TOLERANCE = 2e-2
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its output head, also where `base_model` is the model itself (Llama 4)."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether several regions may share one row of this model.
 
     They may where attention is all that mixes tokens. A recurrent or convolutional layer cannot skip tokens, and a model
-    that takes no `position_ids` cannot be told where a slot stands.
+    that takes no `position_ids`, or counts windows in columns, cannot be told where a slot stands.
     """
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    return not model._is_stateful and takes_positions and set(layer_types) <= _PACKABLE_LAYERS
+    arguments = inspect.signature(backbone(model).forward).parameters
+    # Models without a cache are from before masks could be handed in.
+    takes_layouts = {"position_ids", "past_key_values"} <= set(arguments) and not windows_by_column(model)
+    return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 
 def check_attention_backend(model: PreTrainedModel) -> None:
@@ -56,7 +66,7 @@ def check_attention_backend(model: PreTrainedModel) -> None:
 def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> None:
     """Raises ValueError where slots would stand beyond a table of learned positions (GPT-2, OPT)."""
     needed = max_length + k_max - 2  # the last block begins behind the last token but one
-    for name, table in model.base_model.named_modules():
+    for name, table in backbone(model).named_modules():
         if not isinstance(table, nn.Embedding) or not re.search(r"wpe$|position", name):
             continue
         rows = table.num_embeddings - getattr(table, "offset", 0)
@@ -178,7 +188,7 @@ def hidden_states(model: PreTrainedModel, ids_XT: Tensor, layout: Layout, masks:
     inputs: dict[str, Any] = {"input_ids": ids_XT, "attention_mask": masks, "use_cache": False}
     if layout.allowed_XTT is not None:
         inputs["position_ids"] = layout.positions_XT
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    hidden: Tensor = backbone(model)(**inputs).last_hidden_state
     return hidden.flatten(0, 1)
 
 
@@ -186,7 +196,7 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
     """The model's own logits [P, V] from hidden states: output head, multiplier, softcap.
 
     The names are those that transformers' configs use: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier`
-    (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), `final_logit_softcapping` (Gemma).
+    (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), and the softcaps of Gemma, RecurrentGemma, xLSTM.
     `check_output_logits` compares with `model(...).logits`, so an architecture with another rule is refused, not mistrained.
     """
     config = model.config.get_text_config()
@@ -196,8 +206,9 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
             logits = logits * getattr(config, name)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
         logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (cap := getattr(config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -214,12 +225,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_output_logits(model: PreTrainedModel) -> None:
-    """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens."""
+    """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens.
+
+    Or where logits depend on tokens behind them.
+    """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        actual = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-    gap = (expected - actual).abs().max().item()
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        if not can_pack(model):
+            check_left_to_right(model)
+        fits = hidden.shape[-1] == getattr(model.get_output_embeddings(), "in_features", hidden.shape[-1])
+        gap = (expected - output_logits(model, hidden).float()).abs().max().item() if fits else float("inf")
     if gap > 1e-2 * max(1.0, expected.abs().max().item()):
         raise ValueError(
             f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "

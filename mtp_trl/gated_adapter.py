@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .custom_generate.generate import MaskGatedAdapter, base_fingerprint, linear_features
-from .forward import attention_masks, evaluating, hidden_states
+from .forward import attention_masks, backbone, evaluating, hidden_states
 from .mask_token import gathered
 from .regions import Layout
 
@@ -122,6 +122,8 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
     has_experts = any("expert" in name for name, _ in model.named_modules())
     attention = tuple(f"{name}." for name, module in model.named_modules() if _is_attention(module))
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
+    # Where no block can be checkpointed (CTRL) the lists of blocks.
+    blocks = blocks or tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for name, module in model.named_modules():
         if module is head or linear_features(module) is None or not name.startswith(blocks):
             continue
@@ -129,6 +131,8 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
             chosen = name.rsplit(".", 1)[-1] in target_modules
         else:
             chosen = (name.startswith(attention) or not has_experts) and not name.endswith(_OF_THE_CACHE)
+            # Routers of experts within the attention (JetMoe), and linear layers in groups (DeepSeek V4) have other outputs.
+            chosen = chosen and "expert" not in name and not hasattr(module, "n_groups")
         if chosen:
             yield name, module
 
@@ -190,7 +194,7 @@ class MaskGated:
     def _read_text(self, layout: Layout) -> tuple[Tensor, Cache]:
         text, cache = slice(layout.clean_length), DynamicCache()
         with evaluating(self.student), self.adapter.acting_on(0):
-            hidden = self.student.base_model(
+            hidden = backbone(self.student)(
                 input_ids=layout.ids_XT[:, text],
                 position_ids=layout.positions_XT[:, text],
                 attention_mask=self._masks(layout, queries=text, keys=text),
@@ -202,7 +206,7 @@ class MaskGated:
     def _behind_text(self, layout: Layout, ids_XT: Tensor) -> Tensor:
         slots = slice(layout.clean_length, None)
         try:
-            hidden = self.student.base_model(
+            hidden = backbone(self.student)(
                 input_ids=ids_XT[:, slots],
                 position_ids=layout.positions_XT[:, slots],
                 attention_mask=self._masks(layout, queries=slots),

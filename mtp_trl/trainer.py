@@ -30,7 +30,14 @@ from .config import MTPDistillConfig
 from .custom_generate.generate import attach_decoder
 from .data import column_names, prepare_dataset
 from .evaluation.show import block_texts, coloured
-from .forward import can_pack, check_attention_backend, check_output_logits, check_positions, dense_masks
+from .forward import (
+    backbone,
+    can_pack,
+    check_attention_backend,
+    check_output_logits,
+    check_positions,
+    dense_masks,
+)
 from .gated_adapter import MaskGated, declared_adapted
 from .guard import DriftGuard
 from .lora import check_alone, check_fits_base
@@ -158,8 +165,8 @@ class MTPDistillTrainer(HubLayout):
         """Compiles what a pass calls: accelerate compiles `model.forward`, which the redirection to the loss goes around."""
         for model in (self.model, self.teacher_model):
             if model is not None:
-                backbone = causal_lm(self.accelerator.unwrap_model(model)).base_model
-                backbone.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+                body = backbone(causal_lm(self.accelerator.unwrap_model(model)))
+                body.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     @contextmanager
     def _decoding_as_it_is(self) -> Iterator[None]:

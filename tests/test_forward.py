@@ -24,7 +24,8 @@ from mtp_trl.regions import Layout, Regions, pack_regions, row_generator, sample
 
 K, SLOTS, MASK, PAD = 6, 18, 60, 2
 PACKED = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite"]
-RECURRENT = ["falcon_h1", "qwen3_next", "granitemoehybrid"]
+PACKED += ["llama4_text", "opt", "gemma3n_text", "gemma4_text"]
+RECURRENT = ["falcon_h1", "qwen3_next", "granitemoehybrid", "gpt_neo", "openai-gpt", "recurrent_gemma"]  # and others
 
 
 def texts_and_regions():

@@ -17,7 +17,7 @@ import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer, attach_decoder
 from mtp_trl.cli import main
 from mtp_trl.evaluation.models import load_student
-from mtp_trl.forward import can_pack
+from mtp_trl.forward import backbone, can_pack
 from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
 from mtp_trl.models import make_exact
 from mtp_trl.regions import pack_regions, row_generator, sample_regions, student_forced_ids, suffix_regions
@@ -28,7 +28,7 @@ ZERO_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
 PACKED = [
     "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite", "phi3",
-    "olmo2", "gpt2", "deepseek_v3",
+    "olmo2", "gpt2", "deepseek_v3", "llama4_text", "opt", "jetmoe",
 ]  # fmt: skip
 RECURRENT = ["falcon_h1", "qwen3_next"]
 
@@ -59,7 +59,7 @@ def layout_of(model):
 def naive_hidden(model, ids, *, masks: int):
     """One unpacked pass with the adapter at the last `masks` columns."""
     with model.mtp_adapter.acting_on(masks):
-        return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        return backbone(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

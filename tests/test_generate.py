@@ -63,6 +63,8 @@ CACHED = [
     "deepseek_v3",
 ]
 RECURRENT = ["falcon_h1", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "bamba", "lfm2", "mamba2"]
+# Layers that count windows in columns, start anew in each pass, or see no mask; a list that slopes; keys chosen by an index.
+UNCACHED = ["gpt_neo", "jamba", "rwkv", "bloom", "deepseek_v32"]
 
 
 # --- what everything is compared with ---------------------------------------------------------------------------------
@@ -205,6 +207,28 @@ def test_every_architecture_equals_the_naive_loop_and_greedy(tiny_model, archite
     assert texts(single, rows[1:2])[0] == texts(batched, rows)[1]
 
 
+@pytest.mark.parametrize("architecture", UNCACHED)
+def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, architecture):
+    """Each row alone, too: transformers' own padded batches of some of them depend on the padding."""
+    model, rows, new = tiny_model(architecture, context=0.6), prompts(), 12
+    with pytest.warns(UserWarning, match="without a cache"):
+        batched = decode(model, rows, mtp_k=4, confadapt=0.3, max_new_tokens=new)
+    expected = [naive_loop(model, row, k=4, threshold=0.3, new=new) for row in rows]
+    assert list(zip(texts(batched, rows), batched.block_lengths, strict=True)) == expected
+    with pytest.warns(UserWarning, match="without a cache"):
+        verified = decode(model, rows, mtp_k=4, confadapt=0.3, verify=True, max_new_tokens=new)
+    assert texts(verified, rows) == [naive_loop(model, row, k=1, threshold=0, new=new)[0] for row in rows]
+
+
+def test_a_models_own_default_of_no_cache_says_nothing(tiny_model):
+    model, rows = tiny_model("llama"), prompts(2)
+    expected = decode(model, rows, verify=True)
+    model.generation_config.use_cache = False
+    assert torch.equal(decode(model, rows, verify=True).sequences, expected.sequences)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        decode(model, rows, use_cache=False)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_verified_decoding_equals_greedy_where_drafts_are_often_right(tiny_model, architecture, k):
@@ -344,6 +368,7 @@ def test_recurrent_states_stay_behind_certain_tokens(tiny_model, architecture, k
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architecture):
     model, widths = tiny_model(architecture), []
+    decode(model, prompts(1), max_new_tokens=1)  # the first call tries whether states go on
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     output = decode(model, prompts(1), mtp_k=4, verify=True, eos_token_id=None, max_new_tokens=100)
     assert len(widths) == int(output.forward_passes[0])

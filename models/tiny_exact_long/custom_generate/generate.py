@@ -37,6 +37,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import operator
 import statistics
 import sys
@@ -236,6 +237,8 @@ def generate(
     config = generation_config or model.generation_config
     if kwargs.get("eos_token_id", config.eos_token_id) == []:  # none at all; transformers would look at the first
         kwargs["eos_token_id"] = None
+    if generation_config is None:  # a default of False, from training, says nothing about this cache
+        kwargs.setdefault("use_cache", True)
     stopping_criteria = _with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     if synced_gpus is None:  # as in GenerationMixin.generate
         synced_gpus = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and dist.get_world_size() > 1
@@ -476,7 +479,9 @@ def _forward_pass(
     arguments = frozenset(inspect.signature(model.forward).parameters)
     synced = request.synced_gpus
     kinds = {type(layer) for layer in _cache_layers(model)} if model._supports_default_dynamic_cache() else {Any}
-    if kinds <= _ATTENTION and "position_ids" in arguments:
+    if windows_by_column(model):
+        kinds = {Any}
+    if kinds <= _ATTENTION and {"position_ids", "past_key_values"} <= arguments:
         return _CachedForward(model, settings, arguments, rows, config, synced=synced, past=request.past)
     if settings.blocks > 1:
         raise ValueError(
@@ -490,8 +495,9 @@ def _forward_pass(
         )
     if kinds <= _ATTENTION | _RECURRENT and _continues_from_states(model):
         return _RecurrentForward(model, settings, arguments, rows, config, synced=synced)
+    check_left_to_right(model)
     warnings.warn(
-        f"{type(model).__name__} has layers whose cache is unknown, or takes no position_ids: it is decoded correctly but "
+        f"{type(model).__name__} has layers whose cache is unknown, or cannot be told positions: it is decoded correctly but "
         "without a cache, which is slow for long texts.",
         stacklevel=2,
     )
@@ -506,9 +512,67 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
     return list(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
 
 
+def windows_by_column(model: PreTrainedModel) -> bool:
+    """Whether layers have windows of their own (GPT-Neo), counted in columns: no mask of ours can say where a column stands."""
+    masks = (buffer for buffer in model.buffers() if buffer.ndim == 4 and buffer.dtype == torch.bool)
+    return any(not bool(mask[0, 0, -1, 0]) for mask in masks if not mask.is_meta)
+
+
+_continuing: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
 def _continues_from_states(model: PreTrainedModel) -> bool:
-    """Whether its recurrent layers go on from their states by several tokens: those with this mask of transformers do."""
-    return hasattr(sys.modules[type(model).__module__], "create_recurrent_attention_mask")
+    """Whether its recurrent layers go on from their states by several tokens; some start anew (Jamba), so it is tried."""
+    if not hasattr(sys.modules[type(model).__module__], "create_recurrent_attention_mask"):
+        return False
+    if model not in _continuing:
+        _continuing[model] = _states_agree(model)
+    return _continuing[model]
+
+
+@torch.no_grad()
+def _states_agree(model: PreTrainedModel) -> bool:
+    """The states behind 12 tokens, read at once and as 8 and 4."""
+    name = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
+    ids = (
+        torch.arange(12, device=_execution_device(model.get_input_embeddings()))[None]
+        % model.config.get_text_config().vocab_size
+    )
+    found = []
+    for parts in ([ids], ids.split(8, 1)):
+        cache = Cache(layers=_cache_layers(model))
+        for part in parts:
+            model(input_ids=part, use_cache=True, **{name: cache})
+        found.append([states[i].float() for states, i in _states(cache.layers)])
+    return all((one - other).norm() <= 0.1 * one.norm() for one, other in zip(*found, strict=True))
+
+
+_left_to_right: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def check_left_to_right(model: PreTrainedModel) -> None:
+    """Raises ValueError when logits depend on tokens behind them: then a block's tokens cannot be verified in one pass."""
+    if model in _left_to_right:
+        return
+    ids = (
+        torch.arange(12, device=_execution_device(model.get_input_embeddings()))[None]
+        % model.config.get_text_config().vocab_size
+    )
+    alone, before = (model(input_ids=part, use_cache=False).logits[0, :8].float() for part in (ids[:, :8], ids))
+    if (alone - before).norm() > 0.5 * alone.norm():  # rounding may send single tokens to other experts
+        raise ValueError(
+            f"{type(model).__name__} does not read from left to right: its logits depend on tokens behind them. Use a causal "
+            "model, or what makes this one causal in its config."
+        )
+    _left_to_right.add(model)
+
+
+def _states(layers: Sequence[Any]) -> list[tuple[dict[int, Tensor], int]]:
+    """Where the recurrent layers among them keep their states, [A, ...] each."""
+    holders = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+    found = [(states, i) for layer in holders for states in (layer.conv_states, layer.recurrent_states) for i in states]
+    return [(states, i) for states, i in found if states[i] is not None]
 
 
 def _execution_device(layer: Any) -> torch.device:
@@ -878,24 +942,18 @@ class _RecurrentForward(_Forward):
             **({"position_ids": positions_AW} if self.takes_positions else {}),
         )
 
-    def states(self) -> list[tuple[dict[int, Tensor], int]]:
-        """Where the recurrent layers keep their states, [A, ...] each."""
-        holders = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
-        found = [(states, i) for layer in holders for states in (layer.conv_states, layer.recurrent_states) for i in states]
-        return [(states, i) for states, i in found if states[i] is not None]
-
     @contextmanager
     def put_back(self, members: Sequence[int]) -> Iterator[None]:
         """The states of some rows as they were, after the block."""
         rows = torch.tensor(list(members), device=self.device)
-        kept = [states[i].index_select(0, rows.to(states[i].device)) for states, i in self.states()] if members else []
+        kept = [states[i].index_select(0, rows.to(states[i].device)) for states, i in _states(self.layers)] if members else []
         yield
-        for (states, i), state in zip(self.states() if members else [], kept, strict=True):
+        for (states, i), state in zip(_states(self.layers) if members else [], kept, strict=True):
             states[i].index_copy_(0, rows.to(states[i].device), state)
 
     def replace_row(self, place: int) -> None:
         """In every layer's state, and keys and values."""
-        for states, i in self.states():
+        for states, i in _states(self.layers):
             states[i][place] = states[i][-1].clone()
             states[i] = states[i][:-1]
         for layer in self.layers:
@@ -904,18 +962,31 @@ class _RecurrentForward(_Forward):
 
 
 class _UncachedForward(_Forward):
-    """Feeds every row whole in every step, padded on the left."""
+    """Feeds every row whole in every step, padded on the right: no causal layer sees that, whatever it makes of a mask."""
 
     def __call__(self, alive: list[_Row], k: int) -> tuple[Tensor, int]:
-        """Logits [A, P, V], and how many of the P places are masks'."""
-        fed = [row.tokens + row.drafts + [self.mask] * (k - 1) for row in alive]
+        """Logits [A, P, V], and how many of the P places are masks': k - 1 of each block."""
+        masks = k - 1
+        fed = [row.tokens + row.drafts + [self.mask] * masks for row in alive]
         width = max(map(len, fed))
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in fed], device=self.device)
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in fed], device=self.device)
-        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in fed], device=self.device)
+        lengths = torch.tensor([len(row) for row in fed], device=self.device)[:, None]
+        column = torch.arange(width, device=self.device)
+        real = column < lengths
         read = max(len(row.drafts) for row in alive) + k
-        logits = self.run(read=read, gate=k - 1, input_ids=ids, attention_mask=mask, use_cache=False, **positions)
-        return logits, k - 1
+        places = (lengths - read + torch.arange(read, device=self.device)).clamp(min=0)  # before 0 none is read
+        kept = width - int(places.min())
+        logits = self.run(
+            read=kept,
+            # Processes that share weights run the adapter in the same passes.
+            gate=real & (column >= lengths - masks) if masks or (self.synced and self.longest > 1) else 0,
+            input_ids=ids,
+            attention_mask=real.long(),
+            use_cache=False,
+            **({"position_ids": column.expand_as(ids)} if self.takes_positions else {}),
+        )
+        places = (places - (width - kept)).to(logits.device)
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), masks
 
 
 class _Placement:
@@ -999,7 +1070,10 @@ class _Attention:
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
         # As in transformers' create_masks_for_generate: several masks where a config names its layers, else one.
-        names = {"full_attention" if name == "hybrid" else name for name in getattr(config, "layer_types", [])}
+        hybrids = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+        named = set(getattr(config, "layer_types", []))
+        self.aliases = {name: kind for name, kind in hybrids.items() if name in named}
+        names = {hybrids.get(name, name) for name in named}
         self.layer_types = sorted(names - {"linear_attention", "conv"})
         self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
@@ -1010,7 +1084,8 @@ class _Attention:
         arguments = (positions_AW[:, None, :, None], anchors_AW[:, None, :, None], masks, top, dtype)
         if not self.layer_types:
             return self._mask(self.only_type, *arguments)
-        return {layer_type: self._mask(layer_type, *arguments) for layer_type in self.layer_types}
+        by_type = {layer_type: self._mask(layer_type, *arguments) for layer_type in self.layer_types}
+        return by_type | {name: by_type[layer_type] for name, layer_type in self.aliases.items()}
 
     def _mask(
         self, layer_type: str, queries: Tensor, anchors: Tensor, masks: int, top: int, dtype: torch.dtype | None
@@ -1771,7 +1846,7 @@ class _MaskRow(_Part):
 
     def forward(self, output: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return self.weight.to(output.dtype).expand_as(output)
+            return self.weight.to(output.dtype).expand_as(output).clone()  # some models write into their embeddings
         return output.copy_(self.weight)
 
 
@@ -1803,6 +1878,7 @@ class MaskGatedAdapter(nn.Module):
         self.updates = nn.ModuleList(_LowRankUpdate(*shape, rank=rank, scale=scale) for shape in shapes.values())
         self.mask_row = _MaskRow(hidden_size)
         self.gate: int | Tensor = 0
+        self.shape = torch.Size((0, 0))  # rows and columns of the pass
         self.mtp: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.base: tuple[str, str | None] = ("", None)
@@ -1868,11 +1944,17 @@ class MaskGatedAdapter(nn.Module):
             raise ValueError(f"{expected}, and these weights differ from it; {remedy}")
 
     def _adapt(self, name: str, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if output.ndim != 3:  # experts' tokens, or keys of the whole cache: which of them are masks cannot be told
+        if isinstance(self.gate, int) and self.gate == 0:
+            return output
+        flat, x = output, inputs[0]
+        if output.ndim == 2 and "expert" not in name and len(output) == math.prod(self.shape):  # OPT flattens rows
+            output, x = output.view(*self.shape, -1), x.view(*self.shape, -1)
+        if output.shape[:-1] != self.shape:  # experts' tokens, or keys of the whole cache: which are masks cannot be told
             raise ValueError(f"{name} gives {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
-        return self._where_gated(output, lambda part, columns: update(part, inputs[0][:, columns]))
+        return self._where_gated(output, lambda part, columns: update(part, x[:, columns])).view_as(flat)
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.shape = output.shape[:2]
         return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
     def _where_gated(self, output: Tensor, changed: Callable[[Tensor, slice], Tensor]) -> Tensor:
