@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig
 
     from .recipe import Recipe
 
@@ -122,8 +123,18 @@ def _show_progress(trainer: Any) -> None:
         trainer.add_callback(RichProgressCallback)
 
 
+def _peft_config(model: ModelConfig) -> Any:
+    """TRL makes a string of a list of one target module, which PEFT takes for a pattern of whole names."""
+    from trl import get_peft_config
+
+    config = get_peft_config(model)
+    if config is not None and isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        config.target_modules = {config.target_modules}
+    return config
+
+
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_quantization_config
 
     from .hub import public_name
     from .trainer import MTPDistillTrainer
@@ -138,14 +149,14 @@ def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
         eval_dataset=eval_set,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        peft_config=_peft_config(model),
     )
     trainer.provenance["dataset"] = public_name(str(recipe.arguments.dataset_name))
     return trainer
 
 
 def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
-    from trl import SFTTrainer, get_peft_config
+    from trl import SFTTrainer
 
     from .optimizer import muon_adamw
 
@@ -167,7 +178,7 @@ def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
         eval_dataset=eval_set,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        peft_config=get_peft_config(recipe.model),
+        peft_config=_peft_config(recipe.model),
     )
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from . import hub
 from .card import RESULTS_FOLDER, eval_result_entries, read_evidence, read_report, write_card
-from .custom_generate.generate import ADAPTER_FILE
+from .custom_generate.generate import ADAPTER_FILE, check_mask_tokens
 from .evaluation.calibration import CALIBRATION_FILE
 from .lora import LORA_CONFIG, merge_folder, write_lora
 
@@ -130,6 +130,7 @@ def _check_weights(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
     if "mtp" not in config:
         raise ValueError(f"{folder} has no mask token (`mtp` in config.json); pass a model that this package adapted.")
+    check_mask_tokens(config["mtp"])
     if config["mtp"].get("exact") and not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"{folder} was trained in exact mode, but its {ADAPTER_FILE} is missing.")
     index = folder / "model.safetensors.index.json"

@@ -40,7 +40,7 @@ def adapted(model, *, scale: float = 0.3):
     with torch.no_grad():
         for update in adapter.updates:
             update.lora_B.normal_(0, scale, generator=generator)
-        adapter.mask_row.weight.add_(torch.randn(adapter.mask_row.weight.shape, generator=generator), alpha=0.1)
+        adapter.mask_rows.weight.add_(torch.randn(adapter.mask_rows.weight.shape, generator=generator), alpha=0.1)
     return adapter
 
 
