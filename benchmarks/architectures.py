@@ -333,7 +333,7 @@ def row_of(model_type: str, *, seconds: float) -> dict[str, str]:
 
 def short(found: str, name: str) -> str:
     """Without what differs from model to model: the class's name, numbers, and what stands behind the reason."""
-    found = re.sub(r" ?\([^)]*\)|\[[^]]*\]", "", found.replace(name, "the model")).partition(";")[0]
+    found = re.sub(r" ?\((?:largest|\d)[^)]*\)|\(?\[\d[^]]*\]\)?", "", found.replace(name, "the model")).partition(";")[0]
     return found.replace("|", "\\|").strip().rstrip(".")
 
 

@@ -211,12 +211,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
-    "reformer": {
-        "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [16, 16],
-        "attention_head_size": 8,
-        "feed_forward_size": 64,
-    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16], "attention_head_size": 8},
     "roc_bert": {
         "pronunciation_embed_dim": 16, "pronunciation_vocab_size": 64, "shape_embed_dim": 16, "shape_vocab_size": 64
     },

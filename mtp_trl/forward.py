@@ -227,7 +227,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_output_logits(model: PreTrainedModel) -> None:
     """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens.
 
-    Or where logits depend on tokens behind them.
+    Or where logits depend on tokens or padding behind them.
     """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model):

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -218,6 +219,25 @@ def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, ar
     with pytest.warns(UserWarning, match="without a cache"):
         verified = decode(model, rows, mtp_k=4, confadapt=0.3, verify=True, max_new_tokens=new)
     assert texts(verified, rows) == [naive_loop(model, row, k=1, threshold=0, new=new)[0] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "behind"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "padding")]
+)
+def test_models_that_read_both_ways_are_refused(tiny_model, architecture, changes, behind):
+    model = tiny_model(architecture, **changes)
+    with pytest.raises(ValueError, match=f"its logits depend on {behind} behind them"):
+        decode(model, prompts(2), verify=True)
+
+
+def test_a_gate_left_by_training_does_not_reach_the_trial(tiny_model):
+    """Of whether states go on, or texts are read from left to right."""
+    for architecture in ("granitemoehybrid", "bloom"):
+        model = tiny_model(architecture)
+        with_random_adapter(model).mtp_adapter.gate = torch.ones(4, 13, dtype=torch.bool)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            decode(model, prompts(2), verify=True, max_new_tokens=2)
 
 
 def test_a_models_own_default_of_no_cache_says_nothing(tiny_model):

@@ -77,6 +77,16 @@ def test_accelerate_launch_trains_and_the_command_line_overrides(run_program, wr
     assert (tmp_path / "out" / "custom_generate" / "generate.py").is_file()
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_one_target_module_is_a_name_and_no_pattern(write, exact):
+    path = write(use_peft=True, lora_target_modules=["q_proj"], lora_r=2, lora_dropout=0.0, exact=exact)
+    trainer = launch.train(read_recipe(path))
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    adapted = trainer.model.mtp_adapter.names if exact else [name for name in trained if "lora_" in name]
+    assert adapted
+    assert all("q_proj" in name for name in adapted)
+
+
 def test_a_mistake_is_one_line_on_stderr_and_loads_nothing(write, capsys):
     path = write(max_stepz=3)
     assert launch.main(path) == 2

@@ -541,10 +541,17 @@ def _states_agree(model: PreTrainedModel) -> bool:
     found = []
     for parts in ([ids], ids.split(8, 1)):
         cache = Cache(layers=_cache_layers(model))
-        for part in parts:
-            model(input_ids=part, use_cache=True, **{name: cache})
+        with _text_alone(model):
+            for part in parts:
+                model(input_ids=part, use_cache=True, **{name: cache})
         found.append([states[i].float() for states, i in _states(cache.layers)])
     return all((one - other).norm() <= 0.1 * one.norm() for one, other in zip(*found, strict=True))
+
+
+def _text_alone(model: PreTrainedModel) -> Any:
+    """A context in which an adapter acts nowhere; training leaves its gate set."""
+    adapter: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
+    return nullcontext() if adapter is None else adapter.acting_on(0)
 
 
 _left_to_right: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -552,19 +559,25 @@ _left_to_right: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 @torch.no_grad()
 def check_left_to_right(model: PreTrainedModel) -> None:
-    """Raises ValueError when logits depend on tokens behind them: then a block's tokens cannot be verified in one pass."""
+    """Raises ValueError when logits depend on tokens or padding behind them: then a block cannot be verified in one pass."""
     if model in _left_to_right:
         return
     ids = (
         torch.arange(12, device=_execution_device(model.get_input_embeddings()))[None]
         % model.config.get_text_config().vocab_size
     )
-    alone, before = (model(input_ids=part, use_cache=False).logits[0, :8].float() for part in (ids[:, :8], ids))
-    if (alone - before).norm() > 0.5 * alone.norm():  # rounding may send single tokens to other experts
-        raise ValueError(
-            f"{type(model).__name__} does not read from left to right: its logits depend on tokens behind them. Use a causal "
-            "model, or what makes this one causal in its config."
+    text = (torch.arange(12, device=ids.device) < 8).long()[None]
+    with _text_alone(model):
+        alone, *others = (
+            model(input_ids=fed, attention_mask=mask, use_cache=False).logits[0, :8].float()
+            for fed, mask in ((ids[:, :8], text[:, :8]), (ids, torch.ones_like(ids)), (ids * text, text))
         )
+    for other, what in zip(others, ("tokens", "padding"), strict=True):
+        if (alone - other).norm() > 0.5 * alone.norm():  # rounding may send single tokens to other experts
+            raise ValueError(
+                f"{type(model).__name__} does not read from left to right: its logits depend on {what} behind them. Use a "
+                "causal model, or what makes this one causal in its config."
+            )
     _left_to_right.add(model)
 
 
