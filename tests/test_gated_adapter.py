@@ -62,8 +62,10 @@ def naive_hidden(model, ids, *, masks: int):
         return backbone(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", PACKED + RECURRENT)
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing"),
+    [(name, on) for name in PACKED + RECURRENT for on in (False, True) if (name, on) != ("jetmoe", True)],  # it cannot
+)
 def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, architecture, checkpointing):
     model = tiny_model(architecture)
     adapter = adapted(model)

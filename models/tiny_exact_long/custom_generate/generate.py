@@ -1860,7 +1860,9 @@ class _MaskRows(_Part):
 
     def forward(self, output: Tensor, places: Tensor) -> Tensor:
         rows = self.weight.to(output.dtype)[places.clamp(max=len(self.weight) - 1)]
-        return rows.expand_as(output) if torch.is_grad_enabled() else output.copy_(rows)
+        if torch.is_grad_enabled():
+            return rows.expand_as(output).clone()  # some models write into their embeddings
+        return output.copy_(rows)
 
 
 class MaskGatedAdapter(nn.Module):
