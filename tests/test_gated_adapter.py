@@ -28,7 +28,7 @@ ZERO_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
 K, SLOTS, MASK, PAD = 5, 14, 60, 0
 PACKED = [
     "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "cohere", "granite", "phi3",
-    "olmo2", "gpt2", "deepseek_v3", "llama4_text", "opt", "jetmoe",
+    "olmo2", "gpt2", "deepseek_v3", "llama4_text", "opt",
 ]  # fmt: skip
 RECURRENT = ["falcon_h1", "qwen3_next"]
 

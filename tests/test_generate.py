@@ -222,7 +222,7 @@ def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, ar
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "behind"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "padding")]
+    ("architecture", "changes", "behind"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "tokens")]
 )
 def test_models_that_read_both_ways_are_refused(tiny_model, architecture, changes, behind):
     model = tiny_model(architecture, **changes)
