@@ -56,8 +56,7 @@ LORA = {"use_peft": "true", "lora_r": "64", "lora_alpha": "128", "lora_target_mo
 # Options of each level by factor, beside the default's: k in [2, 8], hard teacher, the first 30 % of the steps on ground
 # truth, 96 slots a row, Muon at 3e-3, rank 64 on all linear layers. Levels of `full ...` differ from `adapter: full`.
 FACTORS: dict[str, dict[str, dict[str, str]]] = {
-    "default": {"exact": {}},  # measured with one mask row for all places, as every other cell of exact mode
-    "mask rows": {"one for each place": {}},  # what exact mode has had since
+    "default": {"exact": {}},
     "objective": {name: {"objective": name} for name in ("soft", "ground_truth", "reward", "reward_literal")},
     "ground_truth_warmup": {value: {"ground_truth_warmup": value} for value in ("0", "0.6")},
     "k": {"fixed at 8": {"k_min": "8"}},

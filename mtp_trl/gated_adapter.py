@@ -34,7 +34,7 @@ def add_gated_adapter(
     target_modules: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> MaskGatedAdapter:
-    """Freeze `model` and attach an adapter: A random, B zero, the mask's rows that of the embedding; nothing changes yet.
+    """Freeze `model` and attach an adapter: A random, B zero, the mask's row that of the embedding; nothing changes yet.
 
     Args:
         model: a causal LM with a mask token (`config.mtp`), its weights quantised or sharded by ZeRO-3 or neither.
@@ -54,11 +54,10 @@ def add_gated_adapter(
     mask_token = torch.tensor([model.config.mtp["mask_token_id"]], device=embedding.weight.device)
     with gathered([embedding.weight]), torch.no_grad():
         row = embedding(mask_token)[0].float()  # as the first layer would see it: some models scale their embeddings
-    places = model.config.mtp["k_max"] - 1
-    adapter = MaskGatedAdapter(shapes, rank=rank, alpha=alpha, hidden_size=len(row), places=places)
+    adapter = MaskGatedAdapter(shapes, rank=rank, alpha=alpha, hidden_size=len(row))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        adapter.mask_rows.weight.copy_(row)
+        adapter.mask_row.weight.copy_(row)
         for update in adapter.updates:
             bound = 1 / math.sqrt(update.lora_A.shape[1])
             update.lora_A.uniform_(-bound, bound, generator=generator)
@@ -171,10 +170,10 @@ class MaskGated:
         if layout.allowed_XTT is None:
             gate = torch.zeros_like(layout.valid_XT)
             gate.view(-1)[layout.read_BRK[..., 1:][layout.drawn_BRK[..., 1:]]] = True
-            self.adapter.gate, self.adapter.places = gate, None
+            self.adapter.gate = gate
             return hidden_states(self.student, layout.ids_XT, layout, self._masks(layout))
         self.text_BNH, self.prefix = self._read_text(layout)
-        self.adapter.gate, self.adapter.places = layout.ids_XT.shape[1] - layout.clean_length, layout.places()
+        self.adapter.gate = layout.ids_XT.shape[1] - layout.clean_length
         return self._behind_text(layout, layout.ids_XT)
 
     @torch.no_grad()
@@ -182,13 +181,13 @@ class MaskGated:
         """Hidden states [X * T, H] of the base with the student's tokens in the slots."""
         if not self.with_teacher:
             return None
-        gate, places = self.adapter.gate, self.adapter.places
+        gate = self.adapter.gate
         with evaluating(self.student), self.adapter.acting_on(0):
             if layout.allowed_XTT is None:
                 hidden = hidden_states(self.teacher, ids_XT, layout, self._masks(layout))
             else:
                 hidden = self._behind_text(layout, ids_XT)
-        self.adapter.gate, self.adapter.places = gate, places  # backward recomputes the student's layers
+        self.adapter.gate = gate  # backward recomputes the student's layers
         return hidden
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def put_on(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokeni
             beside = decoder.MaskGatedAdapter.from_tensors(load_file(path), file.metadata())
             beside.source = (str(name), None)
             defaults |= beside.defaults
-            base.get_input_embeddings().weight[mask_id] = beside.mask_rows.weight[0] / _embedding_scale(base)
+            base.get_input_embeddings().weight[mask_id] = beside.mask_row.weight / _embedding_scale(base)
     set_decoding_defaults(base, confadapt=defaults["confadapt"], verify=defaults["verify"])
     try:
         adapted = PeftModel.from_pretrained(base, str(name))
@@ -171,7 +171,7 @@ def write_mask_row(folder: Path, model: PeftModel, provenance: dict[str, Any]) -
         row = file.get_tensor(next(name for name in names if f"{embedding}{_ROWS}trainable_tokens_delta" in name))[0].float()
     adapter = decoder.MaskGatedAdapter({}, rank=1, alpha=1, hidden_size=len(row))
     with torch.no_grad():
-        adapter.mask_rows.weight.copy_(row * _embedding_scale(base))
+        adapter.mask_row.weight.copy_(row * _embedding_scale(base))
     adapter.mtp = base.config.mtp
     adapter.lora_layers = [name[len(_PREFIX) : -len(_LORA_A)] for name in names if name.endswith(_LORA_A)]
     fingerprint = None if is_deepspeed_zero3_enabled() else decoder.base_fingerprint(base, adapter.lora_layers)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from .custom_generate.generate import MaskGatedAdapter
-
 # Quintic Newton-Schulz coefficients of https://kellerjordan.github.io/posts/muon/: steepest at zero, so that five
 # iterations bring every singular value near 1 (within about 0.7 to 1.2).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -135,12 +133,11 @@ class MuonAdamW(Optimizer):
 
 
 def muon_adamw(model: nn.Module, **options: Any) -> MuonAdamW:
-    """`MuonAdamW` over the trainable parameters of a model: Muon on every matrix that is no embedding, mask row or head.
+    """`MuonAdamW` over the trainable parameters of a model: Muon on every matrix that is no embedding and no head.
 
     `options` are those of `MuonAdamW`.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    embeddings |= {id(module.mask_rows.weight) for module in model.modules() if isinstance(module, MaskGatedAdapter)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         embeddings.add(id(head.weight))

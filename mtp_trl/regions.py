@@ -57,14 +57,6 @@ class Layout:
     drawn_BRK: Tensor
     clean_length: int
 
-    def places(self) -> Tensor:
-        """[X, S]: the place in its block, from 0, of every slot behind the text of a packed layout; 0 of slots left over."""
-        places_XT = torch.zeros_like(self.ids_XT)
-        slots_BRS = self.drawn_BRK[..., 1:]
-        place_BRS = torch.arange(slots_BRS.shape[-1], device=places_XT.device).expand_as(slots_BRS)
-        places_XT.view(-1)[self.read_BRK[..., 1:][slots_BRS]] = place_BRS[slots_BRS]
-        return places_XT[:, self.clean_length :]
-
     def clean_index(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Flat index of clean tokens, for reading next-token predictions on the text itself."""
         return rows * self.ids_XT.shape[1] + columns

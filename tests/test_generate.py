@@ -325,7 +325,7 @@ def with_random_adapter(model):
     noise = torch.Generator().manual_seed(5)
     for update in adapter.updates:
         torch.nn.init.normal_(update.lora_B, std=0.3, generator=noise)
-    torch.nn.init.normal_(adapter.mask_rows.weight, generator=noise)
+    torch.nn.init.normal_(adapter.mask_row.weight, generator=noise)
     return model
 
 

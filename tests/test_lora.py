@@ -90,7 +90,7 @@ def test_an_adapter_alone_decodes_as_the_run_did(tmp_path, architecture, rows):
     assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     with safe_open(alone / ADAPTER_FILE, framework="pt") as file, torch.no_grad():
         mask = torch.tensor([trainer.model.get_base_model().config.mtp["mask_token_id"]])
-        torch.testing.assert_close(file.get_tensor("mask_row"), trainer.model.get_input_embeddings()(mask))
+        torch.testing.assert_close(file.get_tensor("mask_row"), trainer.model.get_input_embeddings()(mask)[0])
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(alone))
     own = {"custom_generate": str(alone), "trust_remote_code": True}
     for options in ({"confadapt": 0.0}, {"confadapt": 0.002}, {"verify": True}, {"mtp_k": 1}):

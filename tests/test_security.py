@@ -206,10 +206,7 @@ def test_an_adapter_file_with_hostile_metadata_is_refused(exact_folder, name, va
         base.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=str(exact_folder), trust_remote_code=True)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"mask_row": None}, {"mask_row": torch.zeros(0, 32)}, {"mask_row": torch.zeros(2, 3, 32)}, {"lora_B.weight": None}],
-)
+@pytest.mark.parametrize("change", [{"mask_row": None}, {"mask_row": torch.zeros(2, 32)}, {"lora_B.weight": None}])
 def test_an_adapter_file_without_its_tensors_is_refused(exact_folder, change):
     with safe_open(exact_folder / ADAPTER_FILE, framework="pt") as file:
         metadata, tensors = file.metadata(), load_file(exact_folder / ADAPTER_FILE)

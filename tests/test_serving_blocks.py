@@ -415,19 +415,3 @@ def test_an_interrupted_benchmark_goes_on_behind_what_is_there(monkeypatch, tmp_
     monkeypatch.setattr("sys.argv", [*command, "--requests", "3"])
     with pytest.raises(SystemExit, match="delete it, or name another --output"):
         serve.main()
-
-
-def test_the_place_of_a_mask_is_counted_from_its_request_s_last_token():
-    """Three requests in one step, flat: two masks behind one token, three behind two, none behind one; then a fourth's."""
-    from mtp_trl.serving.vllm.gated import _set_gate
-
-    model = SimpleNamespace(
-        mtp_mask_token_id=60, mtp_places=3, mtp_gate=torch.zeros(16, 1, dtype=torch.bool),
-        mtp_place=torch.zeros(16, dtype=torch.long),
-    )  # fmt: skip
-    ids = torch.tensor([5, 60, 60, 7, 8, 60, 60, 60, 9, 4, 60, 60, 60, 60])
-    _set_gate(model, (), {"input_ids": ids})
-    assert model.mtp_gate[: len(ids), 0].tolist() == (ids == 60).tolist()
-    places = model.mtp_place[: len(ids)][ids == 60].tolist()
-    assert places == [0, 1, 0, 1, 2, 0, 1, 2, 2]  # beyond the last row trained, that row
-    assert not model.mtp_gate[len(ids) :].any()

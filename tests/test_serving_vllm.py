@@ -418,7 +418,7 @@ def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tm
     model.config.mtp["exact"] = True
     adapter = add_gated_adapter(model, rank=4, alpha=8)
     with torch.no_grad():
-        for parameter in (adapter.mask_rows.weight, *(update.lora_B for update in adapter.updates)):
+        for parameter in (adapter.mask_row.weight, *(update.lora_B for update in adapter.updates)):
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     adapter.detach(model)
     model.save_pretrained(tmp_path)

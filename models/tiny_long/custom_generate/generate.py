@@ -621,12 +621,12 @@ class _Forward:
         self.adapter = _mask_gated_adapter(model)
         self.synced = synced
 
-    def run(self, *, read: int, gate: int | Tensor, places: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits [rows, read, V] of the last columns; `gate` and `places` say which are masks, as the adapter has it."""
+    def run(self, *, read: int, gate: int | Tensor, **inputs: Any) -> Tensor:
+        """Logits [rows, read, V] of the last columns; `gate` says which columns are masks."""
         self._somebody_works(True)
         if self.keeps_logits:
             inputs["logits_to_keep"] = read
-        with nullcontext() if self.adapter is None else self.adapter.acting_on(gate, places):  # exact mode
+        with nullcontext() if self.adapter is None else self.adapter.acting_on(gate):  # exact mode
             logits: Tensor = self.call(**inputs, **self.constants, return_dict=True).logits
         self.fed += inputs["input_ids"].numel()
         return logits[:, -read:]
@@ -732,7 +732,6 @@ class _CachedForward(_Forward):
         logits = self.run(
             read=own + masks,
             gate=masks,
-            places=torch.arange(masks, device=self.device) % (k - 1) if masks else None,
             input_ids=ids,
             position_ids=positions,
             attention_mask=self.attention.masks(positions, anchors, masks=masks, top=top, dtype=self.mask_dtype()),
@@ -1852,22 +1851,21 @@ class _LowRankUpdate(_Part):
         return output.baddbmm_(low, self.lora_B.to(output.dtype).T.expand(len(x), -1, -1), alpha=self.scale)
 
 
-class _MaskRows(_Part):
-    """What a mask looks like to the first layer, at each place of a block; without gradient in place."""
+class _MaskRow(_Part):
+    """What a mask looks like to the first layer; without gradient in place."""
 
-    def __init__(self, places: int, size: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(places, size))
+        self.weight = nn.Parameter(torch.zeros(size))
 
-    def forward(self, output: Tensor, places: Tensor) -> Tensor:
-        rows = self.weight.to(output.dtype)[places.clamp(max=len(self.weight) - 1)]
+    def forward(self, output: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return rows.expand_as(output).clone()  # some models write into their embeddings
-        return output.copy_(rows)
+            return self.weight.to(output.dtype).expand_as(output).clone()  # some models write into their embeddings
+        return output.copy_(self.weight)
 
 
 class MaskGatedAdapter(nn.Module):
-    """Low-rank updates of linear layers, and an input row for each place of a block, that act at mask slots alone.
+    """Low-rank updates of linear layers, and an input row, that act at mask slots alone.
 
     At a slot y += (alpha / rank) B A x; at every other column the layer's output is left as it is, bit for bit, so the
     text is read by the base whatever the training did.
@@ -1875,7 +1873,6 @@ class MaskGatedAdapter(nn.Module):
     Attributes:
         gate: where the adapter acts: the number of columns at the end of every row, or bool [X, T]. It stays set after a
             forward pass, since layers that recompute their activations in backward read it again.
-        places: the place in its block of each of these columns, from 0, where they are more than one block in a row.
         mtp: `config.mtp` of the model it was trained in.
         defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
         base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
@@ -1886,18 +1883,15 @@ class MaskGatedAdapter(nn.Module):
 
     updates: Any  # a ModuleList of _LowRankUpdate, in the order of `names`
 
-    def __init__(
-        self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int, places: int = 1
-    ) -> None:
-        """`shapes`: (inputs, outputs) of each adapted layer, by its name in the model; `places` with a mask row each."""
+    def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
+        """`shapes`: (inputs, outputs) of each adapted layer, by its name in the model."""
         super().__init__()
         self.names = list(shapes)
         self.rank, self.alpha = rank, alpha
         scale = alpha / rank
         self.updates = nn.ModuleList(_LowRankUpdate(*shape, rank=rank, scale=scale) for shape in shapes.values())
-        self.mask_rows = _MaskRows(places, hidden_size)
+        self.mask_row = _MaskRow(hidden_size)
         self.gate: int | Tensor = 0
-        self.places: Tensor | None = None
         self.shape = torch.Size((0, 0))  # rows and columns of the pass
         self.mtp: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
@@ -1912,7 +1906,7 @@ class MaskGatedAdapter(nn.Module):
             layer, hook = model.get_submodule(name), functools.partial(self._adapt, name, update)
             update.to(_execution_device(layer))  # layers may be spread over devices
             self._hooks.append(layer.register_forward_hook(hook))
-        self.mask_rows.to(_execution_device(model.get_input_embeddings()))
+        self.mask_row.to(_execution_device(model.get_input_embeddings()))
         self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embed))
         model.mtp_adapter = self
         return self
@@ -1975,13 +1969,7 @@ class MaskGatedAdapter(nn.Module):
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         self.shape = output.shape[:2]
-        if self.places is not None:
-            places = self.places
-        elif isinstance(self.gate, Tensor):
-            places = (self.gate.long().cumsum(-1) - 1).clamp(min=0)
-        else:
-            places = torch.arange(self.gate)
-        return self._where_gated(output, lambda part, columns: self.mask_rows(part, places.to(output.device)))
+        return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
     def _where_gated(self, output: Tensor, changed: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """The output with some columns changed: `changed` takes them, and their place, and may write into them."""
@@ -1995,17 +1983,17 @@ class MaskGatedAdapter(nn.Module):
         return torch.cat([output[:, : -self.gate], tail], 1) if torch.is_grad_enabled() else output
 
     @contextmanager
-    def acting_on(self, gate: int | Tensor, places: Tensor | None = None) -> Iterator[None]:
+    def acting_on(self, gate: int | Tensor) -> Iterator[None]:
         """The gate within the block; 0 after it."""
-        self.gate, self.places = gate, places
+        self.gate = gate
         try:
             yield
         finally:
-            self.gate, self.places = 0, None
+            self.gate = 0
 
     def by_file_name(self) -> dict[str, nn.Parameter]:
-        """Its weights by their names in the file, which are those of a LoRA adapter, and the mask's rows."""
-        named = {"mask_row": self.mask_rows.weight}
+        """Its weights by their names in the file, which are those of a LoRA adapter, and the mask's row."""
+        named = {"mask_row": self.mask_row.weight}
         for name, update in zip(self.names, self.updates, strict=True):
             named[f"base_model.model.{name}.lora_A.weight"] = update.lora_A
             named[f"base_model.model.{name}.lora_B.weight"] = update.lora_B
@@ -2040,12 +2028,9 @@ class MaskGatedAdapter(nn.Module):
             if len(low) != 2 or len(high) != 2 or not low[0] == high[1] == said["r"]:
                 raise ValueError(f"{ADAPTER_FILE} has {name} with {low} and {high}, not of rank {said['r']}; {_BROKEN}")
             shapes[name] = (low[1], high[0])
-        rows = _shape(tensors, "mask_row")  # [H] of one for all places, or [P, H]
-        if len(rows) not in (1, 2) or 0 in rows:
-            raise ValueError(f"{ADAPTER_FILE} has mask_row with {rows}, not one row or one for each place; {_BROKEN}")
-        places = rows[0] if len(rows) == 2 else 1
-        rank, alpha = said["r"], float(said["lora_alpha"])
-        adapter = cls(shapes, rank=rank, alpha=alpha, hidden_size=rows[-1], places=places)
+        if len(row := _shape(tensors, "mask_row")) != 1:
+            raise ValueError(f"{ADAPTER_FILE} has mask_row with {row}, not one row; {_BROKEN}")
+        adapter = cls(shapes, rank=said["r"], alpha=float(said["lora_alpha"]), hidden_size=row[0])
         adapter.mtp, adapter.defaults, adapter.lora_layers = said["mtp"], said["defaults"], said["lora_layers"]
         adapter.base = (metadata.get("base_model_name_or_path", ""), metadata.get("base_fingerprint") or None)
         with torch.no_grad():

@@ -33,28 +33,20 @@ def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     embedding, scale = _embedding(model)
     like: dict[str, Any] = {"dtype": embedding.weight.dtype, "device": embedding.weight.device}
     gate_T1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
-    place_T = torch.zeros(max_tokens, dtype=torch.long, device=like["device"])
     with torch.no_grad():
         for layer, low_rH, high_Or in _fused_updates(model, adapter):
             _buffers(layer, mtp_gate=gate_T1, mtp_low=low_rH.to(**like), mtp_high=high_Or.to(**like))
             layer.register_forward_hook(_adapt)
-        rows_PH = (adapter.mask_rows.weight / scale).to(**like)
-        _buffers(embedding, mtp_gate=gate_T1, mtp_place=place_T, mtp_rows=rows_PH)
+        _buffers(embedding, mtp_gate=gate_T1, mtp_row=(adapter.mask_row.weight / scale).to(**like))
     embedding.register_forward_hook(_embed)
-    _buffers(model, mtp_gate=gate_T1, mtp_place=place_T)
-    model.mtp_places = len(rows_PH)
+    _buffers(model, mtp_gate=gate_T1)
     model.mtp_mask_token_id = served.mask_token_id
     model.register_forward_pre_hook(_set_gate, with_kwargs=True)
 
 
 def _set_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    is_mask_T = input_ids == model.mtp_mask_token_id
-    model.mtp_gate[: len(input_ids)] = is_mask_T[:, None]
-    # A request's masks follow a token of its text: their places are counted from the last one that is no mask.
-    column_T = torch.arange(len(input_ids), device=input_ids.device)
-    text_T = column_T.masked_fill(is_mask_T, -1).cummax(0).values
-    model.mtp_place[: len(input_ids)] = (column_T - text_T - 1).clamp(0, model.mtp_places - 1)
+    model.mtp_gate[: len(input_ids)] = (input_ids == model.mtp_mask_token_id)[:, None]
 
 
 def _adapt(layer: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
@@ -66,8 +58,7 @@ def _adapt(layer: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
 
 
 def _embed(embedding: Any, _: tuple[Tensor, ...], output_TH: Tensor) -> Tensor:
-    tokens = output_TH.shape[0]
-    return torch.where(embedding.mtp_gate[:tokens], embedding.mtp_rows[embedding.mtp_place[:tokens]], output_TH)
+    return torch.where(embedding.mtp_gate[: output_TH.shape[0]], embedding.mtp_row, output_TH)
 
 
 def _buffers(module: nn.Module, **tensors: Tensor) -> None:
