@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .custom_generate.generate import check_left_to_right, windows_by_column
-from .regions import Layout, chunk_by_position, window_by_position
+from .regions import Layout, Regions, chunk_by_position, pack_regions, window_by_position
 
 logger = get_logger(__name__)
 
@@ -241,4 +242,27 @@ def check_output_logits(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "
             f"{gap:.3g}); please report the architecture, since training on other logits would go silently wrong."
+        )
+
+
+@torch.no_grad()
+def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Raises ValueError when a packed row is not read as separate passes read it: two regions behind a few tokens."""
+    if not can_pack(model):
+        return
+    text_BN = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    regions = Regions(torch.tensor([[2, 5]]), torch.tensor([[3, 3]]))
+    lengths_B = torch.tensor([text_BN.shape[1]])
+    layout = pack_regions(text_BN, lengths_B, regions, k_max=3, slots=4, mask_token_id=mask_token_id)
+    gaps = []
+    with evaluating(model):
+        hidden = hidden_states(model, layout.ids_XT, layout, attention_masks(model.config, layout, model.dtype))
+        for anchor, read_K in zip((2, 5), layout.read_BRK[0], strict=True):
+            ids = torch.cat([text_BN[:, : anchor + 1], text_BN.new_full((1, 2), mask_token_id)], 1)
+            alone = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
+            gaps += ((hidden[read_K].float() - alone).norm(dim=-1) / alone.norm(dim=-1)).tolist()
+    if not median(gaps) <= 0.1:  # rounding may send single tokens to other experts
+        raise ValueError(
+            f"{type(model).__name__} does not read several blocks in one row as it reads them in separate passes (they differ "
+            f"by {median(gaps):.0%}); please report the architecture, since training would go silently wrong."
         )

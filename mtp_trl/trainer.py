@@ -34,6 +34,7 @@ from .forward import (
     backbone,
     can_pack,
     check_attention_backend,
+    check_layout,
     check_output_logits,
     check_positions,
     dense_masks,
@@ -146,7 +147,8 @@ class MTPDistillTrainer(HubLayout):
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            check_output_logits(causal_lm(self.model))
+            check_output_logits(causal)
+            check_layout(causal, causal.config.mtp["mask_token_id"])
         if args.torch_compile:
             self._compile()
         if not can_pack(causal):

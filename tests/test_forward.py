@@ -13,6 +13,7 @@ from mtp_trl.forward import (
     attention_masks,
     can_pack,
     check_attention_backend,
+    check_layout,
     check_output_logits,
     check_positions,
     flex_attention_fault,
@@ -112,6 +113,23 @@ def test_a_table_of_positions_that_slots_would_leave_is_refused(tiny_model):
         layout = pack_regions(clean_BN, torch.tensor([longest]), regions, k_max=K, slots=SLOTS, mask_token_id=MASK)
         assert layout.positions_XT.max() == 31
         hidden_states(model, layout.ids_XT, layout, attention_masks(model.config, layout, model.dtype))
+
+
+@pytest.mark.parametrize("name", [*PACKED, "falcon_h1"])
+def test_packed_rows_are_compared_with_separate_passes_before_training(tiny_model, monkeypatch, name):
+    model = tiny_model(name)
+    check_layout(model, MASK)
+    if name == "falcon_h1":  # a row per region
+        return
+    build = forward.attention_masks
+    monkeypatch.setattr(forward, "attention_masks", lambda config, layout, dtype: build(config, unmasked(layout), dtype))
+    with pytest.raises(ValueError, match="does not read several blocks in one row as it reads them in separate passes"):
+        check_layout(model, MASK)
+
+
+def unmasked(layout):
+    """Where every slot sees all of the text."""
+    return Layout(**{**vars(layout), "allowed_XTT": torch.ones_like(layout.allowed_XTT).tril()})
 
 
 def test_positions_that_are_computed_have_no_end(tiny_model):
