@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,22 @@ def with_random_adapter(model):
         torch.nn.init.normal_(update.lora_B, std=0.3, generator=noise)
     torch.nn.init.normal_(adapter.mask_row.weight, generator=noise)
     return model
+
+
+def test_threads_that_share_an_exact_model_do_not_disturb_each_other(tiny_model):
+    """Plain decoding takes the adapter's hooks off, blocks set where it acts: each for itself, as one after the other."""
+    model = with_random_adapter(tiny_model("llama", context=0.3))
+    calls = [(prompt, k) for prompt in prompts(3) for k in (1, 4, 8)]
+
+    def text(call):
+        prompt, k = call
+        options = {"mtp_k": k, "confadapt": 0.1, "verify": k == 8, "eos_token_id": None, "max_new_tokens": 24}
+        return decode(model, [prompt], **options).sequences.tolist()
+
+    expected = [text(call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        assert list(threads.map(text, calls * 3)) == expected * 3
+    assert model.mtp_adapter.gate == 0
 
 
 @pytest.mark.parametrize("verify", [False, True])

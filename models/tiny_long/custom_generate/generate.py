@@ -41,6 +41,7 @@ import math
 import operator
 import statistics
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -244,7 +245,7 @@ def generate(
         synced_gpus = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and dist.get_world_size() > 1
     past = kwargs.get("past_key_values")
     request = _Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer, past, synced_gpus)
-    with _eval_mode(model):
+    with _turn(model), _eval_mode(model):
         output: Tensor | MTPGenerateOutput = GenerationMixin.generate(
             model,
             inputs,
@@ -257,6 +258,18 @@ def generate(
             **kwargs,
         )
     return output
+
+
+_turns: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+
+
+def _turn(model: PreTrainedModel) -> Any:
+    """In exact mode one call at a time: where the adapter acts is a state of the model, which threads would share."""
+    mtp = getattr(model.config, "mtp", None)
+    is_exact = hasattr(model, "mtp_adapter") or (isinstance(mtp, dict) and mtp.get("exact"))
+    if is_exact or model in _turns:  # whose adapter another thread may have taken off
+        return _turns.setdefault(model, threading.RLock())
+    return nullcontext()
 
 
 def attach_decoder(model: PreTrainedModel) -> PreTrainedModel:
