@@ -30,10 +30,12 @@ class NothingLost(DistillationTrainer):
 
     stopped_at: int | None = None
     _saving = False
-    _published: Path | None = None  # the last checkpoint of this run
+    _published: Path | None = None  # the last checkpoint of this training
+    _saved: tuple[str, int] | None = None  # the last folder, and the step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream. SIGTERM, which schedulers send before they take a machine away, saves and ends the run."""
+        self._published = self._saved = None  # trained once more, the same step has other weights
         stop = _StopAtSigterm(self)
         self.add_callback(stop)
         try:

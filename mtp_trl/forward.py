@@ -112,7 +112,8 @@ def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: t
             output, _ = ALL_ATTENTION_FUNCTIONS[backend](layer, *states, mask, scaling=size**-0.5, dropout=0.0)
             results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
     except Exception as error:  # a compiler fails in ways of its own
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first_line}"
     for name, one, other in zip(("output", "dq", "dk", "dv"), *results, strict=True):
         gap = ((one - other).abs().max() / one.abs().max()).item()
         if not gap <= _FLEX_TOLERANCE:
@@ -257,7 +258,7 @@ def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
     gaps = []
     with evaluating(model):
         hidden = hidden_states(model, layout.ids_XT, layout, attention_masks(model.config, layout, model.dtype))
-        for anchor, read_K in zip((2, 5), layout.read_BRK[0], strict=True):
+        for anchor, read_K in zip(regions.anchor_BR[0].tolist(), layout.read_BRK[0], strict=True):
             ids = torch.cat([text_BN[:, : anchor + 1], text_BN.new_full((1, 2), mask_token_id)], 1)
             alone = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
             gaps += ((hidden[read_K].float() - alone).norm(dim=-1) / alone.norm(dim=-1)).tolist()

@@ -40,7 +40,6 @@ class HubLayout(NothingLost):
     provenance: dict[str, Any]
     _tokenizer: Any  # upstream's
     push_in_progress: Any  # the base class gives it no type
-    _saved: tuple[str, int] | None = None  # the last folder, and the step
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir

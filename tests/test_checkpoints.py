@@ -242,3 +242,15 @@ def test_a_checkpoint_of_another_run_gives_way(base, tmp_path):
         saved.append(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
     assert any(not torch.equal(value, saved[1][name]) for name, value in saved[0].items())
     assert not list(tmp_path.glob(".*checkpoint*"))
+
+
+def test_a_trainer_that_trains_once_more_writes_the_same_step_anew(base, tmp_path):
+    run = trainer(base, tmp_path, At(0, None))
+    run.args.max_steps = 2
+    saved = []
+    for _ in range(2):
+        run.train()
+        saved.append(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(saved[0][name], saved[1][name])
+    assert torch.equal(saved[1][name], run.model.state_dict()[name])
