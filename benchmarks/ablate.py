@@ -24,13 +24,14 @@ import torch
 from accelerate.utils import is_peft_model
 from rich.console import Console
 
-from mtp_trl.evaluation.models import load_base, load_student
-from mtp_trl.evaluation.report import Report, from_json, to_json
-from mtp_trl.evaluation.sweep import Row, decoding_settings, evaluate_decoding, threshold_text
+from mtp_trl.evaluation.loading import load_base, load_student
+from mtp_trl.evaluation.sweep import decoding_settings, evaluate_decoding
 from mtp_trl.evaluation.tasks import BUNDLED, load_task
-from mtp_trl.hub import run_facts, write_atomically
 from mtp_trl.launch import train
-from mtp_trl.lora import save_merged
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.merging import save_merged
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.publishing.report import Report, TableRow, from_json, threshold_text, to_json
 from mtp_trl.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,9 @@ FACTORS: dict[str, dict[str, dict[str, str]]] = {
     "objective": {name: {"objective": name} for name in ("soft", "ground_truth", "reward", "reward_literal")},
     "ground_truth_warmup": {value: {"ground_truth_warmup": value} for value in ("0", "0.6")},
     "k": {"fixed at 8": {"k_min": "8"}},
-    "optimizer": {f"AdamW {value}": {"muon": "false", "learning_rate": value} for value in ("3e-3", "1e-3")},
+    "optimizer": {
+        f"AdamW {value}": {"muon": "false", "adam_beta2": "0.999", "learning_rate": value} for value in ("3e-3", "1e-3")
+    },
     "adapter": {"full": FULL, "LoRA 64": FULL | LORA},
     "full ntp_coef": {value: FULL | {"ntp_coef": value} for value in ("0", "10")},
     "learning_rate": {value: {"learning_rate": value} for value in ("1e-3", "6e-3")},
@@ -114,7 +117,7 @@ class Result:
         fields = json.loads(text)
         return cls(Cell(**fields["cell"]), fields["training_cpu_seconds"], from_json(json.dumps(fields["report"])))
 
-    def row(self, kind: str) -> Row:
+    def row(self, kind: str) -> TableRow:
         """The only row of a kind, or of several thresholds the one with most tokens per pass."""
         return max((row for row in self.report.rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass)
 
@@ -212,7 +215,7 @@ def _line(seeds: Sequence[Result]) -> list[str]:
     def each(value: Callable[[Result], str]) -> str:
         return ", ".join(map(value, seeds))
 
-    def points(row: Row, versus: str) -> str:
+    def points(row: TableRow, versus: str) -> str:
         estimate = getattr(row, versus)
         return f"{100 * estimate.value:+.1f}"
 

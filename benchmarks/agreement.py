@@ -25,13 +25,15 @@ from rich.console import Console
 from train import WAYS, Way
 from transformers import AutoTokenizer
 
-from mtp_trl.data import prepare_dataset
-from mtp_trl.evaluation.models import load_base
-from mtp_trl.hub import run_facts, write_atomically
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.optimizer import muon_adamw
-from mtp_trl.regions import Layout, Regions
-from mtp_trl.self_distillation import Batch, Tokens, WholeRows, distillation_pass
+from mtp_trl.evaluation.loading import load_base
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.modeling.mask_token import add_mask_token
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.training.data import prepare_dataset
+from mtp_trl.training.optimizer import muon_adamw
+from mtp_trl.training.readers import WholeRowReader
+from mtp_trl.training.regions import Layout, Regions
+from mtp_trl.training.step import Batch, Tokens, distillation_pass
 from mtp_trl.word_problems import load_dataset
 
 BASE = "mtp_trl/word_problems/base"
@@ -39,7 +41,7 @@ TRAINED = WAYS | {"place rows": "full fine-tuning, a mask row for each place"}
 
 
 @dataclass
-class RowForEachPlace(WholeRows):
+class RowForEachPlace(WholeRowReader):
     """Slot s of a region holds the s-th of `place_ids`; all these rows start as the mask's."""
 
     place_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))

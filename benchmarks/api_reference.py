@@ -11,17 +11,27 @@ from typing import Any
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 PUBLIC = {
-    "Training": ["trainer.MTPDistillTrainer", "config.MTPDistillConfig", "mask_token.add_mask_token"],
+    "Training": [
+        "training.trainer.MTPDistillTrainer",
+        "training.config.MTPDistillConfig",
+        "modeling.mask_token.add_mask_token",
+    ],
     "Decoding": [
         "custom_generate.generate.generate",
-        "custom_generate.generate.MTPGenerateOutput",
+        "custom_generate.output.MTPGenerateOutput",
         "custom_generate.generate.attach_decoder",
-        "custom_generate.generate.attach_adapter",
-        "custom_generate.generate.ConfAdaptLogitsProcessor",
+        "custom_generate.repository.attach_adapter",
+        "custom_generate.choice.ConfAdaptLogitsProcessor",
     ],
-    "Publishing": ["publish.export", "publish.push", "card.write_card", "card.render_card"],
+    "Publishing": [
+        "publishing.export.export",
+        "publishing.push.push",
+        "publishing.card.write_card",
+        "publishing.card.render_card",
+        "publishing.decoder_check.check_decoder",
+    ],
     "Measuring": [
-        "evaluation.models.load_student",
+        "evaluation.loading.load_student",
         "evaluation.tasks.load_task",
         "evaluation.sweep.decoding_settings",
         "evaluation.sweep.evaluate_decoding",
@@ -30,9 +40,9 @@ PUBLIC = {
         "evaluation.calibration.net_loss_p_value",
         "evaluation.harness.HarnessModel",
         "evaluation.harness.run_task",
-        "evaluation.evaluate_metrics.Acceleration",
-        "evaluation.evaluate_metrics.BlockAgreement",
-        "evaluation.evaluate_metrics.FinalAnswer",
+        "evaluation.metrics.Acceleration",
+        "evaluation.metrics.BlockAgreement",
+        "evaluation.metrics.FinalAnswer",
     ],
 }
 

@@ -34,13 +34,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mtp_trl.config import MTPDistillConfig
-from mtp_trl.custom_generate.generate import accept_confident_prefix, generate
-from mtp_trl.forward import attention_masks, can_pack, check_output_logits, hidden_states, output_logits
-from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
-from mtp_trl.hub import run_facts, write_atomically
-from mtp_trl.regions import row_generator, sample_regions
-from mtp_trl.self_distillation import Batch, Tokens, WholeRows, build_layout, distillation_pass
+from mtp_trl.custom_generate.choice import accept_confident_prefix
+from mtp_trl.custom_generate.generate import generate
+from mtp_trl.modeling.checks import can_pack, check_output_logits
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.modeling.logits import output_logits
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.training.config import MTPDistillConfig
+from mtp_trl.training.readers import ExactReader, WholeRowReader, read_rows
+from mtp_trl.training.regions import row_generator, sample_regions
+from mtp_trl.training.step import Batch, Tokens, build_layout, distillation_pass
 
 K, THRESHOLD, NEW, STEPS, LENGTH = 4, 0.3, 16, 10, 12
 TOKENS = Tokens(mask_id=MASK, pad_id=PAD, barred=torch.tensor(BARRED), eos=torch.tensor([EOS]))
@@ -176,7 +180,7 @@ def largest_gap(model: PreTrainedModel) -> float:
     """Between the logits read from a layout and those of one forward pass per region."""
     texts, args = batch(), settings()
     layout = build_layout(model, texts, TOKENS, args)
-    hidden = hidden_states(model, layout.ids_XT, layout, attention_masks(model.config, layout, model.dtype))
+    hidden = read_rows(model, layout, layout.ids_XT)
     logits = output_logits(model, hidden[layout.read_BRK.flatten()]).view(*layout.read_BRK.shape, -1)
     gap = 0.0
     for row, region in (texts.regions.size_BR > 0).nonzero().tolist():
@@ -200,10 +204,10 @@ def train(model: PreTrainedModel, *, exact: bool) -> tuple[str, PreTrainedModel]
 def _train(model: PreTrainedModel, *, exact: bool, learning_rate: float) -> str:
     if exact:
         add_gated_adapter(model, rank=8, alpha=16)
-        reader: Any = MaskGated(model, with_teacher=True)
+        reader: Any = ExactReader(model, with_teacher=True)
     else:
         teacher = copy.deepcopy(model).requires_grad_(False)
-        reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
+        reader = WholeRowReader(model, teacher, torch.no_grad()(lambda read: read(teacher)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     losses = []
     for _ in range(STEPS):

@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from mtp_trl.evaluation.calibration import BY_PLACE, Counts, Measure, Shape, argument, calibrate, even
-from mtp_trl.evaluation.models import identity, load_student
-from mtp_trl.evaluation.sweep import Setting, Threshold, evaluate_decoding
+from mtp_trl.evaluation.calibration import BY_PLACE, Shape, calibrate, even
+from mtp_trl.evaluation.loading import identity, load_student
+from mtp_trl.evaluation.sweep import evaluate_decoding
 from mtp_trl.evaluation.tasks import result
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.calibration_file import Counts, Measure, argument
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.publishing.report import Setting, Threshold
 from mtp_trl.word_problems import Problem, train_problems
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)

@@ -27,10 +27,12 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mtp_trl.custom_generate import generate as decoder
-from mtp_trl.evaluation.models import load_tokenizer
+from mtp_trl.custom_generate.choice import Choice, Chosen
+from mtp_trl.custom_generate.generate import attach_decoder
+from mtp_trl.evaluation.loading import load_tokenizer
 from mtp_trl.evaluation.tasks import load_task
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
 
 LLAMAS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -99,19 +101,19 @@ def replayed(accepted: list[int] | None) -> Iterator[None]:
     if accepted is None:
         yield
         return
-    lengths, choose = itertools.cycle(accepted), decoder._Choice.__call__
+    lengths, choose = itertools.cycle(accepted), Choice.__call__
 
     def scripted(self: Any, logits: Any, alive: Any, k: int, *, masks: int) -> Iterator[Any]:
         for row, _ in zip(alive, list(choose(self, logits, alive, k, masks=masks)), strict=True):
             kept = min(next(lengths) - 1, len(row.drafts))
             own = [token if place < kept else token + 1 for place, token in enumerate(row.drafts)]
-            yield [*own, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)}
+            yield Chosen([*own, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)})
 
-    decoder._Choice.__call__ = scripted  # type: ignore[method-assign]
+    Choice.__call__ = scripted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        decoder._Choice.__call__ = choose  # type: ignore[method-assign]
+        Choice.__call__ = choose  # type: ignore[method-assign]
 
 
 def synchronise() -> None:
@@ -196,7 +198,7 @@ def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMode
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.llama is None:
         base = AutoModelForCausalLM.from_pretrained(options.base or options.model)
-        student = decoder.attach_decoder(AutoModelForCausalLM.from_pretrained(options.model))  # this code, not the folder's
+        student = attach_decoder(AutoModelForCausalLM.from_pretrained(options.model))  # this code, not the folder's
         return base.to(device).eval(), student.to(device).eval()
     sizes = {"vocab_size": 128_256, "num_key_value_heads": LLAMAS[options.llama]["num_attention_heads"] // 4}
     config = LlamaConfig(**{**sizes, **LLAMAS[options.llama]}, bos_token_id=0, eos_token_id=1, pad_token_id=2)
@@ -205,7 +207,7 @@ def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMode
     with torch.device(device):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    return model, decoder.attach_decoder(model)
+    return model, attach_decoder(model)
 
 
 def prompts(options: argparse.Namespace) -> tuple[str, Callable[[int], list[Encoded]], int]:

@@ -21,9 +21,10 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mtp_trl.evaluation.models import load_tokenizer
+from mtp_trl.evaluation.loading import load_tokenizer
 from mtp_trl.evaluation.tasks import load_task
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -16,7 +16,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from mtp_trl.estimate import Setup, estimate
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
 
 CONFIGS = {
     "Llama-3.1-8B": {

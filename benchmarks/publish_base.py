@@ -13,7 +13,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
 from mtp_trl.word_problems import Problem, final_answer, test_problems
 
 RECIPE = Path("recipes/tiny_base.yaml")

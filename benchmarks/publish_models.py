@@ -1,9 +1,8 @@
-"""Makes the bundled adapted models out of runs of their recipes: bf16 weights, the decoder, provenance, nothing of the run.
+"""Makes the bundled adapted models out of runs of their recipes: bf16 weights, provenance, nothing of the run.
 
     python benchmarks/publish_models.py runs/tiny_long runs/tiny_exact_long   # models/tiny_long, models/tiny_exact_long
-    python benchmarks/publish_models.py                                       # the decoder of the package into all of them
 
-A test compares their decoder with the package's; the second line mends it.
+Their decoder is the installed package's; `mtp-trl export` and `push` write a folder with a decoder of its own.
 """
 
 import argparse
@@ -16,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from mtp_trl.custom_generate import generate as decoder
-from mtp_trl.evaluation.models import load_tokenizer
-from mtp_trl.hub import PROVENANCE_FILE, write_atomically
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE
+from mtp_trl.evaluation.loading import load_tokenizer
+from mtp_trl.modeling.files import PROVENANCE_FILE, write_atomically
+from mtp_trl.publishing.repository import link_decoder
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
@@ -30,29 +30,23 @@ def publish(run: Path, folder: Path) -> None:
     model.config.use_cache = True
     model.save_pretrained(folder)
     load_tokenizer(run).save_pretrained(folder)
-    write_decoder(folder)
-    if (run / decoder.ADAPTER_FILE).is_file():
-        with safe_open(run / decoder.ADAPTER_FILE, framework="pt") as file:
+    link_decoder(folder)
+    if (run / ADAPTER_FILE).is_file():
+        with safe_open(run / ADAPTER_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118 (not a dict)
-            save_file(tensors, folder / decoder.ADAPTER_FILE, metadata=file.metadata())
+            save_file(tensors, folder / ADAPTER_FILE, metadata=file.metadata())
     provenance = json.loads((run / PROVENANCE_FILE).read_text(encoding="utf-8"))
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
 
 
-def write_decoder(folder: Path) -> None:
-    (folder / "custom_generate").mkdir(exist_ok=True)
-    source = Path(str(decoder.__file__)).read_text(encoding="utf-8")
-    write_atomically(folder / "custom_generate" / "generate.py", source)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", help="output folders of recipes; none: decoders alone")
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of recipes")
     runs = parser.parse_args().runs
     for run in runs:
         publish(run, MODELS / run.name)
     for folder in MODELS.iterdir():
-        write_decoder(folder)
+        link_decoder(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{folder.relative_to(MODELS.parent)}: {size / 1e6:.2f} MB")
 

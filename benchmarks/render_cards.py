@@ -17,10 +17,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from mtp_trl.card import RESULTS_FOLDER, Evidence, read_report, render_card
-from mtp_trl.evaluation.calibration import CALIBRATION_FILE, Calibration
-from mtp_trl.evaluation.report import Report, fingerprint, plot_pareto
-from mtp_trl.hub import PROVENANCE_FILE, provenance, write_atomically
+from mtp_trl.evaluation.tables import plot_pareto
+from mtp_trl.modeling.files import PROVENANCE_FILE, write_atomically
+from mtp_trl.publishing.calibration_file import CALIBRATION_FILE, Calibration
+from mtp_trl.publishing.card import RESULTS_FOLDER, Evidence, read_report, render_card
+from mtp_trl.publishing.provenance import provenance_of_run
+from mtp_trl.publishing.report import Report, fingerprint
 from mtp_trl.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +47,7 @@ def described(path: Path) -> str:
 def planned(recipe: Path, mask_token: str) -> str:
     """The card that a recipe's model will have, without results."""
     read = read_recipe(recipe, ["--use_cpu", "true"])  # so that reading it needs no GPU
-    facts = provenance(
+    facts = provenance_of_run(
         base_model=str(read.model.model_name_or_path),
         args=read.training,
         mask_token=mask_token,

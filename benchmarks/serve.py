@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_trl.evaluation.tasks import result
-from mtp_trl.hub import run_facts, write_atomically
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
 from mtp_trl.serving.vllm.hooks import check_version, installed_version
 from mtp_trl.serving.vllm.serve import servable, serve_command
 from mtp_trl.word_problems import test_problems

@@ -31,12 +31,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_trl import MTPDistillConfig
-from mtp_trl.forward import attention_masks
-from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
-from mtp_trl.hub import run_facts, write_atomically
-from mtp_trl.objective import bar_tokens
-from mtp_trl.regions import Regions, row_generator, sample_regions, student_forced_ids
-from mtp_trl.self_distillation import Batch, Reader, Tokens, WholeRows, build_layout, distillation_pass
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.files import write_atomically
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.training.objective import bar_tokens
+from mtp_trl.training.readers import ExactReader, Reader, WholeRowReader, masks_of
+from mtp_trl.training.regions import Regions, row_generator, sample_regions, student_forced_ids
+from mtp_trl.training.step import Batch, Tokens, build_layout, distillation_pass
 
 WAYS = {
     "plain": "full, the paper's interleaved layout, logits everywhere",
@@ -73,10 +74,10 @@ class Way:
         self.reader: Reader
         if name == "exact":
             add_gated_adapter(model, rank=rank, alpha=2 * rank)
-            self.reader = MaskGated(model, with_teacher=True)
+            self.reader = ExactReader(model, with_teacher=True)
         else:
             teacher = copy.deepcopy(model).requires_grad_(False).eval()
-            self.reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
+            self.reader = WholeRowReader(model, teacher, torch.no_grad()(lambda read: read(teacher)))
         model.train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -104,7 +105,7 @@ class Way:
     def _plain_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Two plain forwards: all the logits of the student, then all those of the teacher."""
         layout = build_layout(self.model, batch, self.tokens, self.args)
-        masks = attention_masks(self.model.config, layout, self.model.dtype)
+        masks = masks_of(self.model, layout)
 
         read_P = layout.read_BRK[layout.drawn_BRK]
 

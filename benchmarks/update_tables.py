@@ -22,8 +22,7 @@ import memory  # noqa: E402
 import serve  # noqa: E402
 import train  # noqa: E402
 
-from mtp_trl.evaluation.report import from_json, markdown, replace_table  # noqa: E402
-from mtp_trl.evaluation.sweep import Row, threshold_text  # noqa: E402
+from mtp_trl.publishing.report import TableRow, from_json, markdown, replace_table, threshold_text  # noqa: E402  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 RUNS = {
@@ -78,7 +77,7 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def _fastest(rows: list[Row], kind: str) -> str:
+def _fastest(rows: list[TableRow], kind: str) -> str:
     row = max((row for row in rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass, default=None)
     return "-" if row is None else f"{row.tokens_per_pass:.2f} at {threshold_text(row.setting.threshold)}"
 

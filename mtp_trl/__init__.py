@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import MTPDistillConfig
-    from .custom_generate.generate import ConfAdaptLogitsProcessor, MTPGenerateOutput, attach_decoder
-    from .mask_token import add_mask_token
-    from .trainer import MTPDistillTrainer
+    from .custom_generate.choice import ConfAdaptLogitsProcessor
+    from .custom_generate.generate import attach_decoder
+    from .custom_generate.output import MTPGenerateOutput
+    from .modeling.mask_token import add_mask_token
+    from .training.config import MTPDistillConfig
+    from .training.trainer import MTPDistillTrainer
 
 __version__ = "0.1.0"
 
@@ -22,11 +24,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "ConfAdaptLogitsProcessor": "custom_generate.generate",
-    "MTPDistillConfig": "config",
-    "MTPDistillTrainer": "trainer",
-    "MTPGenerateOutput": "custom_generate.generate",
-    "add_mask_token": "mask_token",
+    "ConfAdaptLogitsProcessor": "custom_generate.choice",
+    "MTPDistillConfig": "training.config",
+    "MTPDistillTrainer": "training.trainer",
+    "MTPGenerateOutput": "custom_generate.output",
+    "add_mask_token": "modeling.mask_token",
     "attach_decoder": "custom_generate.generate",
 }
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .config import MTPDistillConfig
-from .custom_generate.generate import linear_features
-from .forward import backbone
-from .gated_adapter import ALL_LINEAR, adapted_layers
+from .custom_generate.base import linear_features
+from .modeling.exact import ALL_LINEAR, adapted_layers
+from .modeling.logits import backbone
 from .recipe import read_recipe
+from .training.config import MTPDistillConfig
 
 GIB = 2**30
 _FLOAT32 = 4

@@ -136,8 +136,8 @@ def _peft_config(model: ModelConfig) -> Any:
 def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
     from trl import get_quantization_config
 
-    from .hub import public_name
-    from .trainer import MTPDistillTrainer
+    from .modeling.files import public_name
+    from .training.trainer import MTPDistillTrainer
 
     model, training = recipe.model, recipe.training
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
@@ -158,7 +158,7 @@ def _mtp_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
 def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: Any, eval_set: Any) -> Any:
     from trl import SFTTrainer
 
-    from .optimizer import muon_adamw
+    from .training.optimizer import muon_adamw
 
     training = recipe.training
     model = _model_for_sft(recipe, tokenizer)
@@ -215,8 +215,8 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
     from datasets import load_dataset
 
     from . import word_problems
-    from .data import format_columns, rename_columns
     from .recipe import BUNDLED, DATA_FILES, RecipeError
+    from .training.data import format_columns, rename_columns
 
     arguments = recipe.arguments
     name = str(arguments.dataset_name)
@@ -282,4 +282,11 @@ def _use_all_cores(recipe: Recipe) -> None:
     if recipe.arguments.cpu_threads is not None:
         torch.set_num_threads(recipe.arguments.cpu_threads)
     elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(_cores())
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system can say so (macOS and Windows cannot)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from .config import MTPDistillConfig
+from .training.config import MTPDistillConfig
 
 BUNDLED = "word_problems"
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -179,9 +179,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _trainer_kind(values: Mapping[str, Any], overrides: Sequence[str]) -> str:
     kind = str(values.get("trainer", "mtp"))
-    for option, value in zip(overrides, (*overrides[1:], ""), strict=False):
-        if option == "--trainer":
-            kind = value
+    for option, following in zip(overrides, (*overrides[1:], ""), strict=False):
+        name, equals, value = option.partition("=")
+        if name == "--trainer":
+            kind = value if equals else following
     if kind not in ("mtp", "sft"):
         raise RecipeError(f"trainer must be mtp or sft, got {kind!r}.")
     return kind

@@ -34,6 +34,7 @@ from typing import Any  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -54,8 +55,8 @@ def write_student() -> Callable[..., Path]:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mtp_trl import hub
-    from mtp_trl.mask_token import add_mask_token
+    from mtp_trl.modeling.mask_token import add_mask_token, set_decoding_defaults
+    from mtp_trl.publishing.repository import write_decoder
     from mtp_trl.word_problems.tokenizer import train_tokenizer
 
     def write(
@@ -81,10 +82,10 @@ def write_student() -> Callable[..., Path]:
             model.save_pretrained(base)
             tokenizer.save_pretrained(base)
         add_mask_token(model, tokenizer, k_max=4)
-        hub.set_decoding_defaults(model, confadapt=confadapt, verify=verify)
+        set_decoding_defaults(model, confadapt=confadapt, verify=verify)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        hub.write_decoder(folder, model, provenance or {"base_model": "base"})
+        write_decoder(folder, model, provenance or {"base_model": "base"})
         return folder
 
     return write
@@ -130,3 +131,14 @@ def hub_server() -> Iterator[Any]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def online(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """This process talks to the stand-in Hub, with a token that may write."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    return hub_server

@@ -15,8 +15,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
-from mtp_trl.evaluation.models import load_student
-from mtp_trl.publish import export
+from mtp_trl.evaluation.loading import load_student
+from mtp_trl.publishing.export import export
 from mtp_trl.word_problems import load_dataset
 
 IDS = torch.tensor([[0, 5, 6, 7]])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from mtp_trl.apps.app import EXAMPLES, compare
 from mtp_trl.cli import main
 from mtp_trl.custom_generate.generate import attach_decoder
-from mtp_trl.evaluation.app import EXAMPLES, compare
 
 
 class Tokenizer:
@@ -46,14 +46,14 @@ def test_an_empty_prompt_is_answered_with_a_request_for_one():
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mtp_trl.argument_types.find_spec", lambda name: None)
     assert main(["app", "nowhere"]) == 2
     assert "pip install 'mtp-trl[app]'" in capsys.readouterr().err
 
 
 PAGE = """
 from types import SimpleNamespace
-from mtp_trl.evaluation.app import build
+from mtp_trl.apps.app import build
 page = build(SimpleNamespace(generation_config=SimpleNamespace(confadapt=0.3, verify=True)), None)
 print(*(type(block).__name__ for block in page.blocks.values()))
 print(*(block.value for block in page.blocks.values() if getattr(block, "label", None) == "threshold"))

@@ -11,37 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mtp_trl"
 
-# Lower layers know nothing of higher ones. A name stands for the module or sub-package directly under mtp_trl.
-LAYER = {
-    "custom_generate": 0,
-    "checkpoints": 1,
-    "config": 1,
-    "data": 1,
-    "forward": 1,
-    "guard": 1,
-    "gated_adapter": 1,
-    "mask_token": 1,
-    "models": 1,
-    "objective": 1,
-    "optimizer": 1,
-    "regions": 1,
-    "self_distillation": 1,
-    "word_problems": 1,
-    "estimate": 2,
-    "card": 2,
-    "evaluation": 2,
-    "hub": 2,
-    "lora": 2,
-    "publish": 2,
-    "saving": 2,
-    "recipe": 2,
-    "serving": 2,
-    "trainer": 2,
-    "cli": 3,
-    "launch": 3,
-    "__main__": 3,
-}
+# Lower layers know nothing of higher ones. A name stands for a folder or a file directly under mtp_trl.
+LAYERS = (
+    ("custom_generate", "word_problems", "argument_types"),
+    ("modeling",),
+    ("publishing",),
+    ("training",),
+    ("evaluation", "recipe"),
+    ("apps", "serving", "estimate"),
+    ("launch",),
+    ("cli", "__main__"),
+)
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 PURE = ("regions", "objective")
+LONGEST = 350  # lines of a file; nobody should have to scroll to see what it is about
 
 
 def source_files() -> list[Path]:
@@ -82,22 +65,54 @@ def test_imports_go_one_way():
             # `from mtp_trl import x` goes through the lazy names: the module itself must be named instead.
             if parts[0] != "mtp_trl" or parts[1] in {unit, "__version__"}:
                 continue
-            if parts[1] not in LAYER or LAYER[parts[1]] > LAYER[unit]:
+            if parts[1] not in LAYER or LAYER[parts[1]] >= LAYER[unit]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
 
 
-def test_the_decoder_stands_alone():
-    """generate.py is uploaded by itself: torch, transformers and the standard library are all it may use."""
+DECODER = sorted(path for path in (PACKAGE / "custom_generate").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", DECODER, ids=lambda path: path.stem)
+def test_the_decoder_stands_alone(path):
+    """It is uploaded by itself: torch, transformers, safetensors, the standard library and its siblings are all it may use."""
     allowed = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}  # transformers brings safetensors
-    names = imported_modules(PACKAGE / "custom_generate" / "generate.py")
-    assert {name.split(".")[0] for name in names} <= allowed
+    siblings = {f"mtp_trl.custom_generate.{sibling.stem}" for sibling in DECODER}
+    for name in imported_modules(path):
+        assert name.split(".")[0] in allowed or name.rpartition(".")[0] in siblings, name
+
+
+def test_the_decoder_names_all_of_its_files_and_has_no_cycles():
+    """transformers copies what `generate.py` imports by `from .name import ...`, and not what `from . import name` does."""
+    needs = {path.stem: relative_imports(path) for path in DECODER}
+    assert needs["generate"] == needs.keys() - {"generate"}
+    while needs:
+        leaves = {name for name, others in needs.items() if not others & needs.keys()}
+        assert leaves, f"these import each other: {sorted(needs)}"
+        needs = {name: others for name, others in needs.items() if name not in leaves}
+
+
+def relative_imports(path: Path) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    assert all(node.level <= 1 and (node.level == 0 or node.module) for node in nodes)
+    return {str(node.module) for node in nodes if node.level == 1}
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_every_folder_says_what_it_is_for():
+    for folder in {path.parent for path in source_files()} - {PACKAGE}:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+        assert 3 <= len(lines) <= 25, folder
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_pure_modules_know_no_model_and_no_disk(module):
     forbidden = {"transformers", "trl", "tokenizers", "datasets", "pathlib", "os", "io", "json", "mtp_trl"}
-    names = imported_modules(PACKAGE / f"{module}.py")
+    names = imported_modules(PACKAGE / "training" / f"{module}.py")
     assert not {name.split(".")[0] for name in names} & forbidden
 
 

@@ -9,10 +9,11 @@ import copy
 import pytest
 import torch
 
-from mtp_trl.config import MTPDistillConfig
-from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
-from mtp_trl.regions import row_generator, sample_regions
-from mtp_trl.self_distillation import Batch, Tokens, WholeRows, distillation_pass
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.training.config import MTPDistillConfig
+from mtp_trl.training.readers import ExactReader, WholeRowReader
+from mtp_trl.training.regions import row_generator, sample_regions
+from mtp_trl.training.step import Batch, Tokens, distillation_pass
 
 STEPS, LENGTH = 50, 12
 TOKENS = Tokens(mask_id=60, pad_id=2, barred=torch.tensor([60, 61, 62, 63]), eos=torch.tensor([1]))
@@ -36,10 +37,10 @@ def test_fifty_steps_lower_the_loss(tiny_model, tmp_path, kind, exact):
     args = MTPDistillConfig(str(tmp_path), k_max=4, slots_per_row=8, use_cpu=True, bf16=False, report_to="none")
     if exact:
         add_gated_adapter(model, rank=8, alpha=16)
-        reader = MaskGated(model, with_teacher=True)
+        reader = ExactReader(model, with_teacher=True)
     else:
         teacher = copy.deepcopy(model).requires_grad_(False)
-        reader = WholeRows(model, teacher, torch.no_grad()(lambda read: read(teacher)))
+        reader = WholeRowReader(model, teacher, torch.no_grad()(lambda read: read(teacher)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2 if exact else 1e-3)
     losses, rows = [], 1 if kind == "hybrid" else 4
     for step in range(STEPS):

@@ -15,14 +15,9 @@ import torch
 from scipy.stats import binom, multinomial
 from transformers import AutoModelForCausalLM
 
-from mtp_trl import hub
-from mtp_trl.card import read_evidence, render_card
 from mtp_trl.cli import main
 from mtp_trl.evaluation.calibration import (
     BY_PLACE,
-    CALIBRATION_FILE,
-    Calibration,
-    Counts,
     calibrate,
     check_size,
     compare,
@@ -34,6 +29,11 @@ from mtp_trl.evaluation.calibration import (
 from mtp_trl.evaluation.commands import run_calibrate
 from mtp_trl.evaluation.sweep import Record
 from mtp_trl.evaluation.tasks import load_task
+from mtp_trl.modeling.files import PROVENANCE_FILE
+from mtp_trl.publishing.calibration_file import CALIBRATION_FILE, Calibration, Counts
+from mtp_trl.publishing.card import read_evidence, render_card
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.publishing.repository import write_decoding_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,7 +191,7 @@ def test_answers_are_compared_problem_by_problem():
 def folder(tmp_path, write_student):
     """A random model: it is never sure, so that strict thresholds decode as it does by itself and whole blocks do not."""
     facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 4, "settings": {}}
-    return write_student(tmp_path / "model", confadapt=0.25, verify=True, provenance=facts | hub.run_facts())
+    return write_student(tmp_path / "model", confadapt=0.25, verify=True, provenance=facts | run_facts())
 
 
 def write_prompts(path, count):
@@ -212,7 +212,7 @@ def test_calibrate_writes_the_threshold_into_the_folder_and_the_evidence_onto_th
     assert found.provenance["data"] == "data.jsonl"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert (model.generation_config.confadapt, model.generation_config.verify) == (found.threshold, False)
-    facts = json.loads((folder / hub.PROVENANCE_FILE).read_text())
+    facts = json.loads((folder / PROVENANCE_FILE).read_text())
     card = render_card(facts, model_name="x", evidence=read_evidence(folder))
     assert found.promise in card
     assert f"confadapt={found.threshold:g}, max_new_tokens" in card
@@ -229,12 +229,12 @@ def test_thresholds_by_place_reach_generation_config_and_card_and_decode_so(fold
     chosen = replace(found, threshold=(0.0, 0.5))
     chosen.write(folder / CALIBRATION_FILE)
     assert Calibration.read(folder / CALIBRATION_FILE) == chosen
-    hub.write_decoding_defaults(folder, confadapt=chosen.threshold, verify=False)
+    write_decoding_defaults(folder, confadapt=chosen.threshold, verify=False)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert model.generation_config.confadapt == [0.0, 0.5]
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model.generate(ids, max_new_tokens=12), model.generate(ids, max_new_tokens=12, confadapt=[0.0, 0.5]))
-    card = render_card(json.loads((folder / hub.PROVENANCE_FILE).read_text()), model_name="x", evidence=read_evidence(folder))
+    card = render_card(json.loads((folder / PROVENANCE_FILE).read_text()), model_name="x", evidence=read_evidence(folder))
     assert "confadapt=[0, 0.5], max_new_tokens" in card
     assert "At confadapt=[0, 0.5] the loss of agreement" in card
     assert "| 0.99/0.999 |" in card

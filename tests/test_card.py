@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from mtp_trl import MTPDistillConfig, hub
-from mtp_trl.card import MARK, RESULTS_FOLDER, render_card, write_card
-from mtp_trl.evaluation.report import escape_markdown, from_json, markdown, to_json
+from mtp_trl import MTPDistillConfig
+from mtp_trl.publishing.calibration_file import Calibration, Counts, Step
+from mtp_trl.publishing.card import MARK, RESULTS_FOLDER, render_card, write_card
+from mtp_trl.publishing.provenance import provenance_of_run
+from mtp_trl.publishing.report import escape_markdown, from_json, markdown, to_json
 
 REPORT = from_json((Path(__file__).parents[1] / "docs" / "results" / "tiny_exact.json").read_text())
 
 
 def provenance(base: str, tmp_path: Path, **changes) -> dict:
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **(changes or {"ntp_coef": 0.5}))
-    return hub.provenance(base_model=base, args=args, mask_token="<|mtp|>")
+    return provenance_of_run(base_model=base, args=args, mask_token="<|mtp|>")
 
 
 def test_a_card_names_its_base_and_its_limits(tmp_path):
@@ -144,3 +146,45 @@ def test_the_cards_in_the_repository_are_those_of_the_renderer():
     assert "has not been run yet" in planned
     assert "Not yet run." in planned
     assert not [line for line in planned.splitlines() if line.startswith("| ")]  # no table without results
+
+
+HOSTILE_LINE = "2026 <script>x</script> [a](javascript:b) | `c` **d**"
+
+
+def test_dates_versions_and_hardware_of_files_are_shown_literally(tmp_path):
+    """They come with a folder, from anybody, as results do."""
+    hostile = {
+        "date": HOSTILE_LINE,
+        "hardware": HOSTILE_LINE,
+        "versions": {"torch": HOSTILE_LINE, "transformers": HOSTILE_LINE},
+    }
+    facts = provenance("org/base", tmp_path) | hostile
+    (tmp_path / RESULTS_FOLDER).mkdir()
+    report = dataclasses.replace(REPORT, provenance=REPORT.provenance | hostile | {"speeds": HOSTILE_LINE})
+    (tmp_path / RESULTS_FOLDER / "words.json").write_text(to_json(report))
+    text = write_card(tmp_path, model_name="m", repo_id="me/x", provenance=facts).read_text()
+    outside_code = "".join(text.replace("```", "").split("`")[::2])
+    assert "<script>" not in outside_code
+    assert "](javascript" not in outside_code.replace("\\](", "")
+    assert "**d**" not in outside_code
+
+
+@pytest.mark.parametrize("change", [("batch_size", "1 <b>"), ("problems", "<b>"), ("k", "<b>"), ("max_new_tokens", "<b>")])
+def test_text_where_a_results_file_has_numbers_is_refused(change):
+    name, value = change
+    content = json.loads(to_json(REPORT))
+    where = {"problems": content["rows"][0], "k": content["rows"][2]["setting"]}.get(name, content)
+    where[name] = value
+    with pytest.raises(TypeError, match="is not a whole number"):
+        from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("change", [{"measure": "<b>"}, {"lost": "<b>"}, {"problems": "<b>"}])
+def test_text_where_a_calibration_has_numbers_is_refused(tmp_path, change):
+    calibration = Calibration("accuracy", 0.01, 0.95, 0.7, [Step(0.7, Counts(100, 0, 0, 2.0), 0.001, True)], {})
+    calibration.write(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    (content if "measure" in change else content["steps"][0]["counts"]).update(change)
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises((TypeError, ValueError), match=r"whole number|must be one of"):
+        Calibration.read(tmp_path / "c.json")

@@ -70,7 +70,7 @@ MODEL = str(ROOT / "models" / "tiny_exact_long")
         (["eval", "x", "--output", __file__], "is a file, and a folder is needed"),
         (["eval", "x", "--task-data", "gsm8k_cot"], "is not TASK=FILE"),
         (["show", "x", "y", "--k", "few"], "'few' is not a whole number from 1 on"),
-        (["show", "x", "y", "--html", "/no/such/folder/page.html"], "its folder must be there"),
+        (["show", "x", "y", "--html", "/no/such/folder/page.html"], "its folder must exist"),
     ],
 )
 def test_what_was_typed_wrongly_is_named_before_anything_loads(arguments, message, capsys):

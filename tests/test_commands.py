@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from mtp_trl.cli import main
 from mtp_trl.evaluation import commands
 from mtp_trl.evaluation.commands import run_eval
-from mtp_trl.evaluation.models import load_base, load_student
-from mtp_trl.evaluation.report import from_json, markdown
+from mtp_trl.evaluation.loading import load_base, load_student
 from mtp_trl.evaluation.tasks import load_task
-from mtp_trl.lora import LORA_CONFIG
+from mtp_trl.modeling.files import LORA_CONFIG
+from mtp_trl.publishing.report import from_json, markdown
 
 NEW_TOKENS = 12
 
@@ -142,8 +142,9 @@ def test_a_repository_with_another_commit_is_another_model(tmp_path, monkeypatch
             path.write_text(files[name][file])
         return str(path) if path.is_file() else None
 
-    monkeypatch.setattr("mtp_trl.evaluation.models.repository_file", cached)
-    monkeypatch.setattr("mtp_trl.lora.repository_file", cached)
+    monkeypatch.setattr("mtp_trl.evaluation.loading.repository_file", cached)
+    monkeypatch.setattr("mtp_trl.modeling.lora.repository_file", cached)
+    monkeypatch.setattr("mtp_trl.publishing.decoder_check.repository_file", cached)
     parts = [commands._parts(tmp_path, "me/adapter", None, []) for _ in range(2)]
     for name in commits:
         commits[name] = "2"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from mtp_trl.data import column_names, format_columns, prepare_dataset, rename_columns
+from mtp_trl.training.data import column_names, format_columns, prepare_dataset, rename_columns
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -174,7 +174,7 @@ def test_the_mask_token_in_the_text_is_refused():
 def test_left_out_and_cut_rows_are_counted(caplog):
     tokenizer = make_tokenizer()
     dataset = rows(prompt=["a", "b", "long prompt", "c"], completion=["x", " ", "y", "0123456789"])
-    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prepared = prepare_dataset(dataset, tokenizer, max_length=6)
     assert [texts(tokenizer, row) for row in prepared] == [("<bos>a", "x<eos>"), ("<bos>c", "0123")]
     assert "1 rows without a completion left out" in caplog.text
@@ -241,7 +241,7 @@ def test_streamed_data_gives_the_same_rows():
 
 @pytest.mark.parametrize("first", [0, 100])
 def test_a_few_nulls_are_left_out_and_counted(caplog, first):
-    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prompts = ["a"] * first + [None, "b"] + ["a"] * (100 - first)
         dataset = rows(prompt=prompts, completion=["x"] * (first + 1) + [None] + ["x"] * (100 - first))
         framed = format_columns(dataset, prompt_format="Q: {}", as_messages=True)
@@ -255,7 +255,7 @@ def test_a_malformed_row_does_not_end_a_stream(caplog):
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     conversations = {"messages": [good, good[:1], good]}
     tokenizer = make_tokenizer(template=CHATML)
-    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         assert len(list(prepare_dataset(rows(**conversations).to_iterable_dataset(), tokenizer))) == 2
     assert r"Row 1 of the train set is left out (1 rows malformed left out): `messages` must" in caplog.text
     wrong = rows(messages=[good[:1], good]).to_iterable_dataset()
@@ -268,7 +268,7 @@ def test_prompts_without_text_or_room_are_left_out_and_counted(caplog, conversat
     prompts = ["a", "", "long prompt" * 9, "b"]
     if conversational:
         prompts = [[{"role": "user", "content": text}] if text else [] for text in prompts]
-    with caplog.at_level(logging.WARNING, logger="mtp_trl.data"):
+    with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prepared = prepare_dataset(rows(prompt=prompts), make_tokenizer(template=CHATML), max_length=60)
     assert prepared["prompt"] == [prompts[0], prompts[3]]
     assert "1 rows without a prompt left out, 1 rows with a prompt of max_length=60 tokens or more left out" in caplog.text

@@ -6,9 +6,10 @@ import sys
 import pytest
 import yaml
 
+from mtp_trl.apps import demo
 from mtp_trl.cli import main
-from mtp_trl.evaluation import demo
-from mtp_trl.evaluation.sweep import Record, Setting
+from mtp_trl.evaluation.sweep import Record
+from mtp_trl.publishing.report import Setting
 
 LOG = {"loss": "1.5", "agreement/place_1": "1", "agreement/place_2": "0.636", "acceleration/confadapt_0.5": "2.46"}
 

@@ -21,6 +21,7 @@ import os
 import sys
 from pathlib import Path
 import torch
+from accelerate.state import DistributedType, PartialState
 from transformers import AutoTokenizer
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
 from mtp_trl.custom_generate.generate import generate
@@ -45,6 +46,8 @@ if lora:
 
     layer.TrainableTokensLayer._collect_token_weights = gathered_rows
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate leaves FSDP out on CPUs, and says nothing about it
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 rows = load_dataset("train", 32, 0)
 trainer = MTPDistillTrainer(
     options["source"], args, rows.select_columns(["prompt"]) if prompts_only else rows,
@@ -52,6 +55,7 @@ trainer = MTPDistillTrainer(
 )
 # ACCELERATE_USE_CPU, or `accelerate launch --cpu`, would switch DeepSpeed off without a word
 assert trainer.is_deepspeed_enabled == bool(args.deepspeed)
+assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
 trainer.train(resume_from_checkpoint=options.get("resume"))
 trainer.save_model()
 if options["push"]:
@@ -160,12 +164,12 @@ def test_two_processes_equal_one(train, tmp_path, mode, how):
 
 @pytest.mark.parametrize("how", ["zero3", "fsdp2"])
 def test_what_is_sharded_is_resumed(train, tmp_path, how):
-    """Bare prompts completed under ZeRO-3, by ranks whose texts differ in length; exact mode under FSDP2."""
-    options = {"save_strategy": "steps", "save_steps": 2}
+    """With bare prompts completed meanwhile, by ranks whose texts differ in length; exact mode under FSDP2."""
+    options = {"save_strategy": "steps", "save_steps": 2, "prompts_only": True}
     if how == "zero3":
-        options |= {"prompts_only": True, "deepspeed": deepspeed("zero3", tmp_path)}
+        options |= {"deepspeed": deepspeed("zero3", tmp_path)}
     else:
-        options |= {"exact": True, "launch": FSDP2}
+        options |= {"exact": True, "launch": FSDP2, "optim": "adamw_torch", "learning_rate": 0.01}
     losses, weights = train(2, "whole", **options)
     again, resumed = train(2, "resumed", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert again == losses
@@ -173,10 +177,12 @@ def test_what_is_sharded_is_resumed(train, tmp_path, how):
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("how", ["zero3", "fsdp2"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact):
+def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact, how):
     """Each process its own prompt: the one that is done first goes on making passes, or the other would wait for ever."""
-    train(2, "two", exact=exact, decode=True, deepspeed=deepspeed("zero3", tmp_path))
+    options = {"deepspeed": deepspeed("zero3", tmp_path)} if how == "zero3" else {"launch": FSDP2}
+    train(2, "two", exact=exact, decode=True, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True, dtype=torch.float32)
     for rank in range(2):
         ids = torch.arange(5, 9 + 2 * rank)[None]

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import sys
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,15 +35,15 @@ from transformers import (
 )
 from transformers.cache_utils import StaticLayer
 
+from mtp_trl.custom_generate import choice, forward, forward_base, pace, recurrent_forward
 from mtp_trl.custom_generate import generate as decoder
-from mtp_trl.custom_generate.generate import (
-    ConfAdaptLogitsProcessor,
-    MTPGenerateOutput,
-    accept_confident_prefix,
-    attach_decoder,
-    generate,
-)
-from mtp_trl.gated_adapter import add_gated_adapter
+from mtp_trl.custom_generate.adapter_file import adapter_from, by_file_name, metadata_of
+from mtp_trl.custom_generate.choice import ConfAdaptLogitsProcessor, accept_confident_prefix
+from mtp_trl.custom_generate.generate import attach_decoder, generate
+from mtp_trl.custom_generate.mtp_config import mask_ids_by_name
+from mtp_trl.custom_generate.output import MTPGenerateOutput
+from mtp_trl.custom_generate.sampling import gumbel
+from mtp_trl.modeling.exact import add_gated_adapter
 
 PAD, EOS, MASK, BARRED = 0, 1, 60, [60, 61, 62, 63]
 NEW = 24
@@ -222,23 +221,11 @@ def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, ar
     assert texts(verified, rows) == [naive_loop(model, row, k=1, threshold=0, new=new)[0] for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "changes", "behind"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "tokens")]
-)
-def test_models_that_read_both_ways_are_refused(tiny_model, architecture, changes, behind):
+@pytest.mark.parametrize(("architecture", "changes", "later"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "tokens")])
+def test_models_that_read_both_ways_are_refused(tiny_model, architecture, changes, later):
     model = tiny_model(architecture, **changes)
-    with pytest.raises(ValueError, match=f"its logits depend on {behind} behind them"):
+    with pytest.raises(ValueError, match=f"its logits depend on {later} after them"):
         decode(model, prompts(2), verify=True)
-
-
-def test_a_gate_left_by_training_does_not_reach_the_trial(tiny_model):
-    """Of whether states go on, or texts are read from left to right."""
-    for architecture in ("granitemoehybrid", "bloom"):
-        model = tiny_model(architecture)
-        with_random_adapter(model).mtp_adapter.gate = torch.ones(4, 13, dtype=torch.bool)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            decode(model, prompts(2), verify=True, max_new_tokens=2)
 
 
 def test_a_models_own_default_of_no_cache_says_nothing(tiny_model):
@@ -343,7 +330,7 @@ def test_threads_that_share_an_exact_model_do_not_disturb_each_other(tiny_model)
     expected = [text(call) for call in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
         assert list(threads.map(text, calls * 3)) == expected * 3
-    assert model.mtp_adapter.gate == 0
+    assert model.mtp_adapter.state[0] == 0
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -384,8 +371,8 @@ def test_cached_equals_uncached(tiny_model, architecture, monkeypatch):
     model, rows = tiny_model(architecture), prompts()
     options = {"mtp_k": 6, "confadapt": 0.4, "max_new_tokens": 40}
     cached = decode(model, rows, **options)
-    monkeypatch.setattr(decoder, "_ATTENTION", set())
-    monkeypatch.setattr(decoder, "_RECURRENT", set())
+    monkeypatch.setattr(forward, "ATTENTION_LAYERS", set())
+    monkeypatch.setattr(forward, "_RECURRENT_LAYERS", set())
     with pytest.warns(UserWarning, match="without a cache"):
         uncached = decode(model, rows, **options)
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -409,8 +396,8 @@ def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architec
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     output = decode(model, prompts(1), mtp_k=4, verify=True, eos_token_id=None, max_new_tokens=100)
     assert len(widths) == int(output.forward_passes[0])
-    assert max(widths[1:]) < decoder.STATE_TOKENS + 2 * 4
-    assert output.block_lengths[0].count(0) <= 1 + 100 // decoder.STATE_TOKENS
+    assert max(widths[1:]) < recurrent_forward.STATE_TOKENS + 2 * 4
+    assert output.block_lengths[0].count(0) <= 1 + 100 // recurrent_forward.STATE_TOKENS
 
 
 @pytest.mark.parametrize("rows", [[[7]], [[7], [9]], [[7], [9, 3]]])
@@ -434,11 +421,11 @@ def test_recurrent_models_in_exact_mode_and_by_the_clock(tiny_model, exact):
 
 def test_recurrent_layers_refuse_what_they_cannot_do(tiny_model):
     model = tiny_model("qwen3_next")
-    with pytest.raises(ValueError, match="leave static out"):
+    with pytest.raises(ValueError, match="leave cache_implementation='static' out"):
         decode(model, prompts(1), cache_implementation="static")
     with pytest.raises(ValueError, match="mtp_blocks=2 needs layers that can look back"):
         decode(model, prompts(1), verify=True, mtp_blocks=2)
-    with pytest.raises(ValueError, match="past_key_values= needs layers that keep keys and values alone"):
+    with pytest.raises(ValueError, match="past_key_values= needs layers that keep keys and values only"):
         decode(model, prompts(1), past_key_values=DynamicCache(config=model.config))
 
 
@@ -483,7 +470,7 @@ def test_verified_decoding_drafts_by_place(tiny_model, threshold, branches):
 @pytest.mark.parametrize(
     ("confadapt", "message"),
     [
-        ([], "empty list"), ([0.9, "x"], "at every place, got 'x'"), ([0.9, 1.5], "got 1.5"), ([[0.9]], "got \\[0.9\\]"),
+        ([], "empty list"), ([0.9, "x"], "at every position, got 'x'"), ([0.9, 1.5], "got 1.5"), ([[0.9]], "got \\[0.9\\]"),
         ([True], "got True"), ({"1": 0.9}, "got {'1': 0.9}"), ([float("nan")], "got nan"),
     ],
 )  # fmt: skip
@@ -609,9 +596,9 @@ def test_rows_that_ended_leave_the_batch(tiny_model):
 
 def test_memory_is_bounded(tiny_model, monkeypatch):
     allocated = []
-    allocate = decoder.StaticLayer.lazy_initialization
+    allocate = StaticLayer.lazy_initialization
     monkeypatch.setattr(
-        decoder.StaticLayer,
+        StaticLayer,
         "lazy_initialization",
         lambda layer, *states: (allocate(layer, *states), allocated.append(layer.keys.shape))[0],
     )
@@ -754,8 +741,8 @@ def test_all_places_at_once_equals_place_by_place(tiny_model, monkeypatch):
     model, rows = tiny_model("llama"), prompts(6)
     options = {"confadapt": 0.3, "suppress_tokens": list(range(20, 30)), "temperature": 1.3, "top_k": 20, "top_p": 0.9}
     outputs = []
-    for pointwise in (decoder._POINTWISE, ()):
-        monkeypatch.setattr(decoder, "_POINTWISE", pointwise)
+    for pointwise in (choice.POINTWISE, ()):
+        monkeypatch.setattr(choice, "POINTWISE", pointwise)
         for verify in (False, True):
             torch.manual_seed(0)
             outputs.append(decode(model, rows, do_sample=True, verify=verify, **options).sequences)
@@ -912,7 +899,7 @@ def test_processes_that_share_weights_pass_together(tiny_model, monkeypatch):
         asked.append(int(count))
         count += len(asked) <= others
 
-    monkeypatch.setattr(decoder.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(forward_base.dist, "all_reduce", all_reduce)
     output = decode(model, prompts(2), confadapt=0.3, synced_gpus=True)
     assert torch.equal(output.sequences, expected.sequences)
     assert len(passes) == others
@@ -927,7 +914,7 @@ class Clock:
 
     def __init__(self, model, monkeypatch, seconds) -> None:
         self.now, self.widths = 0.0, []
-        monkeypatch.setattr(decoder.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(pace.time, "perf_counter", lambda: self.now)
 
         def passed(module, inputs, output):
             self.widths.append(output.shape[1])
@@ -980,7 +967,7 @@ def test_auto_measures_each_way_of_decoding_by_itself(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(2)
     for options in ({}, {"confadapt": 0.9}, {"do_sample": True}):
         decode(model, rows, mtp_k="auto", verify=True, **options)
-    assert {key[:3] for key in decoder._Pace.measured[model]} == {((0.0,), 8, False), ((0.9,), 8, False), ((0.0,), 8, True)}
+    assert {key[:3] for key in pace.Pace.measured[model]} == {((0.0,), 8, False), ((0.9,), 8, False), ((0.0,), 8, True)}
     model.generation_config.update(mtp_k="auto", verify=True, allow_custom_entries=True)
     assert torch.equal(decode(model, rows).sequences, greedy(model, rows))
 
@@ -1109,11 +1096,11 @@ def test_a_block_cut_to_one_token_by_the_length_is_sampled(tiny_model):
 
 def test_noise_is_gumbel_and_a_function_of_key_and_position():
     keys = torch.tensor([5, 5, -(2**62)])
-    noise = decoder._gumbel(keys, torch.tensor([0, 1, 0]), 100_000)
+    noise = gumbel(keys, torch.tensor([0, 1, 0]), 100_000)
     assert noise.mean(-1).tolist() == pytest.approx([0.5772] * 3, abs=0.015)
     assert noise.var(-1).tolist() == pytest.approx([math.pi**2 / 6] * 3, abs=0.04)
     assert torch.corrcoef(noise).triu(1).abs().max() < 0.015
-    assert torch.equal(decoder._gumbel(keys[1:2], torch.tensor([1]), 10), noise[1:2, :10])
+    assert torch.equal(gumbel(keys[1:2], torch.tensor([1]), 10), noise[1:2, :10])
 
 
 # --- the call ---------------------------------------------------------------------------------------------------------
@@ -1250,7 +1237,7 @@ def test_a_checkpoint_without_config_names_its_mask_token(tiny_model):
 def test_the_papers_token_names_are_known():
     words = {"<pad>": 0, "<eos>": 1, "<|mtp_special_token_1|>": 5, "<|mtp_special_token_0|>": 9}
     named = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")))
-    assert decoder._mask_ids_by_name(named) == [9, 5]
+    assert mask_ids_by_name(named) == [9, 5]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -1427,7 +1414,7 @@ def test_a_device_map_with_layers_on_disk_decodes_alike(tiny_model, tmp_path, of
     assert any(weight.is_meta for weight in spread.parameters()) == bool(offloaded)
     if exact:
         adapter = with_random_adapter(model).mtp_adapter
-        decoder.MaskGatedAdapter.from_tensors(adapter.by_file_name(), adapter.metadata()).attach(spread)
+        adapter_from(by_file_name(adapter), metadata_of(adapter)).attach(spread)
     for options in ({"confadapt": 0.3}, {"verify": True}, {"mtp_k": 1}):
         expected, output = decode(model, rows, **options), decode(spread, rows, **options)
         assert torch.equal(output.sequences, expected.sequences)

@@ -9,9 +9,8 @@ from transformers import AutoTokenizer
 
 from mtp_trl.cli import main
 from mtp_trl.evaluation.harness import HarnessModel, OwnStop, Part, run_settings, run_task, table
-from mtp_trl.evaluation.models import load_base, load_student
-from mtp_trl.evaluation.report import from_json
-from mtp_trl.evaluation.sweep import Setting
+from mtp_trl.evaluation.loading import load_base, load_student
+from mtp_trl.publishing.report import Setting, from_json
 from mtp_trl.word_problems import test_problems
 
 ROOT = Path(__file__).resolve().parents[1]

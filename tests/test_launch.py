@@ -284,6 +284,12 @@ def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, o
     assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
 
 
+def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
+    """macOS and Windows."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert launch._cores() == os.cpu_count()
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_shows_bars_and_a_table_of_the_last_log(write, monkeypatch, capsys, terminal):
     path = write(logging_steps=1)

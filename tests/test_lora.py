@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
-from mtp_trl.card import render_card
 from mtp_trl.cli import main
-from mtp_trl.custom_generate.generate import ADAPTER_FILE
-from mtp_trl.evaluation.models import load_student
-from mtp_trl.evaluation.report import from_json
-from mtp_trl.hub import PROVENANCE_FILE, set_decoding_defaults
-from mtp_trl.lora import merge_folder, write_lora, write_mask_row
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.models import with_mask_row
-from mtp_trl.publish import export
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE
+from mtp_trl.evaluation.loading import load_student
+from mtp_trl.modeling.files import PROVENANCE_FILE
+from mtp_trl.modeling.lora import with_mask_row
+from mtp_trl.modeling.mask_token import add_mask_token, set_decoding_defaults
+from mtp_trl.publishing.card import render_card
+from mtp_trl.publishing.export import export
+from mtp_trl.publishing.merging import merge_folder, write_lora, write_mask_row
+from mtp_trl.publishing.report import from_json
 from mtp_trl.word_problems import load_dataset
 
 # PEFT saves a matrix that has grown beside the adapters, and says so

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mtp_trl.mask_token import MASK_TOKEN, add_mask_token, chosen_mask_token
+from mtp_trl.modeling.mask_token import MASK_TOKEN, add_mask_token, chosen_mask_token
 
 
 def build(tokens: int, rows: int, *, tied: bool = True, extra: tuple[str, ...] = ()):

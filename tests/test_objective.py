@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mtp_trl.objective import (
+from mtp_trl.training.objective import (
     OBJECTIVES,
     bar_tokens,
     block_metrics,
@@ -133,3 +133,9 @@ def test_sums_of_two_halves_add_up_to_the_whole():
     halves = [block_sums(confidence[h], agree[h], reward[h], valid[h], thresholds=[0.4]) for h in (slice(0, 2), slice(2, 4))]
     for name, value in whole.items():
         torch.testing.assert_close(halves[0][name] + halves[1][name], value)
+
+
+def test_a_rollout_that_ends_cuts_nothing_where_the_text_is_the_target():
+    """The reason to cut there is a teacher that reads the rollout; the text itself goes on."""
+    drawn, text = torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([[[3, 5, 1, 3]]])
+    assert places_with_loss(None, text, drawn, eos_ids=torch.tensor([1]))[0, 0].int().tolist() == [1, 1, 1, 0]

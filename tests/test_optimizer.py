@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtp_trl.optimizer import MuonAdamW, muon_adamw, orthogonalise
+from mtp_trl.training.optimizer import MuonAdamW, muon_adamw, orthogonalise
 
 
 class Net(nn.Module):

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DATA = [
     "mtp_trl/py.typed",
-    "mtp_trl/custom_generate/generate.py",
+    *(f"mtp_trl/custom_generate/{path.name}" for path in (ROOT / "mtp_trl" / "custom_generate").glob("*.py")),
+    "mtp_trl/publishing/earlier_decoders.json",
+    "mtp_trl/publishing/model_card_template.md",
     "mtp_trl/word_problems/base/config.json",
     "mtp_trl/word_problems/base/model.safetensors",
     "mtp_trl/word_problems/base/tokenizer.json",

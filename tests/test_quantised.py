@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
-from mtp_trl.custom_generate.generate import base_fingerprint
-from mtp_trl.gated_adapter import MaskGated, add_gated_adapter
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.regions import pack_regions, row_generator, sample_regions
+from mtp_trl.custom_generate.base import base_fingerprint
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.mask_token import add_mask_token
+from mtp_trl.training.readers import ExactReader
+from mtp_trl.training.regions import pack_regions, row_generator, sample_regions
 from mtp_trl.word_problems import load_dataset
 
 BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
@@ -36,7 +37,7 @@ def quantisation(kind: str):
 
 def digest(model) -> str:
     joined = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(item for item in model.state_dict().items() if "mtp_adapter" not in item[0]):
         plain = value.dequantize() if hasattr(value, "dequantize") and type(value.data) is not torch.Tensor else value
         joined.update(name.encode() + plain.detach().float().numpy().tobytes() if torch.is_tensor(plain) else name.encode())
     return joined.hexdigest()
@@ -101,7 +102,7 @@ def test_gradients_through_four_bits_are_those_of_the_dequantised_weights():
         )
         with torch.no_grad():
             model.eval()(input_ids=clean)  # what an evaluation in the middle of training does
-        hidden = MaskGated(model.train(), with_teacher=False).read_student(layout)
+        hidden = ExactReader(model.train(), with_teacher=False).read_student(layout)
         hidden[layout.read_BRK[layout.drawn_BRK]].square().sum().backward()
         gradients.append([parameter.grad for parameter in adapter.parameters()])
     for actual, expected in zip(*gradients, strict=True):

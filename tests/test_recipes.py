@@ -10,9 +10,9 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mtp_trl import word_problems
-from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.loading import load_student
 from mtp_trl.launch import train
-from mtp_trl.recipe import RecipeError, accumulation_steps, locate, read_recipe
+from mtp_trl.recipe import RecipeError, SFTRecipeConfig, accumulation_steps, locate, read_recipe
 from mtp_trl.word_problems import train_problems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,3 +267,10 @@ def test_dry_run(path, model, data, tmp_path):
     assert saved.num_parameters() > 0
     mtp = getattr(saved.config, "mtp", None)
     assert (mtp is None) if values.get("trainer") == "sft" else (mtp["k_max"] == values["k_max"])
+
+
+@pytest.mark.parametrize("overrides", [["--trainer", "sft"], ["--trainer=sft"]])
+def test_the_command_line_chooses_the_trainer_in_either_spelling(write, overrides):
+    recipe = read_recipe(write(), overrides)
+    assert isinstance(recipe.training, SFTRecipeConfig)
+    assert recipe.arguments.trainer == "sft"

@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from mtp_trl.regions import (
+from mtp_trl.modeling.attention import chunk_by_position, window_by_position
+from mtp_trl.training.regions import (
     Regions,
-    chunk_by_position,
     compact_left_padding,
     pack_regions,
     row_generator,
     sample_regions,
     student_forced_ids,
     suffix_regions,
-    window_by_position,
 )
 
 MASK, PAD, K = 63, 2, 6

@@ -10,17 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mtp_trl.evaluation.report import (
-    Report,
-    from_json,
-    markdown,
-    plot_pareto,
-    replace_table,
-    terminal_table,
-    to_json,
-    write_report,
-)
-from mtp_trl.evaluation.sweep import Record, Setting, Sweep, aggregate, decoding_settings
+from mtp_trl.evaluation.sweep import Record, Sweep, aggregate, decoding_settings
+from mtp_trl.evaluation.tables import plot_pareto, terminal_table, write_report
+from mtp_trl.publishing.report import Report, Setting, from_json, markdown, replace_table, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PROVENANCE = {

@@ -13,15 +13,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtp_trl
-from mtp_trl import hub
-from mtp_trl.custom_generate.generate import ADAPTER_FILE, MaskGatedAdapter, attach_adapter
-from mtp_trl.evaluation.show import as_html
-from mtp_trl.gated_adapter import add_gated_adapter
-from mtp_trl.mask_token import add_mask_token
-from mtp_trl.publish import export
+from mtp_trl.apps.show import as_html
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE, adapter_from
+from mtp_trl.custom_generate.repository import attach_adapter
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.mask_token import add_mask_token, set_decoding_defaults
+from mtp_trl.publishing.export import export
+from mtp_trl.publishing.provenance import run_facts
+from mtp_trl.publishing.repository import write_decoder
 
 PACKAGE = Path(mtp_trl.__file__).parent
-DECODER = ast.parse((PACKAGE / "custom_generate" / "generate.py").read_text(encoding="utf-8"))
+DECODER = [
+    (path.name, node)
+    for path in sorted((PACKAGE / "custom_generate").glob("*.py"))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+]
 FORBIDDEN_MODULES = set(
     "asyncio builtins code codeop ctypes ftplib http httpx importlib marshal multiprocessing os pickle pty requests runpy "
     "shelve shutil smtplib socket socketserver ssl subprocess tempfile urllib webbrowser xmlrpc zipimport".split()
@@ -38,7 +44,7 @@ def called(node):
     return function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
 
 
-CALLS = [node for node in ast.walk(DECODER) if isinstance(node, ast.Call)]
+CALLS = [(file, node) for file, node in DECODER if isinstance(node, ast.Call)]
 
 
 # ---- the decoder's source ----
@@ -46,37 +52,34 @@ CALLS = [node for node in ast.walk(DECODER) if isinstance(node, ast.Call)]
 
 def test_the_decoder_imports_nothing_that_opens_connections_or_runs_programs():
     names = set()
-    for node in ast.walk(DECODER):
+    for _, node in DECODER:
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
+            assert node.level <= 1  # of its own files
             names.add((node.module or "").split(".")[0])
     assert not names & FORBIDDEN_MODULES
 
 
 def test_the_decoder_evaluates_no_text_and_opens_no_file():
-    used = {node.id for node in ast.walk(DECODER) if isinstance(node, ast.Name)}
+    used = {node.id for _, node in DECODER if isinstance(node, ast.Name)}
     assert not used & FORBIDDEN_NAMES
-    loads = {ast.unparse(node.func) for node in CALLS if called(node) in ("load", "loads", "load_file", "safe_open")}
-    assert loads == {"json.loads", "safe_open"}  # no pickle: not torch.load either
+    loads = {
+        (file, ast.unparse(node.func)) for file, node in CALLS if called(node) in ("load", "loads", "load_file", "safe_open")
+    }
+    assert loads == {("adapter_file.py", "json.loads"), ("adapter_file.py", "safe_open")}  # no pickle: not torch.load either
 
 
 def test_the_decoder_writes_nothing():
     # `_save_to_state_dict` is defined there, to keep the adapter out of the model's own file; nothing calls it.
-    assert [ast.unparse(node) for node in CALLS if WRITING.fullmatch(called(node))] == []
+    assert [ast.unparse(node) for _, node in CALLS if WRITING.fullmatch(called(node))] == []
 
 
-def test_the_decoder_fetches_its_own_adapter_at_its_own_revision_and_nothing_else():
-    fetches = [
-        node for node in CALLS if called(node) in ("cached_file", "hf_hub_download", "snapshot_download", "from_pretrained")
-    ]
-    assert {called(node) for node in fetches} == {"cached_file"}
-    for node in fetches:
-        assert ast.unparse(node.args[1]) == "ADAPTER_FILE"
-        keywords = {keyword.arg for keyword in node.keywords}
-        assert "revision" in keywords or None in keywords  # None: **hub_options, which the caller gave
-        assert ast.unparse(node.args[0]) in ("repository", "source[0]")
+def test_the_decoder_fetches_the_adapter_of_the_repository_that_it_came_from_and_nothing_else():
+    names = ("cached_file", "hf_hub_download", "snapshot_download", "from_pretrained", "has_file", "list_repo_files")
+    fetches = [(file, ast.unparse(node)) for file, node in CALLS if called(node) in names]
+    wanted = "cached_file(self.name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **self.options)"
+    assert fetches == [("repository.py", wanted)]
 
 
 def test_the_package_reads_no_pickle():
@@ -94,11 +97,11 @@ def test_the_package_reads_no_pickle():
 @pytest.fixture
 def folder(tmp_path, tiny_model):
     model = tiny_model("llama")
-    hub.set_decoding_defaults(model, confadapt=0.9, verify=False)
+    set_decoding_defaults(model, confadapt=0.9, verify=False)
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(PACKAGE / "word_problems" / "base").save_pretrained(tmp_path / "model")
     facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 8, "settings": {}}
-    hub.write_decoder(tmp_path / "model", model, facts | hub.run_facts())
+    write_decoder(tmp_path / "model", model, facts | run_facts())
     return tmp_path / "model"
 
 
@@ -174,9 +177,9 @@ def exact_folder(tmp_path, tiny_model):
     model.save_pretrained(tmp_path / "base")
     model.config.mtp = mtp | {"exact": True}
     add_gated_adapter(model, rank=2, alpha=4)
-    hub.set_decoding_defaults(model, confadapt=0.5, verify=True)
+    set_decoding_defaults(model, confadapt=0.5, verify=True)
     facts = {"base_model": "org/base", "settings": {}}
-    hub.write_decoder(tmp_path / "exact", model, facts)
+    write_decoder(tmp_path / "exact", model, facts)
     return tmp_path / "exact"
 
 
@@ -214,7 +217,7 @@ def test_an_adapter_file_without_its_tensors_is_refused(exact_folder, change):
     name = next(name for name in tensors if name.endswith(end))
     tensors = {key: value for key, value in tensors.items() if key != name} | ({} if replaced is None else {name: replaced})
     with pytest.raises(ValueError, match=r"mtp_adapter\.safetensors has .*load another revision"):
-        MaskGatedAdapter.from_tensors(tensors, metadata)
+        adapter_from(tensors, metadata)
 
 
 def test_an_adapter_sets_no_other_defaults_than_those_of_decoding(exact_folder):

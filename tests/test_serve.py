@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mtp_trl.evaluation.models import load_student
+from mtp_trl.evaluation.loading import load_student
 
 # transformers' server and the libraries below it, not ours
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")

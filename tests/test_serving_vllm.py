@@ -23,11 +23,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mtp_trl.custom_generate.generate import ADAPTER_FILE, attach_decoder
-from mtp_trl.evaluation.models import load_student
-from mtp_trl.evaluation.sweep import Setting, evaluate_decoding
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE, by_file_name, metadata_of
+from mtp_trl.custom_generate.generate import attach_decoder
+from mtp_trl.evaluation.loading import load_student
+from mtp_trl.evaluation.sweep import evaluate_decoding
 from mtp_trl.evaluation.tasks import load_task
-from mtp_trl.gated_adapter import add_gated_adapter
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.publishing.report import Setting
+from mtp_trl.publishing.repository import write_decoder_files
 from mtp_trl.serving.vllm import hooks
 from mtp_trl.serving.vllm.heads import pad_heads
 from mtp_trl.serving.vllm.serve import speculative_config, v2_arguments
@@ -77,8 +80,7 @@ def full(tmp_path_factory) -> Path:
 
 
 def with_decoder(folder: Path) -> Path:
-    (folder / "custom_generate").mkdir(exist_ok=True)
-    (folder / "custom_generate" / "generate.py").write_bytes((ROOT / "mtp_trl/custom_generate/generate.py").read_bytes())
+    write_decoder_files(folder)
     return folder
 
 
@@ -423,7 +425,7 @@ def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tm
     adapter.detach(model)
     model.save_pretrained(tmp_path)
     (tmp_path / ADAPTER_FILE).parent.mkdir()
-    save_file(adapter.by_file_name(), tmp_path / ADAPTER_FILE, metadata=adapter.metadata())
+    save_file(by_file_name(adapter), tmp_path / ADAPTER_FILE, metadata=metadata_of(adapter))
 
     rng = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 60, (length,), generator=rng).tolist() for length in range(5, 37)]

@@ -10,7 +10,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mtp_trl.evaluation.show import ColouredStreamer, as_html, block_texts, coloured, html_page
+from mtp_trl.apps.show import ColouredStreamer, as_html, html_page
+from mtp_trl.training.samples import block_texts, coloured
 
 
 @pytest.fixture(scope="module")

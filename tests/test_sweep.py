@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtp_trl.evaluation.metrics import Estimate
-from mtp_trl.evaluation.sweep import Record, Setting, Sweep, aggregate, decoding_settings, evaluate_decoding
+from mtp_trl.evaluation.sweep import Record, Sweep, aggregate, decoding_settings, evaluate_decoding
+from mtp_trl.publishing.report import Estimate, Setting
 
 EOS, PAD = 1, 0
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import DistillationTrainer
 
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
+from mtp_trl.modeling.parallelism import Parallelism
 from mtp_trl.word_problems import load_dataset
 
 TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
@@ -305,8 +306,8 @@ def test_flex_attention_evaluates_and_decodes_alike(tmp_path, tokenizer, exact):
         student = model()
         student.set_attn_implementation(backend)
         args = arguments(tmp_path, num_eval_prompts=2, exact=exact)
-        trainer = MTPDistillTrainer(student, args, rows(), load_dataset("test", 6, 0), processing_class=tokenizer)
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):  # compiled for CPUs it reads memory that nobody wrote, in short rows
+            trainer = MTPDistillTrainer(student, args, rows(), load_dataset("test", 6, 0), processing_class=tokenizer)
             metrics = trainer.evaluate()
         assert student.config._attn_implementation == backend
         outcomes.append({name: value for name, value in metrics.items() if not name.endswith(("time", "runtime", "second"))})
@@ -369,7 +370,7 @@ def test_a_reserved_token_that_becomes_the_mask_is_refused_in_the_data(tmp_path,
     with_reserved_token(tokenizer, tmp_path / "base")
     texts = {"prompt": ["a"] * 8 + ["x <|reserved_special_token_7|>"], "completion": ["b"] * 9}
     data = Dataset.from_dict({name: texts[name] for name in columns})
-    monkeypatch.setattr("mtp_trl.models.create_model_from_path", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mtp_trl.training.student.create_model_from_path", lambda *_, **__: pytest.fail("weights were loaded"))
     base = str(tmp_path / "base") if by_name else model()
     wanted = r"mask token '<\|reserved_special_token_7\|>'; remove it from the data"
     with pytest.raises(ValueError, match=wanted if columns == ["prompt"] else f"Row 8 of the train set: .*{wanted}"):
@@ -385,7 +386,7 @@ def test_the_string_of_a_mask_token_that_is_not_used_is_text(tmp_path, tokenizer
 
 
 def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("mtp_trl.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(Parallelism, "of", lambda args: Parallelism(zero_stage=3))
     args = arguments(tmp_path, ds3_gather_for_generation=False)
     with pytest.raises(ValueError, match="cannot complete bare prompts under ZeRO-3"):
         MTPDistillTrainer("no_such_model", args, rows().select_columns(["prompt"]), processing_class=tokenizer)
@@ -402,6 +403,7 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"place_decay": 0.0}, "place_decay"),
         ({"completions_by": "nobody"}, "completions_by"),
         ({"completions_by": "student_blocks", "use_vllm": True}, "own generate"),
+        ({"completions_by": "teacher", "use_vllm": True}, "completes prompts with the student's weights"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
         ({"k_max": 1025}, "k_max=1025 .*at most 1024"),
         ({"exact_alpha": 0}, "exact_alpha must be > 0, got 0"), ({"exact_alpha": float("nan")}, "exact_alpha .*got nan"),
@@ -416,3 +418,42 @@ def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):
 def test_configuration_pickles(tmp_path):
     args = arguments(tmp_path)
     assert pickle.loads(pickle.dumps(args)).k_max == args.k_max
+
+
+@pytest.mark.parametrize(
+    ("by", "exact"), [("student", False), ("teacher", False), ("student_blocks", False), ("student", True)]
+)
+def test_completions_and_samples_stay_within_max_length(tmp_path, tokenizer, by, exact):
+    """A table of 48 learned positions ends where a text of max_length with its last block does."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 768, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    student = GPT2LMHeadModel(GPT2Config(n_positions=48, **sizes))
+    args = arguments(
+        tmp_path, completions_by=by, exact=exact, max_length=44, max_completion_length=200, num_eval_prompts=3, confadapt=0.0,
+        gradient_checkpointing=False, generation_kwargs={"do_sample": False, "eos_token_id": None},
+    )  # fmt: skip
+    prompts = Dataset.from_dict({"prompt": ["a b c " * n for n in (1, 2, 6) for _ in range(8)]})
+    trainer = MTPDistillTrainer(student, args, prompts, prompts, processing_class=tokenizer)
+    batch = trainer._generate_and_score_completions([{"prompt": prompts[n]["prompt"]} for n in (0, 8, 16)])
+    assert batch["lengths"].max() == 44
+    assert trainer.generation_config.max_new_tokens == 200
+    trainer.train()
+    trainer.evaluate()
+
+
+def test_what_a_server_completes_is_cut_to_max_length(tmp_path, tokenizer, monkeypatch):
+    trainer = MTPDistillTrainer(
+        model(),
+        arguments(tmp_path, max_length=10),
+        Dataset.from_dict({"prompt": ["a b"] * 32}),
+        processing_class=tokenizer,
+    )
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, prompts: [[7] * 50 for _ in prompts])
+    assert [len(completion) for completion in trainer._generate_single_turn([[5] * 4, [5] * 9])] == [6, 1]
+
+
+def test_muon_takes_the_betas_and_epsilon_of_the_configuration(tmp_path, tokenizer):
+    args = arguments(tmp_path, muon=True, adam_beta1=0.7, adam_beta2=0.9, adam_epsilon=1e-5)
+    trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
+    groups = trainer.create_optimizer().param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.7, 0.9), 1e-5)}

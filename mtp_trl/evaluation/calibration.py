@@ -18,24 +18,19 @@ problems of S shapes at a = 1 - confidence, and 2 log(1 / a) of two halves.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ..hub import write_atomically
-from .sweep import Record, Threshold, threshold_text
+from ..publishing.calibration_file import Counts, Measure, Step
+from ..publishing.report import Threshold
+from .sweep import Record
 
-CALIBRATION_FILE = "mtp_calibration.json"
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.84, 0.8, 0.7, 0.6, 0.5)
 _NUISANCE_VALUES = 200
 
-Measure = Literal["accuracy", "agreement"]
 # Thresholds, strict to loose as the number falls from 1.
 Shape = Callable[[float], Threshold]
 
@@ -51,84 +46,6 @@ def first_looser(threshold: float) -> Threshold:
 
 
 BY_PLACE: tuple[Shape, ...] = (even, first_looser)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A threshold's answers beside the model's own on the same problems.
-
-    With an answer key `lost` are right only in the model's own text and `gained` right only at the threshold; without one
-    `lost` are all that differ, and none are gained.
-    """
-
-    problems: int
-    lost: int
-    gained: int
-    tokens_per_pass: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One test: the p-value of "this threshold loses more than the bound", and whether that was refuted."""
-
-    threshold: Threshold
-    counts: Counts
-    p_value: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A threshold, None where not even the strictest keeps the bound, and the evidence for it."""
-
-    measure: Measure
-    max_drop: float
-    confidence: float
-    threshold: Threshold | None
-    steps: list[Step]
-    provenance: dict[str, Any]
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> Calibration:
-        """What `write` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for values in (fields, *fields["steps"]):
-            if isinstance(values["threshold"], list):  # what JSON makes of a tuple
-                values["threshold"] = tuple(values["threshold"])
-        steps = [Step(**step | {"counts": Counts(**step["counts"])}) for step in fields["steps"]]
-        return cls(**fields | {"steps": steps})
-
-    @property
-    def promise(self) -> str:
-        """What the threshold stands for, in one sentence."""
-        problems = self.steps[0].counts.problems
-        if self.threshold is None:
-            return f"No threshold keeps the loss of {self.measure} under {100 * self.max_drop:g} points on {problems} problems."
-        return (
-            f"At confadapt={argument(self.threshold)} the loss of {self.measure} against the model's own single-token text "
-            f"stays under {100 * self.max_drop:g} points with {100 * self.confidence:g} % confidence, "
-            f"as measured on {problems} problems; it holds for problems like these."
-        )
-
-    def markdown(self) -> str:
-        """The promise and the tests behind it."""
-        lines = [
-            self.promise,
-            "",
-            "| threshold | lost | gained | tokens per pass | p-value | |",
-            "| ---: | ---: | ---: | ---: | ---: | --- |",
-        ]
-        for step in self.steps:
-            counts, verdict = step.counts, "kept" if step.accepted else "stop"
-            lines.append(
-                f"| {threshold_text(step.threshold)} | {counts.lost} | {counts.gained} | {counts.tokens_per_pass:.2f} | "
-                f"{step.p_value:.2g} | {verdict} |"
-            )
-        return "\n".join(lines)
 
 
 def calibrate(
@@ -165,12 +82,6 @@ def calibrate(
         found += [last] if last else []
     fastest = max(found, key=lambda step: step.counts.tokens_per_pass, default=None)
     return None if fastest is None else fastest.threshold, steps
-
-
-def argument(threshold: Threshold) -> str:
-    """As `generate` takes it: 0.9, or [0, 0.9]."""
-    text = threshold_text(threshold)
-    return f"[{text.replace('/', ', ')}]" if isinstance(threshold, tuple) else text
 
 
 def compare(answers: Sequence[Record], own: Sequence[Record]) -> Counts:

@@ -7,18 +7,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from ..custom_generate.generate import checked_thresholds
-from ..hub import is_hub_id, run_facts, write_atomically, write_decoding_defaults
-from .calibration import BY_PLACE, CALIBRATION_FILE, THRESHOLDS, Calibration, Measure, calibrate, check_size, compare
-from .models import base_name, identity, load_base, load_student
-from .report import Report, plots, terminal_table, write_report
-from .show import ColouredStreamer, block_texts, html_page
-from .sweep import SPEEDS, Record, Setting, Threshold, decode, decoding_settings, evaluate_decoding, threshold_text
+from ..custom_generate.mtp_config import checked_thresholds
+from ..modeling.files import is_hub_id
+from ..publishing.calibration_file import CALIBRATION_FILE, Calibration, Measure
+from ..publishing.provenance import run_facts
+from ..publishing.report import Report, Setting, Threshold, threshold_text
+from ..publishing.repository import write_decoding_defaults
+from .calibration import BY_PLACE, THRESHOLDS, calibrate, check_size, compare
+from .loading import base_name, identity, load_base, load_student
+from .sweep import SPEEDS, Record, decode, decoding_settings, evaluate_decoding
+from .tables import plots, terminal_table, write_report
 from .tasks import Task
 
 
@@ -34,6 +36,7 @@ def run_eval(
     batch_size: int,
     max_new_tokens: int,
     output: Path | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Decode a task at k=1, in static blocks and at every threshold, also verified with `verify`; print the table.
 
@@ -49,7 +52,7 @@ def run_eval(
     """
     _check(ks, thresholds)
     plot = output is not None and task.scorer is not None and plots(extra="eval")
-    student, tokenizer = load_student(model, base=base)
+    student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
     settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
     parts = _parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
     sweep = evaluate_decoding(
@@ -105,6 +108,7 @@ def run_tasks(
     data: Mapping[str, Path] | None = None,
     tasks_folder: Path | None = None,
     output: Path | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
 
@@ -123,7 +127,7 @@ def run_tasks(
     for task in tasks:
         check_task(task, tasks_folder)
     plot = output is not None and plots(extra="eval")
-    student, tokenizer = load_student(model, base=base)
+    student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
     if chat_template is None:
         chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
     if chat_template and not tokenizer.chat_template:
@@ -232,40 +236,3 @@ def _check(ks: Sequence[int], thresholds: Sequence[Threshold]) -> None:
     for k in ks:
         if k < 2:
             raise ValueError(f"A static block has at least 2 tokens, got {k}; k=1 is always in the table.")
-
-
-def run_show(
-    model: str,
-    prompt: str,
-    *,
-    base: str | None = None,
-    confadapt: Threshold | None,
-    mtp_k: int | str | None,
-    verify: bool | None,
-    max_new_tokens: int,
-    html: Path | None,
-) -> None:
-    """Answer one prompt greedily, printed as it comes with a colour for each pass; None means the folder's default."""
-    _check((), [] if confadapt is None else [confadapt])
-    student, tokenizer = load_student(model, base=base)
-    encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
-    console = Console()
-    with torch.inference_mode():
-        output = student.generate(
-            **encoded,
-            streamer=ColouredStreamer(tokenizer, console),
-            do_sample=False,
-            return_dict_in_generate=True,
-            confadapt=confadapt,
-            mtp_k=mtp_k,
-            verify=verify,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    token_ids = output.sequences[0, encoded["input_ids"].shape[1] :].tolist()
-    passes = int(output.forward_passes[0])
-    speed = f"{len(token_ids)} tokens in {passes} forward passes: {output.acceleration:.2f} per pass"
-    console.print(speed, style="dim", highlight=False)
-    if html is not None:
-        texts = block_texts(tokenizer, token_ids, output.block_lengths[0])
-        write_atomically(html, html_page(prompt, texts, f"{speed}."))

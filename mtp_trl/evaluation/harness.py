@@ -20,9 +20,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..hub import write_atomically
-from .metrics import mean_with_error, paired_difference, share_identical
-from .sweep import Row, Setting, answer_length, end_of_text_ids
+from ..modeling.files import write_atomically
+from ..publishing.report import Setting, TableRow
+from .statistics import mean_with_error, paired_difference, share_identical
+from .sweep import answer_length, end_of_text_ids
 
 # The figures that the paper reports: (metric, filter) of each of its tasks. Other tasks report their first metric.
 PAPER_TASKS = {
@@ -76,9 +77,7 @@ class HarnessModel(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], temperature: float = 0.0, **generation_kwargs: Any
     ) -> torch.Tensor:
         """As the harness's own, but each row ends at its own stop: there a batch goes on until all its rows have one."""
-        arguments: dict[str, Any] = self.setting.arguments(self.student.config.mtp["k_max"])
-        if self.setting.kind == "base":
-            arguments["suppress_tokens"] = list(self.student.config.mtp["barred_token_ids"])
+        arguments: dict[str, Any] = self.setting.arguments(self.student.config.mtp)
         if temperature:
             arguments["temperature"] = temperature
         own_stop = OwnStop(self.tokenizer, stop, prompt_length=context.shape[1])
@@ -242,14 +241,14 @@ def _by_content(option: Any) -> Any:
     return digest.hexdigest()[:16]
 
 
-def table(parts: Mapping[Setting, Part]) -> list[Row]:
+def table(parts: Mapping[Setting, Part]) -> list[TableRow]:
     """The rows of a report; pure. Differences are paired by problem."""
     plain, base = parts[Setting("plain")], parts.get(Setting("base"))
     return [_row(setting, part, plain=plain, base=base) for setting, part in parts.items()]
 
 
-def _row(setting: Setting, part: Part, *, plain: Part, base: Part | None) -> Row:
-    return Row(
+def _row(setting: Setting, part: Part, *, plain: Part, base: Part | None) -> TableRow:
+    return TableRow(
         setting=setting,
         problems=len(part.scores),
         accuracy=mean_with_error(part.scores),

@@ -1,58 +1,66 @@
-"""The statistics of a decoding comparison. Pure functions of numbers and token ids; no model, no I/O."""
+"""The measures of multi-token decoding as `evaluate.Metric`s, for people who use `evaluate`."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from typing import Any
+
+import evaluate
+from datasets import Features, Sequence, Value
+
+from .statistics import mean_with_error, ratio_of_sums
+from .tasks import result
+
+_CITATION = "Kirchenbauer et al., Multi-Token Prediction via Self-Distillation, arXiv 2602.06019, 2026."
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems and its standard error; both in the unit of the values."""
+class _Metric(evaluate.Metric):
+    """A metric that says what it is in its docstring and what it takes in `_FEATURES`."""
 
-    value: float
-    standard_error: float
+    _FEATURES: dict[str, Any]
+
+    def _info(self) -> evaluate.MetricInfo:
+        description = (self.__doc__ or "").strip()
+        return evaluate.MetricInfo(
+            description=description, citation=_CITATION, inputs_description=description, features=Features(self._FEATURES)
+        )
 
 
-def mean_with_error(values: Sequence[float]) -> Estimate:
-    """Sample mean and its standard error, sqrt(s^2 / n) with the n - 1 variance; needs two values for an error.
+class Acceleration(_Metric):
+    """Tokens per forward pass: the ratio of the sums. Predictions are `block_lengths` of `MTPGenerateOutput`, one per row."""
 
-    Raises:
-        ValueError: no values.
+    _FEATURES = {"predictions": Sequence(Value("int64"))}
+
+    def _compute(self, predictions: list[list[int]]) -> dict[str, float]:
+        return {"acceleration": ratio_of_sums([sum(row) for row in predictions], [len(row) for row in predictions])}
+
+
+class BlockAgreement(_Metric):
+    """Share of tokens before the first difference, and of whole answers that do not differ.
+
+    Predictions and references are token ids: of a block or an answer, and of the model's own one-token decoding.
     """
-    n = len(values)
-    if n == 0:
-        raise ValueError("A mean needs at least one value, got none; evaluate at least one problem.")
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, math.nan)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return Estimate(mean, math.sqrt(variance / n))
+
+    _FEATURES = {"predictions": Sequence(Value("int64")), "references": Sequence(Value("int64"))}
+
+    def _compute(self, predictions: list[list[int]], references: list[list[int]]) -> dict[str, float]:
+        agreed, lengths, same = [], [], []
+        for ids, own in zip(predictions, references, strict=True):
+            differing = (i for i, pair in enumerate(zip(ids, own, strict=False)) if pair[0] != pair[1])
+            agreed.append(next(differing, min(len(ids), len(own))))
+            lengths.append(max(len(ids), len(own)))
+            same.append(float(list(ids) == list(own)))
+        return {"block_agreement": ratio_of_sums(agreed, lengths), "identical": mean_with_error(same).value}
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Estimate:
-    """Mean of value - reference over the same problems, with the standard error of the paired differences.
+class FinalAnswer(_Metric):
+    """Share of texts whose first `#### number` is the reference's, as in GSM8K, with its standard error."""
 
-    Two decodings of the same problems are strongly correlated: this error is far below that of two separate samples.
+    _FEATURES = {"predictions": Value("string"), "references": Value("string")}
 
-    Raises:
-        ValueError: the lengths differ.
-    """
-    return mean_with_error([value - other for value, other in zip(values, reference, strict=True)])
-
-
-def share_identical(sequences: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Share of problems whose token ids are the reference's, all of them, in order."""
-    pairs = zip(sequences, reference, strict=True)
-    return mean_with_error([float(list(ids) == list(other)) for ids, other in pairs]).value
-
-
-def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """sum(numerators) / sum(denominators): tokens per pass or per second over problems of different length.
-
-    Raises:
-        ValueError: the denominators sum to nothing.
-    """
-    total = math.fsum(denominators)
-    if total <= 0:
-        raise ValueError(f"The denominators must sum to more than 0, got {total}.")
-    return math.fsum(numerators) / total
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        scores = []
+        for text, reference in zip(predictions, references, strict=True):
+            expected = result(reference) or reference.strip().replace(",", "")
+            scores.append(float(result(text) == expected))
+        estimate = mean_with_error(scores)
+        return {"final_answer": estimate.value, "standard_error": estimate.standard_error}

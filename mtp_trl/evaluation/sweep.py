@@ -8,67 +8,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub import write_atomically
-from .metrics import Estimate, mean_with_error, paired_difference, ratio_of_sums, share_identical
+from ..modeling.files import write_atomically
+from ..publishing.report import Estimate, Setting, TableRow, Threshold
+from .statistics import mean_with_error, paired_difference, ratio_of_sums, share_identical
 
-Kind = Literal["base", "plain", "static", "confadapt", "verified", "tree"]
-# Of all places of a block, or of place 1, 2, ..., the last of which holds for all that follow.
-Threshold = float | tuple[float, ...]
 # Whether the answer (text without special tokens) to problem i is right.
 Scorer = Callable[[int, str], bool]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to decode. `base` is the model before adaptation, plain greedy; the others are the student's.
-
-    `tree` is verified decoding with `k` blocks of masks per pass.
-    """
-
-    kind: Kind
-    k: int | None = None
-    threshold: Threshold | None = None
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        threshold = "" if self.threshold is None else threshold_text(self.threshold)
-        return {
-            "base": "base, k=1",
-            "plain": "student, k=1",
-            "static": f"static k={self.k}",
-            "confadapt": f"ConfAdapt {threshold}",
-            "verified": f"verified {threshold}",
-            "tree": f"{self.k} blocks {threshold}",
-        }[self.kind]
-
-    def arguments(self, k_max: int) -> dict[str, Any]:
-        """The keyword arguments of `generate` that select it, each named, so that no default of the folder remains.
-
-        Args:
-            k_max: the student's largest block, which thresholds shorten.
-        """
-        if self.kind == "base":
-            return {}
-        if self.kind == "plain":
-            return {"mtp_k": 1, "confadapt": 0.0, "verify": False, "mtp_blocks": 1}
-        if self.kind == "static":
-            return {"mtp_k": self.k, "confadapt": 0.0, "verify": False, "mtp_blocks": 1}
-        if self.kind == "tree":
-            return {"mtp_k": k_max, "confadapt": self.threshold, "verify": True, "mtp_blocks": self.k}
-        return {"mtp_k": k_max, "confadapt": self.threshold, "verify": self.kind == "verified", "mtp_blocks": 1}
-
-
-def threshold_text(threshold: Threshold | Sequence[float]) -> str:
-    """As the command line takes it: 0.9, or 0.99/0.9/0.8 by place. Different thresholds have different texts."""
-    places = [threshold] if isinstance(threshold, float | int) else threshold
-    return "/".join(f"{one:g}" if float(f"{one:g}") == one else repr(one) for one in places)
 
 
 def decoding_settings(
@@ -102,31 +53,11 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A setting's line in the table. Accuracies are shares in [0, 1] and None without a scorer.
-
-    `versus_base` and `versus_plain` are paired differences of accuracy; `same_as_base` and `same_as_plain` shares of
-    answers that are token for token those of the base and of the student's k=1; of a harness's task, that have their text.
-    """
-
-    setting: Setting
-    problems: int
-    accuracy: Estimate | None
-    versus_base: Estimate | None
-    versus_plain: Estimate | None
-    same_as_base: float | None
-    same_as_plain: float
-    tokens_per_pass: float
-    tokens_per_second: float
-    tokens_per_answer: float
-
-
-@dataclass(frozen=True)
 class Sweep:
     """Every setting's records, in the order of the prompts, and the table made of them."""
 
     records: dict[Setting, list[Record]]
-    rows: list[Row]
+    rows: list[TableRow]
     batch_size: int
     max_new_tokens: int
 
@@ -222,16 +153,18 @@ def progress_bar(*, shown: bool) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
 
 
-def aggregate(records: dict[Setting, list[Record]], *, batch_size: int) -> list[Row]:
+def aggregate(records: dict[Setting, list[Record]], *, batch_size: int) -> list[TableRow]:
     """The table of decoded settings; pure. Needs the student's k=1, compares with the base where it is there."""
     plain = records[Setting("plain")]
     base = records.get(Setting("base"))
     return [_row(setting, answers, batch_size, plain=plain, base=base) for setting, answers in records.items()]
 
 
-def _row(setting: Setting, answers: list[Record], batch_size: int, *, plain: list[Record], base: list[Record] | None) -> Row:
+def _row(
+    setting: Setting, answers: list[Record], batch_size: int, *, plain: list[Record], base: list[Record] | None
+) -> TableRow:
     tokens = [len(record.token_ids) for record in answers]
-    return Row(
+    return TableRow(
         setting=setting,
         problems=len(answers),
         accuracy=_accuracy(answers),
@@ -305,10 +238,7 @@ def _decode_batch(
     max_new_tokens: int,
 ) -> list[Record]:
     """Greedy answers to a batch, not yet scored. The wall-clock is that of `generate`, shared equally by the rows."""
-    model, arguments = student, setting.arguments(student.config.mtp["k_max"])
-    if setting.kind == "base" and base is not None:
-        # Held to the student's vocabulary: the rows that are never emitted.
-        model, arguments = base, {"suppress_tokens": list(student.config.mtp["barred_token_ids"])}
+    model = base if setting.kind == "base" and base is not None else student
     encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     prompt_BL = encoded["input_ids"]
     started = time.perf_counter()
@@ -319,7 +249,7 @@ def _decode_batch(
         do_sample=False,
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id,
-        **arguments,
+        **setting.arguments(student.config.mtp),
     )
     answers = output.sequences[:, prompt_BL.shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...custom_generate.generate import accept_confident_prefix
+from ...custom_generate.choice import accept_confident_prefix
 
 PLACEHOLDER = -1  # vLLM's: no token
 _ELEMENTS_AT_ONCE = 2**26  # of logits in float32: what is held at once does not grow with the batch

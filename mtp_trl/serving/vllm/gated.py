@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ...custom_generate.generate import MaskGatedAdapter
-from .settings import Served, adapter_file
+from ...custom_generate.adapter import MaskGatedAdapter
+from ...custom_generate.adapter_file import read_adapter
+from ...custom_generate.base import compare_fingerprints, weights_fingerprint
+from ...modeling.files import repository_file
+from ...modeling.lora import embedding_scale
+from .settings import Served
 
 
 def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
@@ -21,15 +27,13 @@ def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     Which tokens are masks is written to a buffer before every pass, outside what vLLM compiles or captures in graphs.
 
     Raises:
-        ValueError: the adapter updates a layer that the model does not have, or has in another shape.
+        ValueError: the adapter was trained on other weights, or updates a layer that the model does not have, or has in
+            another shape.
     """
     if served.adapter is None:
         return
-    with safe_open(adapter_file(served.adapter), framework="pt") as file:
-        adapter = MaskGatedAdapter.from_tensors(
-            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (not a dict)
-            file.metadata(),
-        )
+    adapter = read_adapter(served.adapter)
+    check_weights(adapter, *served.base)
     embedding, scale = _embedding(model)
     like: dict[str, Any] = {"dtype": embedding.weight.dtype, "device": embedding.weight.device}
     gate_T1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
@@ -42,6 +46,38 @@ def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     _buffers(model, mtp_gate=gate_T1)
     model.mtp_mask_token_id = served.mask_token_id
     model.register_forward_pre_hook(_set_gate, with_kwargs=True)
+
+
+def check_weights(adapter: MaskGatedAdapter, base: str, revision: str | None) -> None:
+    """Raises ValueError where a model's files hold other weights than the adapter was trained on; warns where none can be read.
+
+    The files are compared, since vLLM fuses and packs what it loads.
+    """
+    trained_on, fingerprint = adapter.base
+    if fingerprint is None:  # of a copy with wider heads, or a base that was quantised
+        return
+    expected = f"The adapter was trained on {trained_on or 'another model'}"
+    actual = weights_fingerprint(_first_and_last_rows(base, revision, adapter.names))
+    compare_fingerprints(fingerprint, actual, expected=expected, remedy=f"serve it with {trained_on or 'its base'} instead.")
+
+
+def _first_and_last_rows(base: str, revision: str | None, layers: list[str]) -> dict[str, Tensor | None]:
+    """Of each layer's weight in the safetensors of a folder or repository; None where it is not there by that name."""
+    index = repository_file(base, "model.safetensors.index.json", revision)
+    shards: dict[str, str] = {}
+    if index is not None:
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    rows: dict[str, Tensor | None] = dict.fromkeys(layers)
+    for layer in layers:
+        name = f"{layer}.weight"
+        path = repository_file(base, shards.get(name, "model.safetensors"), revision)
+        if path is None:
+            continue
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (not a dict)
+                weight = file.get_slice(name)
+                rows[layer] = torch.cat([weight[:1], weight[-1:]])
+    return rows
 
 
 def _set_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,7 +109,7 @@ def _embedding(model: nn.Module) -> tuple[Any, float]:
     for name, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
             parent: Any = model.get_submodule(name.rpartition(".")[0])
-            return module, float(getattr(parent, "normalizer", getattr(parent, "embed_scale", 1.0)))
+            return module, embedding_scale(parent)
     raise ValueError(f"vLLM's {type(model).__name__} has no embedding of its tokens: it is not served in exact mode.")
 
 

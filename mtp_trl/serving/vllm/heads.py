@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...custom_generate.generate import ADAPTER_FILE
-from ...hub import write_atomically
+from ...custom_generate.adapter_file import ADAPTER_FILE
+from ...modeling.files import write_atomically
 
 _ROTATED = ("q_proj", "k_proj")
 

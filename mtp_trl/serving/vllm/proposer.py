@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...custom_generate.generate import thresholds_by_place
+from ...custom_generate.mtp_config import thresholds_by_position
 from . import hooks
 from .blocks import Scheduled, accept_all, next_drafts, proposals, read_blocks
 from .gated import attach_adapter
@@ -104,6 +104,6 @@ class MTPProposer:
 
 def _thresholds(settings: list[Settings], k: int, device: torch.device) -> float | Tensor:
     """One number where all requests and places have the same, else float [B, K]."""
-    rows = [thresholds_by_place(one.thresholds, k) for one in settings]
+    rows = [thresholds_by_position(one.thresholds, k) for one in settings]
     values = {value for row in rows for value in row}
     return values.pop() if len(values) == 1 else torch.tensor(rows, device=device)

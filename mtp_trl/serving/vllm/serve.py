@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ...custom_generate.generate import check_mask_tokens
+from ...custom_generate.mtp_config import check_mtp_config
 from . import hooks
 from .heads import pad_heads
-from .settings import SECTION, Settings, adapter_words
+from .settings import SECTION, Settings, adapter_file, adapter_words
 
 PROPOSER = "mtp_trl.serving.vllm.proposer.MTPProposer"
 _FILLED_IN = ("--model", "--speculative-config", "-sc", "--additional-config")
@@ -41,23 +41,26 @@ def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
 def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> list[str]:
     """The plain command line behind `mtp-trl serve`."""
     v2 = hooks.uses_v2()
-    for option in vllm_options:
-        if option.split("=")[0] in (*_FILLED_IN, *(_FILLED_IN_V2 if v2 else ())):
-            raise ValueError(f"{option.split('=')[0]} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
-    adapter = options.get("adapter")
-    config = AutoConfig.from_pretrained(model)
-    mtp = getattr(config, "mtp", None) if adapter is None else adapter_words(adapter)[0]
+    given = _by_name(vllm_options)
+    for name in (*_FILLED_IN, *(_FILLED_IN_V2 if v2 else ())):
+        if name in given:
+            raise ValueError(f"{name} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
+    adapter, revision = options.get("adapter"), given.get("--revision")
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    mtp = getattr(config, "mtp", None)
+    if adapter is not None:
+        mtp, _ = adapter_words(adapter_file(adapter), repository=adapter)
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
-    check_mask_tokens(mtp)
+    check_mtp_config(mtp)
     chosen = {name: value for name, value in options.items() if value is not None}
     settings = Settings(mtp["k_max"], (0.0,), verify=True).with_options(chosen, k_max=mtp["k_max"])
     if settings.k < 2:
         raise ValueError(f"--k {settings.k} is plain decoding: start vLLM without this plugin.")
-    flags = [f"--model={servable(model)}", f"--served-model-name={model}"]
-    if any(option.split("=")[0] == "--served-model-name" for option in vllm_options):
+    flags = [f"--model={servable(model, revision)}", f"--served-model-name={model}"]
+    if "--served-model-name" in given:
         del flags[1]
-    synchronous = "--no-async-scheduling" in vllm_options
+    synchronous = "--no-async-scheduling" in given
     engine: dict[str, Any] = {"speculative_config": speculative_config(settings.k)}
     if v2:
         engine = v2_arguments(config.architectures[0], settings.k, synchronous=synchronous)
@@ -66,6 +69,16 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     if chosen:
         flags.append(f"--additional-config={json.dumps({SECTION: chosen})}")
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *vllm_options]
+
+
+def _by_name(options: Sequence[str]) -> dict[str, str]:
+    """VLLM's options and what follows each, which may be another option. vLLM takes underscores for hyphens."""
+    given = {}
+    for option, following in zip(options, (*options[1:], ""), strict=False):
+        if option.startswith("-"):
+            name, equals, value = option.partition("=")
+            given[name.replace("_", "-")] = value if equals else following
+    return given
 
 
 def speculative_config(k: int) -> dict[str, Any]:
@@ -82,7 +95,7 @@ def v2_arguments(architecture: str, k: int, *, synchronous: bool = False) -> dic
     return chosen | ({"scheduler_cls": hooks.SCHEDULER} if synchronous or current_platform.is_cpu() else {})
 
 
-def servable(model: str) -> str:
+def servable(model: str, revision: str | None = None) -> str:
     """The model, or a copy of the same function with wider heads where vLLM's attention lacks its head size (CPUs)."""
     from vllm.platforms import current_platform
 
@@ -90,7 +103,7 @@ def servable(model: str) -> str:
         return model
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, revision=revision)
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wider = min((size for size in sizes if size > head_dim), default=None)

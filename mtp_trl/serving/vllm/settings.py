@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ... import __version__
-from ...custom_generate.generate import ADAPTER_FILE, adapter_metadata, check_mask_tokens, checked_thresholds
+from ...custom_generate.adapter_file import ADAPTER_FILE, read_adapter_metadata
+from ...custom_generate.mtp_config import check_mtp_config, checked_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class Served:
     width: int  # tokens, drafts and masks, that vLLM schedules behind a request's last one
     fill: bool  # always so many
     defaults: Settings
-    adapter: str | None  # exact mode: the folder or Hub id whose adapter acts at the masks
+    adapter: str | None  # exact mode: the file of the adapter that acts at the masks
+    base: tuple[str, str | None]  # folder or Hub id of the weights, and their revision
 
     @classmethod
     def of(cls, vllm_config: Any) -> Served:
@@ -78,13 +79,16 @@ class Served:
             known = ", ".join((*OPTIONS, "fixed_width", "adapter"))
             raise ValueError(f"additional_config's {SECTION!r} has no option {', '.join(sorted(unknown))}; it takes {known}.")
         mtp: dict[str, Any] | None
+        path = None
         if adapter is not None:
-            mtp, repository = adapter_words(adapter)
+            path = adapter_file(adapter)
+            mtp, repository = adapter_words(path, repository=adapter)
         else:
             mtp, repository = getattr(model.hf_config, "mtp", None), model.try_get_generation_config() or {}
             if mtp is not None:
-                check_mask_tokens(mtp)
-            adapter = model.model if mtp and mtp.get("exact") else None
+                check_mtp_config(mtp)
+            if mtp and mtp.get("exact"):
+                path = adapter_file(model.model, model.revision)
         if mtp is None:
             raise ValueError(
                 f"{model.model} has no mask token (`mtp` in config.json): serve a model that mtp-trl adapted, or leave the "
@@ -100,8 +104,8 @@ class Served:
         options = {name: value for name, value in said.items() if value not in (None, "auto")} | options
         k_max = int(mtp["k_max"])
         defaults = Settings(k_max, (0.0,), verify=True).with_options(options, k_max=k_max)
-        _refuse(vllm_config, exact=adapter is not None)
-        if adapter is not None:
+        _refuse(vllm_config, exact=path is not None)
+        if path is not None:
             vllm_config.additional_config = (vllm_config.additional_config or {}) | {"mtp_trl_gated": __version__}
         return cls(
             mask_token_id=int(mtp["mask_token_id"]),
@@ -110,7 +114,8 @@ class Served:
             width=vllm_config.num_speculative_tokens,
             fill=bool(fill),
             defaults=defaults,
-            adapter=adapter,
+            adapter=path,
+            base=(model.model, model.revision),
         )
 
     def of_request(self, sampling_params: Any) -> Settings:
@@ -165,14 +170,17 @@ def _refuse(vllm_config: Any, *, exact: bool) -> None:
             )
 
 
-def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def adapter_words(path: str, *, repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.mtp` and the decoding defaults that an adapter published alone carries for its base.
+
+    Args:
+        path: its file.
+        repository: what error messages call it.
 
     Raises:
         ValueError: the adapter goes with a LoRA, or its file is broken.
     """
-    with safe_open(adapter_file(repository), framework="pt") as file:
-        said = adapter_metadata(file.metadata())
+    said = read_adapter_metadata(path)
     if said["lora_layers"]:
         raise ValueError(
             f"{repository} is a LoRA adapter; serve the merged model, which `mtp-trl export` writes without options."
@@ -180,7 +188,7 @@ def adapter_words(repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return said["mtp"], said["defaults"]
 
 
-def adapter_file(repository: str) -> str:
-    """The adapter's file in a folder or on the Hub."""
-    path: str = cached_file(repository, ADAPTER_FILE)
+def adapter_file(repository: str, revision: str | None = None) -> str:
+    """The adapter's file in a folder or on the Hub. Raises OSError where there is none."""
+    path: str = cached_file(repository, ADAPTER_FILE, revision=revision)
     return path

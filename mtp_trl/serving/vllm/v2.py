@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from ...custom_generate.generate import thresholds_by_place
+from ...custom_generate.mtp_config import thresholds_by_position
 from . import hooks
 from .blocks import PLACEHOLDER, Scheduled, accept_all, canvases, next_drafts, read_blocks
 from .gated import attach_adapter
@@ -90,7 +90,7 @@ class BlockSampler:
         settings = self.served.of_served_request(f"in slot {req_idx}", sampling_params)
         # vLLM's grammars are told of no drafts here: they know the next token's place alone.
         self.masks_S.np[req_idx] = 0 if sampling_params.structured_outputs else settings.k - 1
-        self.thresholds_SK.np[req_idx] = thresholds_by_place(settings.thresholds, self.served.k_max)
+        self.thresholds_SK.np[req_idx] = thresholds_by_position(settings.thresholds, self.served.k_max)
         self.unverified_S.np[req_idx] = not settings.verify
 
     def apply_staged_writes(self) -> None:

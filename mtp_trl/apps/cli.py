@@ -1,0 +1,77 @@
+"""`mtp-trl demo`, `show` and `app`: their options. Imports of torch and the like stay inside, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..argument_types import Command, block, new_file, positive, require, threshold, trust_option
+
+
+def declare_demo(parser: argparse.ArgumentParser) -> Command:
+    """Adapt the bundled model live, evaluate it, show one answer: under 8 minutes on 2 CPU cores."""
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="recipes/tiny_exact.yaml (default), recipes/tiny.yaml, or one like them"
+    )
+
+    def command(options: argparse.Namespace) -> int:
+        from .demo import RECIPE, run_demo
+
+        run_demo(recipe=options.recipe or RECIPE)
+        return 0
+
+    return command
+
+
+def declare_show(parser: argparse.ArgumentParser) -> Command:
+    """Answer a prompt in the terminal, with a colour for each forward pass."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("prompt", help="text to complete, as it stands")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
+    parser.add_argument(
+        "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+    )
+    parser.add_argument("--k", type=block, metavar="K", help="largest block, or auto (default: the model's)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="return exactly the model's own text (default: the model's)",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
+    parser.add_argument("--html", type=new_file, metavar="FILE", help="write the coloured answer there too")
+    trust_option(parser)
+
+    def command(options: argparse.Namespace) -> int:
+        from .show import run_show
+
+        run_show(
+            options.model,
+            options.prompt,
+            base=options.base,
+            confadapt=options.confadapt,
+            mtp_k=options.k,
+            verify=options.verify,
+            max_new_tokens=options.max_new_tokens,
+            html_file=options.html,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return 0
+
+    return command
+
+
+def declare_app(parser: argparse.ArgumentParser) -> Command:
+    """A page in the browser: threshold, verification, plain decoding beside it, the ratio of speeds (needs mtp-trl[app])."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
+    parser.add_argument("--port", type=int, metavar="N", help="on loopback (default: the first free one from 7860)")
+    trust_option(parser)
+
+    def command(options: argparse.Namespace) -> int:
+        require("gradio", "The page", extra="app")
+        from .app import run_app
+
+        run_app(options.model, base=options.base, port=options.port, trust_remote_code=options.trust_remote_code)
+        return 0
+
+    return command

@@ -1,0 +1,129 @@
+"""The file of a mask-gated adapter: LoRA's format and names for the weights, and metadata that say what it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .adapter import MaskGatedAdapter
+from .mtp_config import BROKEN_REPOSITORY, check_mtp_config, is_whole_number, shortened
+
+# Not under LoRA's own file name: transformers would load it without the gate.
+ADAPTER_FILE = "custom_generate/mtp_adapter.safetensors"
+DECODING_DEFAULTS = ("confadapt", "verify")  # all that an adapter may say of decoding on its base
+
+_PREFIX, _LORA_A = "base_model.model.", ".lora_A.weight"
+
+
+def read_adapter(path: str) -> MaskGatedAdapter:
+    """The adapter in a file.
+
+    Raises:
+        ValueError: metadata or tensors that no adapter has.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return adapter_from(tensors, file.metadata())
+
+
+def read_adapter_metadata(path: str) -> dict[str, Any]:
+    """What an adapter's file says of it, as `checked_metadata` returns it; the weights are not read."""
+    with safe_open(path, framework="pt") as file:
+        return checked_metadata(file.metadata())
+
+
+def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> MaskGatedAdapter:
+    """The adapter of a file's tensors and metadata.
+
+    Raises:
+        ValueError: metadata or tensors that no adapter has.
+    """
+    facts = checked_metadata(metadata)
+    names = [name[len(_PREFIX) : -len(_LORA_A)] for name in tensors if name.startswith(_PREFIX) and name.endswith(_LORA_A)]
+    shapes = {}
+    for name in names:
+        low, high = (_shape(tensors, f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
+        if len(low) != 2 or len(high) != 2 or not low[0] == high[1] == facts["r"]:
+            raise ValueError(f"{ADAPTER_FILE} has {name} with {low} and {high}, not of rank {facts['r']}; {BROKEN_REPOSITORY}")
+        shapes[name] = (low[1], high[0])
+    if len(row := _shape(tensors, "mask_row")) != 1:
+        raise ValueError(f"{ADAPTER_FILE} has mask_row with {row}, not one row; {BROKEN_REPOSITORY}")
+    adapter = MaskGatedAdapter(shapes, rank=facts["r"], alpha=float(facts["lora_alpha"]), hidden_size=row[0])
+    adapter.mtp, adapter.defaults, adapter.lora_layers = facts["mtp"], facts["defaults"], facts["lora_layers"]
+    adapter.base = (facts["base_model"], facts["base_fingerprint"])
+    with torch.no_grad():
+        for name, parameter in by_file_name(adapter).items():
+            parameter.copy_(tensors[name])
+    return adapter
+
+
+def by_file_name(adapter: MaskGatedAdapter) -> dict[str, nn.Parameter]:
+    """An adapter's weights by their names in the file, which are those of a LoRA adapter, and the mask's row."""
+    named = {"mask_row": adapter.mask_row.weight}
+    for name, update in zip(adapter.names, adapter.updates, strict=True):
+        named[f"{_PREFIX}{name}.lora_A.weight"] = update.lora_A
+        named[f"{_PREFIX}{name}.lora_B.weight"] = update.lora_B
+    return named
+
+
+def metadata_of(adapter: MaskGatedAdapter) -> dict[str, str]:
+    """What the file says beside the weights."""
+    return {
+        "format": "pt",
+        "r": str(adapter.rank),
+        "lora_alpha": str(adapter.alpha),
+        "base_model_name_or_path": adapter.base[0],
+        "base_fingerprint": adapter.base[1] or "",
+        "mtp": json.dumps(adapter.mtp),
+        "defaults": json.dumps(adapter.defaults),
+        "lora_layers": json.dumps(adapter.lora_layers),
+    }
+
+
+def checked_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What `metadata_of` wrote, parsed and checked: an adapter comes with a repository, so it can say anything.
+
+    Returns:
+        `r`, `lora_alpha`, `mtp`, `defaults`, `lora_layers`, `base_model` and `base_fingerprint` (None where unknown).
+
+    Raises:
+        ValueError: a value is missing or is not what it should be.
+    """
+    written = {"lora_layers": "[]", **(metadata or {})}
+
+    def value(name: str, is_valid: Callable[[Any], bool], wanted: str) -> Any:
+        try:
+            found = json.loads(written[name])
+        except (KeyError, ValueError, RecursionError):
+            found = None
+        if not is_valid(found):
+            raise ValueError(
+                f"{ADAPTER_FILE} has {name}={shortened(written.get(name))}, which must be {wanted}; {BROKEN_REPOSITORY}"
+            )
+        return found
+
+    facts = {
+        "r": value("r", lambda r: is_whole_number(r, 1, 2**31), "a whole number >= 1"),
+        "lora_alpha": value("lora_alpha", lambda alpha: type(alpha) in (int, float) and abs(alpha) < 1e9, "a number"),
+        "mtp": value("mtp", lambda mtp: isinstance(mtp, dict), "the mask token's values by name"),
+        "defaults": value("defaults", lambda defaults: isinstance(defaults, dict), "decoding defaults by name"),
+        "lora_layers": value(
+            "lora_layers",
+            lambda layers: isinstance(layers, list) and all(isinstance(layer, str) for layer in layers),
+            "a list of names",
+        ),
+        "base_model": written.get("base_model_name_or_path", ""),
+        "base_fingerprint": written.get("base_fingerprint") or None,
+    }
+    check_mtp_config(facts["mtp"], where=f"`mtp` in {ADAPTER_FILE}")
+    facts["defaults"] = {name: facts["defaults"][name] for name in DECODING_DEFAULTS if name in facts["defaults"]}
+    return facts
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tensors[name].shape) if name in tensors else ()

@@ -1,0 +1,141 @@
+"""Steps of models whose layers keep keys and values only: what is not cached yet is fed, every row at its own offset."""
+
+# A rows still alive, W columns fed, P positions read, V vocabulary, E rejection points that have a block of masks,
+# M masks of a row
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .adapter import MaskGatedAdapter
+from .cache import AttentionMasks, Placement, RowOffsetLayer
+from .forward_base import Forward, StepColumns
+from .past_cache import hand_back, take_over
+from .probes import cache_layers
+from .rows import Row
+from .settings import Settings
+
+SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
+STATIC_SLOT_MULTIPLE = 256  # with static shapes all slots are read: calls of about the same length share a graph
+
+
+class CachedForward(Forward):
+    """Feeds what is not cached yet. In every row slot = position, and padding writes to a slot that nobody reads.
+
+    Several blocks of masks in one pass share positions: they write to scratch slots, which then come first, and
+    slot = scratch + position.
+    With `cache_implementation="static"` every step but the first has the same shapes, and runs compiled where
+    transformers would compile.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        arguments: frozenset[str],
+        rows: list[Row],
+        config: GenerationConfig,
+        *,
+        adapter: MaskGatedAdapter | None,
+        synced: bool,
+        past: Cache | None,
+    ) -> None:
+        super().__init__(model, settings, arguments, adapter=adapter, synced=synced)
+        self.blocks = settings.blocks
+        self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
+        self.static = config.cache_implementation == "static"
+        self.trash = self.scratch + max(row.limit for row in rows)
+        multiple = STATIC_SLOT_MULTIPLE if self.static else 1
+        self.placement = Placement(slots=-(-(self.trash + 1) // multiple) * multiple)
+        self.layers = [RowOffsetLayer(self.placement) for _ in cache_layers(model)]
+        self.cache = Cache(layers=self.layers)
+        self.attention = AttentionMasks(
+            model, slots=self.placement.slots - self.scratch, scratch=self.scratch, block=settings.k - 1
+        )
+        self.rows = rows
+        self.keeps_rows = self.static or past is not None
+        self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
+        self.compile_config = config.compile_config
+        if past is not None:
+            take_over(past, self.layers, rows, scratch=self.scratch)
+
+    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+        """See `Forward`."""
+        same_shapes = self.static and all(row.cached for row in alive)
+        blocks = self.blocks if same_shapes else max(len(row.rejection_points(self.blocks)) for row in alive)
+        masks = blocks * (k - 1)
+        pending = max(len(row.pending) for row in alive)
+        if same_shapes:
+            pending = 1 if pending == k == 1 else self.longest
+        fed = self.rows if self.keeps_rows else alive
+        columns = self.columns(fed, pending=pending, blocks=blocks, k=k)
+        last = self.scratch + max(min(row.end + k - 1, row.limit) for row in alive)
+        slots = self.placement.slots
+        top = slots if same_shapes else min(-(-last // SLOT_MULTIPLE) * SLOT_MULTIPLE, slots)
+        self.placement.place(columns.slots, top=top)
+        if same_shapes and self.compiles:
+            self.call = self.model.get_compiled_call(self.compile_config)
+        own = pending if same_shapes else 1 + max(len(row.drafts) for row in alive)
+        logits = self.run(
+            read=own + masks,
+            gate=masks,
+            input_ids=columns.ids,
+            position_ids=columns.positions,
+            attention_mask=self.attention(columns.positions, columns.anchors, masks=masks, top=top, dtype=self.mask_dtype()),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return (logits if fed is alive else logits[[row.index for row in alive]]), masks
+
+    def mask_dtype(self) -> torch.dtype | None:
+        """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
+        first = self.layers[0]
+        return first.keys.dtype if first.is_initialized else self.attention.dtype
+
+    def columns(self, rows: list[Row], *, pending: int, blocks: int, k: int) -> StepColumns:
+        """[padding | pending tokens | masks] of every row; masks beyond a row's limit are padding too, and rows that ended."""
+        fed = [[] if row.done else row.pending for row in rows]
+        ids = [[0] * (pending - len(tokens)) + tokens + [self.mask] * (blocks * (k - 1)) for tokens in fed]
+        # Of each row: the first position that is fed, the position after the last token, the limit, the ends of the blocks.
+        facts = [
+            [row.end - len(tokens), row.end, row.limit, *self._block_ends(row, blocks)]
+            for row, tokens in zip(rows, fed, strict=True)
+        ]
+        first_A1, end_A1, limit_A1, block_end_AE = torch.tensor(facts).split([1, 1, 1, blocks], 1)
+
+        text_AW = end_A1 - pending + torch.arange(pending)
+        is_text_AW = text_AW >= first_A1
+        text_AW = text_AW.where(is_text_AW, 0)
+        text_slots_AW = (text_AW + self.scratch).where(is_text_AW, self.trash)
+
+        mask_AM = (block_end_AE[..., None] + torch.arange(k - 1)).flatten(1)
+        is_inside_AM = mask_AM < limit_A1
+        anchor_AM, mask_slots_AM = mask_AM, mask_AM
+        if self.scratch:  # a block sees the text up to where it begins, and itself in the scratch slots
+            anchor_AM = (block_end_AE - 1).repeat_interleave(k - 1, 1)
+            mask_slots_AM = torch.arange(blocks * (k - 1)).expand_as(mask_AM)
+        mask_slots_AM = mask_slots_AM.where(is_inside_AM, self.trash)
+        return StepColumns.moved(
+            torch.tensor(ids),
+            torch.cat([text_AW, mask_AM.where(is_inside_AM, 0)], 1),
+            torch.cat([text_slots_AW, mask_slots_AM], 1),
+            torch.cat([text_AW, anchor_AM.where(is_inside_AM, 0)], 1),
+            self.device,
+        )
+
+    def _block_ends(self, row: Row, blocks: int) -> list[int]:
+        """Positions at which the row's blocks of masks begin; at its limit for blocks that it does not need."""
+        points = [] if row.done else [len(row.tokens) + point for point in row.rejection_points(self.blocks)]
+        return points + [row.limit] * (blocks - len(points))
+
+    def replace_row(self, index: int) -> None:
+        """In every layer's keys and values."""
+        for layer in self.layers:
+            layer.replace_row(index)
+
+    def hand_back(self, past: Cache) -> None:
+        """Let the caller's cache hold the columns that are cached in all rows."""
+        hand_back(past, self.layers, self.rows, self.model, scratch=self.scratch)

@@ -1,0 +1,169 @@
+"""Steps of models with recurrent layers, whose states cannot be cut back: the states follow the confirmed tokens only."""
+
+# A rows still alive, W columns fed, P positions read, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .adapter import MaskGatedAdapter
+from .cache import AttentionMasks, Placement, RowOffsetLayer, hybrid_cache_layer
+from .cached_forward import SLOT_MULTIPLE
+from .forward_base import Forward, StepColumns
+from .probes import cache_layers, recurrent_states
+from .rows import Row
+from .settings import Settings
+
+STATE_TOKENS = 16  # a state advances once it lags by this many confirmed tokens; until then they are fed in every step
+
+
+class RecurrentForward(Forward):
+    """Runs each step from the states, feeding [tokens after the state | drafts | masks | padding], and restores the states.
+
+    Once a row's state lags by `STATE_TOKENS` confirmed tokens, a pass over tokens only advances it: by the same number of
+    tokens for every row that advances, since padding, too, would change a state. Attention is cached as elsewhere.
+    """
+
+    reread = STATE_TOKENS
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        arguments: frozenset[str],
+        rows: list[Row],
+        config: GenerationConfig,
+        *,
+        adapter: MaskGatedAdapter | None,
+        synced: bool,
+    ) -> None:
+        super().__init__(model, settings, arguments, adapter=adapter, synced=synced)
+        if config.cache_implementation == "static":
+            raise ValueError(
+                f"{type(model).__name__} has recurrent layers, which decode in steps of many shapes: leave "
+                "cache_implementation='static' out."
+            )
+        self.trash = max(row.limit for row in rows)
+        self.placement = Placement(slots=self.trash + 1)
+        self.layers = [hybrid_cache_layer(layer, self.placement) for layer in cache_layers(model)]
+        attends = any(isinstance(layer, RowOffsetLayer) for layer in self.layers)
+        self.attention = AttentionMasks(model, slots=self.placement.slots, scratch=0, block=1) if attends else None
+        self.cache_name = "past_key_values" if "past_key_values" in arguments else "cache_params"
+        self.cache = Cache(layers=self.layers)
+        self.read: dict[int, int] = {}  # how many tokens a row's state has read, by the row's index
+
+    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+        """See `Forward`."""
+        masks = k - 1
+        if not self.read:
+            # Padding before the text leaves a state as it is: at 0.
+            prompts = [row.tokens if masks == 0 else row.tokens[:-1] for row in alive]
+            self.read = dict.fromkeys((row.index for row in alive), 0)
+            logits = self.feed(alive, prompts, pad_first=True, read=1)
+            self.read = {row.index: len(prompt) for row, prompt in zip(alive, prompts, strict=True)}
+            if masks == 0:
+                return logits, 0
+            self.count_pass(alive)
+        self.advance(alive, at_least=STATE_TOKENS if masks else 1)
+
+        fed = [row.tokens[self.read[row.index] :] + row.drafts for row in alive]
+        if masks == 0 and all(len(tokens) == 1 for tokens in fed):
+            logits = self.feed(alive, fed)
+            self.read = {row.index: len(row.tokens) for row in alive}
+            return logits, 0
+        with self.restored(range(len(alive))):
+            logits = self.feed(alive, fed, masks=masks)
+        own = 1 + max(len(row.drafts) for row in alive)
+        first = torch.tensor([len(tokens) - own for tokens in fed], device=logits.device)
+        columns_AP = (first[:, None] + torch.arange(own + masks, device=logits.device)).clamp(min=0)  # none is read before 0
+        return logits.gather(1, columns_AP[..., None].expand(-1, -1, logits.shape[-1])), masks
+
+    def advance(self, alive: list[Row], *, at_least: int) -> None:
+        """Advance the states that lag by so many confirmed tokens, up to the last token, whose logits the step reads."""
+        while True:
+            lag = [len(row.tokens) - 1 - self.read[row.index] for row in alive]
+            moving = [length >= at_least for length in lag]
+            if not any(moving):
+                return
+            step = min(length for length in lag if length >= at_least)
+            starts = [self.read[row.index] for row in alive]
+            fed = [row.tokens[s : s + step] if moves else [] for row, s, moves in zip(alive, starts, moving, strict=True)]
+            with self.restored([member for member, moves in enumerate(moving) if not moves]):
+                self.feed(alive, fed, read=1)
+            for row, tokens in zip(alive, fed, strict=True):
+                self.read[row.index] += len(tokens)
+            self.count_pass(alive)
+
+    def count_pass(self, alive: list[Row]) -> None:
+        """Count a pass that gave no tokens."""
+        for row in alive:
+            row.block_lengths.append(0)
+
+    def feed(
+        self, alive: list[Row], fed: list[list[int]], *, masks: int = 0, pad_first: bool = False, read: int | None = None
+    ) -> Tensor:
+        """Logits of a pass over tokens of each row, from its state on, and masks; padding comes last, or first.
+
+        [A, W, V], or of the last `read` columns.
+        """
+        # transformers leaves the mask of a single column out, which would be padding before an empty prompt.
+        width = max(2 if pad_first else 1, max(map(len, fed))) + masks
+        counts = [len(tokens) + masks for tokens in fed]
+        ids = [tokens + [self.mask] * masks for tokens in fed]
+        ids = [[0] * (width - len(row)) + row if pad_first else row + [0] * (width - len(row)) for row in ids]
+        count_A1 = torch.tensor(counts)[:, None]
+        start_A1 = torch.tensor([self.read[row.index] for row in alive])[:, None]
+        limit_A1 = torch.tensor([row.limit for row in alive])[:, None]
+        index_AW = torch.arange(width) - (width - count_A1 if pad_first else 0)  # in what the row is fed
+        is_fed_AW = (index_AW >= 0) & (index_AW < count_A1)
+        is_mask_AW = (is_fed_AW & (index_AW >= count_A1 - masks)).to(self.device)
+        positions_AW = (start_A1 + index_AW).where(is_fed_AW, 0)
+        slots_AW = positions_AW.where(is_fed_AW & (positions_AW < limit_A1), self.trash)
+        columns = StepColumns.moved(torch.tensor(ids), positions_AW, slots_AW, positions_AW, self.device)
+
+        ends = zip(alive, counts, strict=True)
+        last = max(min(self.read[row.index] + count, row.limit) for row, count in ends)
+        top = min(-(-max(last, 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
+        self.placement.place(columns.slots, top=top)
+        states: Any = is_fed_AW.long().to(self.device) if pad_first else None
+        mask: Any = states
+        if self.attention is not None:
+            mask = self.attention(columns.positions, columns.anchors, masks=0, top=top, dtype=self.attention.dtype)
+            mask = {**mask, "linear_attention": states, "conv": states}
+        return self.run(
+            read=width if read is None else read,
+            # Ranks that share weights run the adapter in the same passes.
+            gate=is_mask_AW if masks or (self.synced and self.longest > 1) else 0,
+            input_ids=columns.ids,
+            attention_mask=mask,
+            use_cache=True,
+            **{self.cache_name: self.cache},
+            **({"position_ids": columns.positions} if self.takes_positions else {}),
+        )
+
+    @contextmanager
+    def restored(self, members: Sequence[int]) -> Iterator[None]:
+        """After the block the states of these rows are what they were before it."""
+        rows = torch.tensor(list(members), device=self.device)
+        states = recurrent_states(self.layers) if members else []
+        kept = [holder[i].index_select(0, rows.to(holder[i].device)) for holder, i in states]
+        yield
+        states = recurrent_states(self.layers) if members else []
+        for (holder, i), state in zip(states, kept, strict=True):
+            holder[i].index_copy_(0, rows.to(holder[i].device), state)
+
+    def replace_row(self, index: int) -> None:
+        """In every layer's state, and keys and values."""
+        for states, i in recurrent_states(self.layers):
+            states[i][index] = states[i][-1].clone()
+            states[i] = states[i][:-1]
+        for layer in self.layers:
+            if isinstance(layer, RowOffsetLayer):
+                layer.replace_row(index)

@@ -1,0 +1,70 @@
+"""Where a row ends: end-of-text tokens, the longest length, stop strings and any other stopping criterion."""
+
+# B rows of the call, L columns of text
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .rows import Row, Text
+
+
+class Stops:
+    """EOS ids and the longest length, read from transformers' criteria; the other criteria are asked at every token."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        eos = [criterion.eos_token_id.tolist() for criterion in criteria if type(criterion) is EosTokenCriteria]
+        self.eos = frozenset(token for ids in eos for token in ids)
+        self.max_length: int = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self.others = StoppingCriteriaList(c for c in criteria if type(c) not in known)
+
+    def __call__(self, alive: list[Row], text: Text) -> None:
+        """Ask once per new token and length, on the columns that one token per pass would have shown; cut the rows."""
+        if not self.others:
+            return
+        history_BL = text.tensor()
+        reached: dict[int, list[tuple[Row, int]]] = {}
+        for row in alive:
+            for length in range(row.emitted + 1, len(row.tokens) + 1):
+                reached.setdefault(text.width(row, length), []).append((row, length))
+        for width in sorted(reached):
+            going_on = [(row, length) for row, length in reached[width] if length <= len(row.tokens)]
+            if going_on:
+                verdicts = self.others(history_BL[:, :width], None).tolist()
+                for row, length in going_on:
+                    if verdicts[row.index]:
+                        row.stop_at(length)
+
+
+def with_stop_strings(
+    criteria: StoppingCriteriaList | None,
+    kwargs: dict[str, Any],
+    generation_config: GenerationConfig | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> StoppingCriteriaList:
+    """The criteria with one for `stop_strings`, which is taken out of `kwargs`.
+
+    transformers gives a custom loop no tokenizer, and then raises for stop strings.
+    """
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+    found = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs)]
+    stop_strings = next((strings for strings in found if strings is not None), None)
+    kwargs["stop_strings"] = None
+    criteria = StoppingCriteriaList(criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer; pass tokenizer= to generate.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return criteria

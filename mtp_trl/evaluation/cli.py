@@ -1,0 +1,137 @@
+"""`mtp-trl eval` and `calibrate`: their options. Imports of torch and the like stay inside, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..argument_types import Command, integers, names, new_folder, positive, require, task_file, thresholds, trust_option
+
+if TYPE_CHECKING:
+    from .tasks import Task
+
+
+def declare_eval(parser: argparse.ArgumentParser) -> Command:
+    """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
+    parser.add_argument("model", help="folder or Hub id of an adapted model")
+    _data_options(parser)
+    parser.add_argument(
+        "--base", metavar="MODEL", help="also decode the model before adaptation, which an adapter alone acts on, and compare"
+    )
+    parser.add_argument(
+        "--thresholds", type=thresholds, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9); T/T/... by place"
+    )
+    parser.add_argument("--static", type=integers, default=[], metavar="K,K,...", help="static blocks as well")
+    parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
+    parser.add_argument(
+        "--blocks", type=positive, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass"
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
+    parser.add_argument("--output", type=new_folder, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+    trust_option(parser)
+    harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
+    harness.add_argument("--tasks", type=names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
+    harness.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the tokenizer's chat template (default: as the paper, for its Llama and no other)",
+    )
+    harness.add_argument(
+        "--task-data",
+        type=task_file,
+        action="append",
+        default=[],
+        metavar="TASK=FILE",
+        help="JSON Lines as the test set",
+    )
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own")
+
+    def command(options: argparse.Namespace) -> int:
+        if options.blocks > 1 and not options.verify:
+            options.parser.error("--blocks needs --verify: several blocks are drafts of the text that is then verified")
+        if options.tasks:
+            require("lm_eval", "--tasks", extra="eval")
+        from .commands import run_eval, run_tasks
+
+        if options.tasks:
+            run_tasks(
+                options.model,
+                options.tasks,
+                base=options.base,
+                ks=options.static,
+                thresholds=options.thresholds,
+                verify=options.verify,
+                blocks=options.blocks,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                chat_template=options.chat_template,
+                data=dict(options.task_data),
+                tasks_folder=options.include_path,
+                output=options.output,
+                trust_remote_code=options.trust_remote_code,
+            )
+            return 0
+        run_eval(
+            options.model,
+            _task(options),
+            base=options.base,
+            ks=options.static,
+            thresholds=options.thresholds,
+            verify=options.verify,
+            blocks=options.blocks,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            output=options.output,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return 0
+
+    return command
+
+
+def declare_calibrate(parser: argparse.ArgumentParser) -> Command:
+    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default.
+
+    It is a threshold for unverified text: verify=False becomes the folder's default too, also in exact mode.
+    """
+    parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
+    _data_options(parser)
+    parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
+    parser.add_argument("--per-place", action="store_true", help="also search thresholds that differ by place in the block")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="B")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
+
+    def command(options: argparse.Namespace) -> int:
+        require("scipy", "The test of a threshold", extra="eval")
+        from .commands import run_calibrate
+
+        run_calibrate(
+            options.model,
+            _task(options),
+            max_drop=options.max_drop,
+            confidence=options.confidence,
+            per_place=options.per_place,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        return 0
+
+    return command
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
+    parser.add_argument(
+        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N problems")
+
+
+def _task(options: argparse.Namespace) -> Task:
+    from .tasks import load_task
+
+    return load_task(options.data, limit=options.limit, prompt=options.prompt_column, completion=options.completion_column)

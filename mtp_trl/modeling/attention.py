@@ -1,0 +1,145 @@
+"""Attention masks for packed rows, in the form that each layer type and attention backend takes."""
+
+# X layout rows, T columns of a row
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .checks import can_pack
+
+logger = get_logger(__name__)
+# FlexAttention skips masks in blocks of 128 x 128: in shorter rows hardly a block is empty
+_FLEX_FROM_TOKENS = 512
+# Of the largest value, between two backends in half precision
+_FLEX_TOLERANCE = 2e-2
+
+
+def take_flex_attention(model: PreTrainedModel, row_tokens: int, device: torch.device) -> None:
+    """FlexAttention in place of SDPA on CUDA, for rows long enough to have empty blocks, where a trial finds both alike."""
+    config = model.config.get_text_config()
+    supported = model._supports_flex_attn and can_pack(model) and config._attn_implementation == "sdpa"
+    if device.type != "cuda" or row_tokens < _FLEX_FROM_TOKENS or not supported:
+        return
+    if fault := flex_attention_fault(config, model.dtype, device):
+        logger.warning(f"Training with SDPA, since FlexAttention does not do here: {fault}")
+    else:
+        model.set_attn_implementation("flex_attention")
+
+
+def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What one attention of this model's shape finds wrong with FlexAttention, forward and backward; None if nothing.
+
+    It depends on device, PyTorch, compiler, head size and precision, so it is tried. The compiled kernel is used again.
+    """
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layer = SimpleNamespace(num_key_value_groups=heads // key_heads, training=True, is_causal=True)
+    try:
+        random = torch.Generator(device).manual_seed(0)
+        allowed = torch.rand(1, 192, 192, generator=random, device=device).lt(0.5).tril() | torch.eye(192, device=device).bool()
+        states = [
+            torch.randn(1, count, 192, size, generator=random, device=device).to(dtype).requires_grad_()
+            for count in (heads, key_heads, key_heads)
+        ]
+        results = []
+        for backend in ("sdpa", "flex_attention"):
+            mask = _backend_mask(config, allowed, dtype, backend)
+            output, _ = ALL_ATTENTION_FUNCTIONS[backend](layer, *states, mask, scaling=size**-0.5, dropout=0.0)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
+    except Exception as error:  # a compiler fails in ways of its own
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first_line}"
+    for name, one, other in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        gap = ((one - other).abs().max() / one.abs().max()).item()
+        if not gap <= _FLEX_TOLERANCE:
+            return f"its {name} is off by {gap:.1%}."
+    return None
+
+
+@contextmanager
+def dense_masks(model: PreTrainedModel) -> Iterator[None]:
+    """SDPA, or eager attention, in place of FlexAttention within the block: `generate` makes dense masks."""
+    if model.config.get_text_config()._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
+
+
+def attention_masks(
+    config: PretrainedConfig,
+    allowed_XTT: Tensor,
+    positions_XT: Tensor,
+    dtype: torch.dtype,
+    *,
+    queries: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor | dict[str, Tensor]:
+    """The mask argument that this architecture's forward expects, in its attention backend's own form.
+
+    A config with `layer_types` wants a dict by layer type, any other one mask (one tensor for mixed layers would be
+    silently wrong). Windows and chunks are measured in positions.
+
+    Args:
+        allowed_XTT: which key (last axis) a query may see, before windows and chunks.
+        positions_XT: where each column stands in its text.
+        queries, keys: columns to make the mask for.
+    """
+    config = config.get_text_config()
+    window: Any = getattr(config, "sliding_window", None)
+    chunk: Any = getattr(config, "attention_chunk_size", None)
+
+    def mask_of(layer_type: str) -> Tensor:
+        allowed = allowed_XTT
+        if layer_type == "sliding_attention":
+            allowed = window_by_position(allowed, positions_XT, window=window)
+        elif layer_type == "chunked_attention":
+            allowed = chunk_by_position(allowed, positions_XT, chunk=chunk)
+        return _backend_mask(config, allowed[:, queries, keys], dtype, config._attn_implementation)
+
+    if hasattr(config, "layer_types"):
+        return {layer_type: mask_of(layer_type) for layer_type in set(config.layer_types)}
+    if window is not None:
+        return mask_of("sliding_attention")
+    return mask_of("chunked_attention" if chunk is not None else "full_attention")
+
+
+def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    build = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    rows, query_count, key_count = allowed.shape
+    mask: Tensor = build(
+        batch_size=rows,
+        q_length=query_count,
+        kv_length=key_count,
+        mask_function=lambda row, head, query, key: allowed[row, query, key],
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=allowed.device,
+        config=config,
+    )
+    return mask
+
+
+def window_by_position(allowed_XTT: Tensor, positions_XT: Tensor, *, window: int) -> Tensor:
+    """Restrict attention to the last `window` POSITIONS; array indices mean nothing in a packed row."""
+    return allowed_XTT & (positions_XT[:, :, None] - positions_XT[:, None, :] < window)
+
+
+def chunk_by_position(allowed_XTT: Tensor, positions_XT: Tensor, *, chunk: int) -> Tensor:
+    """Restrict attention to keys of the query's own chunk of `chunk` positions (chunked attention)."""
+    return allowed_XTT & (positions_XT[:, :, None] // chunk == positions_XT[:, None, :] // chunk)

@@ -1,0 +1,76 @@
+"""What a model must be able to do before it is trained: tried on a few tokens, and refused with a remedy."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..custom_generate.generate import evaluating
+from ..custom_generate.probes import check_left_to_right, windows_by_column
+from .logits import backbone, output_logits
+
+# attention whose mask can be restated for a packed row; every other layer type takes the suffix layout
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether several regions may share one row of this model.
+
+    They may where attention is all that mixes tokens. A recurrent or convolutional layer cannot skip tokens, and a model
+    that takes no `position_ids`, or counts windows in columns, cannot be told where a slot stands.
+    """
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    arguments = inspect.signature(backbone(model).forward).parameters
+    # Models without a cache are from before masks could be handed in.
+    takes_layouts = {"position_ids", "past_key_values"} <= set(arguments) and not windows_by_column(model)
+    return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
+
+
+def check_attention_backend(model: PreTrainedModel) -> None:
+    """Raises ValueError for a backend that cannot express a packed mask."""
+    backend = model.config._attn_implementation
+    if "flash" in str(backend):
+        raise ValueError(
+            f"attn_implementation={backend!r} takes 2D masks only and cannot express packed regions; "
+            "load the model with attn_implementation='sdpa' (or 'eager' for models that refuse sdpa)."
+        )
+
+
+def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> None:
+    """Raises ValueError where slots would stand beyond a table of learned positions (GPT-2, OPT)."""
+    needed = max_length + k_max - 2  # the last block begins behind the last token but one
+    for name, table in backbone(model).named_modules():
+        if not isinstance(table, nn.Embedding) or not re.search(r"wpe$|position", name):
+            continue
+        rows = table.num_embeddings - getattr(table, "offset", 0)
+        if needed > rows:
+            raise ValueError(
+                f"Texts of max_length={max_length} tokens with blocks of up to k_max={k_max} behind them need {needed} "
+                f"positions, and {name} of {type(model).__name__} has {rows}; set max_length to {rows - k_max + 2} or less."
+            )
+
+
+@torch.no_grad()
+def check_output_logits(model: PreTrainedModel) -> None:
+    """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens.
+
+    Or where logits depend on tokens or padding behind them.
+    """
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        if not can_pack(model):
+            check_left_to_right(model)
+        fits = hidden.shape[-1] == getattr(model.get_output_embeddings(), "in_features", hidden.shape[-1])
+        gap = (expected - output_logits(model, hidden).float()).abs().max().item() if fits else float("inf")
+    if gap > 1e-2 * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "
+            f"{gap:.3g}); please report the architecture, since training on other logits would go silently wrong."
+        )

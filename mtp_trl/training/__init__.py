@@ -1,0 +1,1 @@
+"""Online self-distillation of multi-token blocks: data, regions, objective, and the trainer."""

@@ -1,0 +1,106 @@
+"""Where a trainer decodes: completions of bare prompts, and held-out prompts at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from trl.models.utils import unwrap_model_for_generation
+
+from ..custom_generate.generate import attach_decoder
+from ..modeling.attention import dense_masks
+from ..modeling.lora import adapters_off, causal_lm
+from .samples import decode_samples, sample_table
+from .saving import PublishingTrainer
+
+
+class DecodingTrainer(PublishingTrainer):
+    """Completes bare prompts as `completions_by` says, and decodes `num_eval_prompts` prompts at every evaluation.
+
+    No text gets longer than `max_length`, and so than a table of learned positions.
+    """
+
+    model_wrapped: Any  # upstream's
+
+    def _attach_decoders(self) -> None:
+        """Student and teacher decode with this package's `generate`, which never emits the mask token."""
+        for model in (self.model, self.teacher_model):
+            if model is not None:
+                attach_decoder(self.accelerator.unwrap_model(model))
+        # One token per pass, or the student's own blocks, as ConfAdapt takes them.
+        self.generation_config.mtp_k = 1
+        if self.args.completions_by == "student_blocks":
+            self.generation_config.mtp_k = self.args.k_max
+            self.generation_config.confadapt = self.args.confadapt
+            self.generation_config.verify = False
+
+    @contextmanager
+    def _decoding_as_it_is(self) -> Iterator[None]:
+        """Within the block nothing is compiled, since decoding has new shapes in every pass, and masks are dense."""
+        with ExitStack() as stack:
+            if self.args.torch_compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for model in (self.model, self.teacher_model):
+                if model is not None:
+                    stack.enter_context(dense_masks(causal_lm(self.accelerator.unwrap_model(model))))
+            yield
+
+    def _room(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens may follow these prompts, all of which have room for one."""
+        return int(max(1, min(self.max_completion_length, self.args.max_length - max(map(len, prompts)))))
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Completions of bare prompts, by the student or by its teacher."""
+        by_teacher = self.args.completions_by == "teacher" and not self.args.exact
+        shares_module = by_teacher and self.teacher_model is None
+        student, longest = self.model_wrapped, self.generation_config.max_new_tokens
+        if by_teacher and not shares_module:
+            self.model_wrapped = self.teacher_model
+        self.generation_config.max_new_tokens = self._room(prompt_ids)
+        try:
+            with (
+                self._decoding_as_it_is(),
+                adapters_off(self.accelerator.unwrap_model(self.model)) if shares_module else nullcontext(),
+            ):
+                completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        finally:
+            self.model_wrapped, self.generation_config.max_new_tokens = student, longest
+        # A server that completes prompts (vLLM) has a limit of its own.
+        room = [max(1, self.args.max_length - len(prompt)) for prompt in prompt_ids]
+        return [completion[:limit] for completion, limit in zip(completions, room, strict=True)]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Teacher-forced statistics as in training, then a few held-out prompts decoded for real."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.args.num_eval_prompts and self.args.thresholds and isinstance(self.eval_dataset, Dataset):
+            decoded = self._decode_samples(
+                self.eval_dataset.select(range(min(self.args.num_eval_prompts, len(self.eval_dataset))))
+            )
+            self.log(dict(decoded))
+            metrics.update(decoded)
+        return metrics
+
+    @torch.no_grad()
+    def _decode_samples(self, rows: Dataset) -> dict[str, float]:
+        """Every rank decodes the same prompts, so sharded weights are gathered in step on all of them."""
+        if "prompt_ids" in rows.column_names:
+            prompts = list(rows["prompt_ids"])
+        else:
+            prompts, _, _ = self._tokenize_prompts(list(rows["prompt"]))
+        inputs = self._tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(self.accelerator.device)
+        with (
+            self._decoding_as_it_is(),
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+        ):
+            metrics, output = decode_samples(model, inputs, thresholds=self.args.thresholds, max_new_tokens=self._room(prompts))
+        if self.accelerator.is_main_process:
+            title = f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}"
+            Console().print(sample_table(self._tokenizer, output, inputs["input_ids"].shape[1], title=title))
+        return metrics

@@ -1,0 +1,241 @@
+"""Rows of text into rows of ids: how a prompt and its completion are tokenised, and what is left out. No dataset, no model.
+
+The conventions are those of `trl.SFTTrainer`: BOS once, EOS after a plain-text completion that has none, chat templates
+end their own turns, loss on completions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+Messages = list[dict[str, Any]]
+Text = str | Messages
+DataRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way for a row to say what precedes and what is learned."""
+
+    columns: tuple[str, ...]
+    split: Callable[[DataRow], tuple[Text | None, Text]]
+
+
+def _split_messages(row: DataRow) -> tuple[Text | None, Text]:
+    messages = row["messages"]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"`messages` must hold a prompt and end with the assistant's turn, got the roles {roles}")
+    return messages[:-1], messages[-1:]
+
+
+_FORMS = (
+    Form(("prompt", "completion"), lambda row: (row["prompt"], row["completion"])),
+    Form(("messages",), _split_messages),
+    Form(("text",), lambda row: (None, row["text"])),
+    Form(("prompt",), lambda row: (row["prompt"], "")),
+)
+
+
+def form_of(columns: Sequence[str], desc: str) -> Form:
+    """The form that rows with these columns have; raises ValueError where they fit none."""
+    for form in _FORMS:
+        if set(form.columns) <= set(columns):
+            return form
+    raise ValueError(
+        f"The {desc} set has the columns {listed(columns)}, but needs `prompt` and `completion`, `messages`, `text`, "
+        'or `prompt` alone; rename them with column_map, e.g. {"question": "prompt", "answer": "completion"}.'
+    )
+
+
+class Encoder:
+    """Tokenises batches of rows and counts what it leaves out. Used by `datasets.map` in one process."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        form: Form,
+        max_length: int | None,
+        mask_token: str | None,
+        desc: str,
+        streamed: bool,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no EOS token, so no completion could end; set tokenizer.eos_token.")
+        self.tokenizer = tokenizer
+        self.form = form
+        self.max_length = max_length
+        self.mask_token = mask_token
+        self.desc = desc
+        self.streamed = streamed
+        self.counts: Counter[str] = Counter()
+        self.special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """Columns `prompt`, `prompt_ids` and `completion_ids` of the rows that are kept."""
+        out: dict[str, list[Any]] = {"prompt": [], "prompt_ids": [], "completion_ids": []}
+        names = list(batch)
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            try:
+                encoded = self._encode(dict(zip(names, values, strict=True)))
+            except (ValueError, TypeError, KeyError) as error:
+                if not (self.streamed and self.counts["kept"]):
+                    raise ValueError(f"Row {index} of the {self.desc} set: {error}") from error
+                self.counts["malformed left out"] += 1
+                logger.warning(f"Row {index} of the {self.desc} set is left out ({self.summary()}): {error}")
+                continue
+            if encoded is not None:
+                for column, value in zip(out.values(), encoded, strict=True):
+                    column.append(value)
+        return out
+
+    def can_be_completed(self, row: DataRow) -> bool:
+        """Whether there is a prompt, and room behind it."""
+        prompt = row["prompt"]
+        self._refuse_mask_token(prompt)
+        if not prompt:
+            self.counts["without a prompt left out"] += 1
+            return False
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if self.max_length is not None and len(ids) >= self.max_length:
+            self.counts[f"with a prompt of max_length={self.max_length} tokens or more left out"] += 1
+            return False
+        self.counts["kept"] += 1
+        return True
+
+    def summary(self) -> str:
+        """What was left out or cut, in words."""
+        return ", ".join(f"{count} rows {what}" for what, count in self.counts.items() if what != "kept")
+
+    def report(self) -> None:
+        """Log what was left out or cut, on one rank."""
+        summary = self.summary()
+        if summary and int(os.environ.get("RANK", "0")) == 0:
+            logger.warning(f"{self.desc} set: {summary}; {self.counts['kept']} rows remain.")
+
+    def _encode(self, row: DataRow) -> tuple[Text, list[int], list[int]] | None:
+        if any(row[column] is None for column in self.form.columns):
+            self.counts["with a null left out"] += 1
+            return None
+        prompt, completion = self.form.split(row)
+        self._refuse_mask_token(prompt, completion)
+        if _is_blank(completion):
+            self.counts["without a completion left out"] += 1
+            return None
+        if prompt is None:
+            prompt, prompt_ids, completion_ids = self._encode_text(completion)
+        elif isinstance(prompt, str):
+            prompt_ids, completion_ids = self._encode_pair(prompt, completion)
+        else:
+            prompt_ids, completion_ids = self._encode_chat(prompt, completion, row)
+        return self._fit(prompt, prompt_ids, completion_ids)
+
+    def _fit(self, prompt: Text, prompt_ids: list[int], completion_ids: list[int]) -> tuple[Text, list[int], list[int]] | None:
+        if not completion_ids:
+            self.counts["without a completion left out"] += 1
+            return None
+        if not prompt_ids:
+            raise ValueError("the prompt has no tokens and the tokenizer adds no BOS: there is nothing to predict from")
+        if self.max_length is not None:
+            room = self.max_length - len(prompt_ids)
+            if room < 1:
+                self.counts[f"with a prompt of max_length={self.max_length} tokens or more left out"] += 1
+                return None
+            if len(completion_ids) > room:
+                self.counts[f"cut to max_length={self.max_length} tokens"] += 1
+                completion_ids = completion_ids[:room]
+        self.counts["kept"] += 1
+        return prompt, prompt_ids, completion_ids
+
+    def _encode_text(self, text: Text) -> tuple[str, list[int], list[int]]:
+        if not isinstance(text, str):
+            raise ValueError("`text` must be a string; conversations go into a column `messages`")
+        ids = self._with_eos(self.tokenizer(text)["input_ids"])
+        return self.tokenizer.decode(ids[:1]), ids[:1], ids[1:]
+
+    def _encode_pair(self, prompt: str, completion: Text) -> tuple[list[int], list[int]]:
+        if not isinstance(completion, str):
+            raise ValueError("the prompt is a string but the completion is not; both must be text, or both messages")
+        prompt_ids = _without_eos(self.tokenizer(prompt)["input_ids"], self.tokenizer.eos_token_id)
+        return prompt_ids, self._with_eos(self._continue(prompt_ids, prompt, prompt + completion))
+
+    def _encode_chat(self, prompt: Messages, completion: Text, row: DataRow) -> tuple[list[int], list[int]]:
+        if isinstance(completion, str):
+            raise ValueError("the prompt is messages but the completion is a string; both must be messages, or both text")
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer or plain text"
+            )
+        options = dict(row.get("chat_template_kwargs") or {})
+        if tools := row.get("tools"):
+            options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        # Text first: where a template renders the prompt alone differently from the prompt in the dialogue shows in the
+        # text, and the prompt that generation will see is the one that counts.
+        before = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
+        whole = str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **options))
+        if not whole.startswith(before):
+            raise ValueError(
+                "the chat template renders the prompt alone differently from the prompt followed by its answer, so the "
+                "answer does not continue what generation sees; use another template or plain text"
+            )
+        prompt_ids = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        completion_ids = self._continue(prompt_ids, before, whole, add_special_tokens=False)
+        return prompt_ids, self._end_of_turn(completion_ids)
+
+    def _continue(self, prompt_ids: list[int], prompt: str, whole: str, **options: Any) -> list[int]:
+        """The ids of whole after the prompt; tokenised by itself when a token would span the boundary."""
+        whole_ids: list[int] = _without_eos(self.tokenizer(whole, **options)["input_ids"], self.tokenizer.eos_token_id)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            return whole_ids[len(prompt_ids) :]
+        rest: list[int] = self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        return rest
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+
+    def _end_of_turn(self, ids: list[int]) -> list[int]:
+        """Cut the white space some templates put behind the turn's last token; generation stops at that token."""
+        end = len(ids)
+        while end and self.tokenizer.decode(ids[end - 1 : end]).isspace():
+            end -= 1
+        return ids[:end] if end and ids[end - 1] in self.special else self._with_eos(ids)
+
+    def _refuse_mask_token(self, *texts: Text | None) -> None:
+        if self.mask_token is None:
+            return
+        for text in texts:
+            parts = [text] if isinstance(text, str) else [message.get("content") for message in text or []]
+            if any(isinstance(part, str) and self.mask_token in part for part in parts):
+                raise ValueError(
+                    f"the text contains the mask token {self.mask_token!r}; remove it from the data or choose "
+                    "another mask_token, which may be a token that the tokenizer has"
+                )
+
+
+def _without_eos(ids: list[int], eos: int) -> list[int]:
+    """Undo a tokenizer that ends every text with EOS; a completion's own EOS is put back by the caller."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
+
+
+def _is_blank(completion: Text) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not any(message.get("content") or message.get("tool_calls") for message in completion)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as an error message lists them."""
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,233 @@
+"""How student and teacher read a layout: whole rows, or in exact mode the text once and the slots twice."""
+
+# B rows, N clean tokens, S mask slots of a row, X layout rows, T columns of a layout row, H hidden features,
+# P positions read, V vocabulary, D head size
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..custom_generate.adapter import adapter_of
+from ..custom_generate.generate import evaluating
+from ..modeling.attention import attention_masks
+from ..modeling.checks import can_pack
+from ..modeling.logits import backbone, hidden_states, output_logits
+from .regions import Layout, Regions, pack_regions
+
+
+class Reader(Protocol):
+    """Student and teacher reading a layout. `student` and `teacher` are causal LMs whose output heads are applied to it."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    base_reads_text: bool  # exact mode: position 1 is the base's own prediction and is not trained
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """Hidden states [X * T, H] with masks in the slots, with gradient."""
+
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """Hidden states [X * T, H] with `ids_XT` in the slots, without gradient; None where no teacher runs."""
+
+    def teacher_logits(self, hidden_PH: Tensor) -> Tensor:
+        """The teacher's logits [P, V] of its hidden states."""
+
+
+def masks_of(model: PreTrainedModel, layout: Layout, **columns: slice) -> Tensor | dict[str, Tensor]:
+    """The attention mask of a layout in the form that the model takes; `columns` are `queries` and `keys` of a packed one."""
+    if layout.allowed_XTT is None:
+        return layout.valid_XT.long()
+    return attention_masks(model.config, layout.allowed_XTT, layout.positions_XT, model.dtype, **columns)
+
+
+def read_rows(model: PreTrainedModel, layout: Layout, ids_XT: Tensor) -> Tensor:
+    """Hidden states [X * T, H] of a pass over whole layout rows."""
+    positions_XT = None if layout.allowed_XTT is None else layout.positions_XT
+    return hidden_states(model, ids_XT, masks_of(model, layout), positions_XT)
+
+
+@dataclass
+class WholeRowReader:
+    """Student and teacher that read whole rows: full fine-tuning, or adapters that act everywhere.
+
+    Attributes:
+        run_teacher: calls a function of the teacher in the teacher's state (frozen copy, or adapters off) without
+            gradient; None where the objective needs no teacher.
+        teacher_state: a context in which `teacher` is the teacher: adapters are off where it is the student's own module.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    run_teacher: Callable[[Callable[[PreTrainedModel], Tensor]], Tensor] | None
+    teacher_state: Callable[[], AbstractContextManager[Any]] = nullcontext
+    base_reads_text: bool = False
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """See `Reader`."""
+        return read_rows(self.student, layout, layout.ids_XT)
+
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """See `Reader`."""
+        if self.run_teacher is None:
+            return None
+        return self.run_teacher(lambda model: read_rows(model, layout, ids_XT))
+
+    def teacher_logits(self, hidden_PH: Tensor) -> Tensor:
+        """See `Reader`."""
+        with self.teacher_state():
+            return output_logits(self.teacher, hidden_PH)
+
+
+_HIDDEN = (
+    "{} does not let its layers read the text's keys and values under gradient checkpointing; set gradient_checkpointing=False."
+)
+
+
+class ExactReader:
+    """Reads layouts in exact mode (a `Reader`).
+
+    Attention-only models read the text once, and the slots twice with the text's keys and values; others read whole rows.
+    """
+
+    base_reads_text = True
+
+    def __init__(self, model: PreTrainedModel, *, with_teacher: bool) -> None:
+        adapter = adapter_of(model)
+        assert adapter is not None
+        self.student = self.teacher = model
+        self.adapter, self.with_teacher = adapter, with_teacher
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._can_checkpoint_with_cache = True  # the cache given to slots is only read
+
+    def read_student(self, layout: Layout) -> Tensor:
+        """Hidden states [X * T, H]: the base's at the text, the student's, with gradient, at the slots."""
+        if layout.allowed_XTT is None:
+            gate = torch.zeros_like(layout.valid_XT)
+            gate.view(-1)[layout.read_BRK[..., 1:][layout.drawn_BRK[..., 1:]]] = True
+            with self._adapted(gate):
+                return read_rows(self.student, layout, layout.ids_XT)
+        self.text_BNH, self.prefix = self._read_text(layout)
+        with self._adapted(layout.ids_XT.shape[1] - layout.clean_length):
+            return self._read_slots(layout, layout.ids_XT)
+
+    @torch.no_grad()
+    def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
+        """Hidden states [X * T, H] of the base with the student's tokens in the slots."""
+        if not self.with_teacher:
+            return None
+        with evaluating(self.student):
+            if layout.allowed_XTT is None:
+                return read_rows(self.teacher, layout, ids_XT)
+            return self._read_slots(layout, ids_XT)
+
+    def teacher_logits(self, hidden_PH: Tensor) -> Tensor:
+        """See `Reader`."""
+        return output_logits(self.teacher, hidden_PH)
+
+    @contextmanager
+    def _adapted(self, gate: int | Tensor) -> Iterator[None]:
+        """The adapter acts within the block, and once more wherever backward recomputes a layer that ran in it."""
+        layers = [module for module in self.student.modules() if hasattr(module, "_gradient_checkpointing_func")]
+        checkpoints = [layer._gradient_checkpointing_func for layer in layers]
+        with self.adapter.acting_on(gate):
+            for layer, checkpoint in zip(layers, checkpoints, strict=True):
+                layer._gradient_checkpointing_func = functools.partial(self._recomputed_alike, checkpoint)
+            try:
+                yield
+            finally:
+                for layer, checkpoint in zip(layers, checkpoints, strict=True):
+                    layer._gradient_checkpointing_func = checkpoint
+
+    def _recomputed_alike(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler recomputes what it has traced
+            return checkpoint(function, *args, **kwargs)
+        state = self.adapter.state
+
+        def adapted(*inputs: Any, **named: Any) -> Any:
+            with self.adapter.within(state):
+                return function(*inputs, **named)
+
+        return checkpoint(adapted, *args, **kwargs)
+
+    @torch.no_grad()
+    def _read_text(self, layout: Layout) -> tuple[Tensor, Cache]:
+        text, cache = slice(layout.clean_length), DynamicCache()
+        with evaluating(self.student):
+            hidden = backbone(self.student)(
+                input_ids=layout.ids_XT[:, text],
+                position_ids=layout.positions_XT[:, text],
+                attention_mask=masks_of(self.student, layout, queries=text, keys=text),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return hidden, Cache(layers=[_ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers])
+
+    def _read_slots(self, layout: Layout, ids_XT: Tensor) -> Tensor:
+        """The slots, which see the text's keys and values; the text's own hidden states come first."""
+        slots = slice(layout.clean_length, None)
+        try:
+            hidden = backbone(self.student)(
+                input_ids=ids_XT[:, slots],
+                position_ids=layout.positions_XT[:, slots],
+                attention_mask=masks_of(self.student, layout, queries=slots),
+                past_key_values=self.prefix,
+                use_cache=False,
+            ).last_hidden_state
+        except RuntimeError as error:
+            if self._text_is_hidden() and not isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(_HIDDEN.format(type(self.student).__name__)) from error
+            raise
+        if self._text_is_hidden():
+            raise ValueError(_HIDDEN.format(type(self.student).__name__))
+        return torch.cat([self.text_BNH, hidden], 1).flatten(0, 1)
+
+    def _text_is_hidden(self) -> bool:
+        checkpointing = self.student.is_gradient_checkpointing and self.student.training
+        return checkpointing and not self.prefix.layers[0].was_read
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """Keys and values of a text that every pass over slots reads and none extends, also when it is recomputed."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized, self.was_read = keys, values, True, False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The text's and the slots' own, [B, heads, N + S, D]."""
+        self.was_read = True
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+@torch.no_grad()
+def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Raises ValueError when a packed row is not read as separate passes read it: tried with two regions of a short text."""
+    if not can_pack(model):
+        return
+    text_BN = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    regions = Regions(torch.tensor([[2, 5]]), torch.tensor([[3, 3]]))
+    lengths_B = torch.tensor([text_BN.shape[1]])
+    layout = pack_regions(text_BN, lengths_B, regions, k_max=3, slots=4, mask_token_id=mask_token_id)
+    gaps = []
+    with evaluating(model):
+        hidden = read_rows(model, layout, layout.ids_XT)
+        for anchor, read_K in zip(regions.anchor_BR[0].tolist(), layout.read_BRK[0], strict=True):
+            ids = torch.cat([text_BN[:, : anchor + 1], text_BN.new_full((1, 2), mask_token_id)], 1)
+            alone = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
+            gaps += ((hidden[read_K].float() - alone).norm(dim=-1) / alone.norm(dim=-1)).tolist()
+    if not median(gaps) <= 0.1:  # rounding may send single tokens to other experts
+        raise ValueError(
+            f"{type(model).__name__} does not read several blocks in one row as it reads them in separate passes (they differ "
+            f"by {median(gaps):.0%}); please report the architecture, since training would go silently wrong."
+        )

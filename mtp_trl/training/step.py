@@ -1,0 +1,235 @@
+"""One self-distillation pass: student block, rollout, the teacher's reading of it, loss and statistics.
+
+The order of events (arXiv 2602.06019, sections 2 and 3; method sections 2 and 3):
+
+    masks behind the text -> student forward -> y' = argmax at every place -> teacher reads the text with y' in the slots
+    -> loss at every place of a block through its first end of text
+
+The output head is applied to the places that are read, in chunks, and a chunk's logits are recomputed in backward, so no
+more than `logits_chunk_size` x vocabulary logits of each model exist at one time.
+"""
+
+# B rows, R regions, K places of a block, P places read (flat), H hidden size, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..modeling.checks import can_pack
+from ..modeling.logits import output_logits
+from .config import MTPDistillConfig
+from .objective import bar_tokens, block_sums, kl_divergence, place_losses, place_weights, places_with_loss
+from .readers import Reader
+from .regions import Layout, Regions, pack_regions, student_forced_ids, suffix_regions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts and the regions drawn on them. Row-first tensors; right-padded."""
+
+    clean_BN: Tensor
+    prompt_lengths_B: Tensor
+    lengths_B: Tensor
+    regions: Regions
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids the objective has to know: what is masked with, what is never emitted, what ends a text."""
+
+    mask_id: int
+    pad_id: int
+    barred: Tensor
+    eos: Tensor
+
+
+@dataclass
+class PassOutput:
+    """Local sums of one micro-batch.
+
+    Attributes:
+        loss: weighted sum of the losses of the places, with gradient.
+        weight: the weights of all places drawn for it, added up.
+        prefix_kl: sum of KL(teacher, student) over the clean positions compared, with gradient if it is trained on.
+        sums: statistics that add up over micro-batches and ranks.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    prefix_kl: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTPDistillConfig) -> Layout:
+    """Packed rows where the architecture allows it, one row per region otherwise."""
+    if can_pack(model):
+        return pack_regions(
+            batch.clean_BN,
+            batch.lengths_B,
+            batch.regions,
+            k_max=args.k_max,
+            slots=args.slots_per_row,
+            mask_token_id=tokens.mask_id,
+        )
+    return suffix_regions(
+        batch.clean_BN,
+        batch.lengths_B,
+        batch.regions,
+        k_max=args.k_max,
+        mask_token_id=tokens.mask_id,
+        pad_token_id=tokens.pad_id,
+    )
+
+
+def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDistillConfig, *, objective: str) -> PassOutput:
+    """Loss and statistics of one micro-batch; `objective` is that of `args` or, while it warms up, `ground_truth`."""
+    student = reader.student
+    layout = build_layout(student, batch, tokens, args)
+    hidden = reader.read_student(layout)
+    read_P = layout.read_BRK[layout.drawn_BRK]
+    student_PH = hidden[read_P]
+    rollout_P, confidence_P, entropy = _rollout(student, student_PH, tokens, args.logits_chunk_size)
+    rollout_BRK = _scatter(rollout_P, layout.drawn_BRK)
+    teacher_hidden = reader.read_teacher(layout, student_forced_ids(layout, rollout_BRK))
+
+    truth_BRK, in_text_BRK = _ground_truth(batch, layout)
+    losses_P, target_P, reward_P = _losses(
+        reader,
+        student_PH,
+        None if teacher_hidden is None else teacher_hidden[read_P],
+        rollout_P,
+        truth_BRK[layout.drawn_BRK],
+        tokens,
+        args,
+        objective,
+    )
+
+    target_BRK = _scatter(target_P, layout.drawn_BRK)
+    counted_BRK = layout.drawn_BRK & in_text_BRK if objective == "ground_truth" else layout.drawn_BRK
+    # The text itself goes on after a rollout that ended too early.
+    ending = None if objective == "ground_truth" else rollout_BRK
+    valid_BRK = places_with_loss(ending, target_BRK, counted_BRK, eos_ids=tokens.eos)
+    weight_BRK = layout.drawn_BRK * place_weights(args.k_max, args.place_decay).to(losses_P.device)
+    weight_BRK[..., 0] *= not reader.base_reads_text
+    loss = torch.where(valid_BRK[layout.drawn_BRK], losses_P * weight_BRK[layout.drawn_BRK], 0.0).sum()
+    output = PassOutput(loss=loss, weight=weight_BRK.sum(), prefix_kl=loss.new_zeros(()))
+    output.sums = block_sums(
+        _scatter(confidence_P, layout.drawn_BRK),
+        rollout_BRK == target_BRK,
+        _scatter(reward_P, layout.drawn_BRK) if reward_P is not None else None,
+        valid_BRK,
+        thresholds=args.thresholds,
+    )
+    output.sums["entropy"] = entropy
+    output.sums["drawn"] = layout.drawn_BRK.sum().float()
+    if teacher_hidden is not None and not reader.base_reads_text:
+        output.prefix_kl, agree, compared = _prefix_drift(reader, hidden, teacher_hidden, batch, layout, tokens, args)
+        output.sums |= {"drift_kl": output.prefix_kl.detach(), "drift_agree": agree, "drift_places": compared}
+    return output
+
+
+def _scatter(values_P: Tensor, drawn_BRK: Tensor) -> Tensor:
+    """Values of the drawn places back in their blocks; 0 elsewhere."""
+    return torch.zeros(drawn_BRK.shape, dtype=values_P.dtype, device=values_P.device).masked_scatter(drawn_BRK, values_P)
+
+
+@torch.no_grad()
+def _rollout(student: PreTrainedModel, hidden_PH: Tensor, tokens: Tokens, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's own block y', its probability at each place, and the summed entropy of its predictions (nats)."""
+    ids, confidences = [], []
+    entropy = torch.zeros((), device=hidden_PH.device)
+    for part_PH in hidden_PH.detach().split(chunk):
+        log_PV = bar_tokens(output_logits(student, part_PH), tokens.barred).log_softmax(-1)
+        best = log_PV.max(-1)
+        ids.append(best.indices)
+        confidences.append(best.values.exp())
+        entropy += torch.special.entr(log_PV.exp()).sum()
+    return torch.cat(ids), torch.cat(confidences), entropy
+
+
+def _ground_truth(batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The text's own token at every place and whether the text reaches that far: [B, R, K] each."""
+    B, R, K = layout.drawn_BRK.shape
+    index = batch.regions.anchor_BR[..., None].to(batch.clean_BN.device) + 1
+    index = index + torch.arange(K, device=index.device)
+    in_text = index < batch.lengths_B[:, None, None]
+    flat = index.clamp(max=batch.clean_BN.shape[1] - 1).view(B, R * K)
+    return batch.clean_BN.gather(1, flat).view(B, R, K), in_text
+
+
+def _losses(
+    reader: Reader,
+    student_PH: Tensor,
+    teacher_PH: Tensor | None,
+    rollout_P: Tensor,
+    truth_P: Tensor,
+    tokens: Tokens,
+    args: MTPDistillConfig,
+    objective: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per place: the loss (with gradient), the target, and the teacher's log-likelihood of the rollout."""
+
+    def of_chunk(part_PH: Tensor, teacher_part_PH: Tensor | None, rollout: Tensor, truth: Tensor) -> tuple[Tensor, ...]:
+        student_PV = bar_tokens(output_logits(reader.student, part_PH), tokens.barred)
+        teacher_PV, target, reward = None, truth, torch.zeros_like(truth, dtype=torch.float)
+        if teacher_part_PH is not None:
+            with torch.no_grad():
+                teacher_PV = bar_tokens(reader.teacher_logits(teacher_part_PH), tokens.barred)
+                reward = teacher_PV.log_softmax(-1).gather(-1, rollout[:, None]).squeeze(-1)
+                if objective != "ground_truth":
+                    target = teacher_PV.argmax(-1)
+        losses = place_losses(student_PV, teacher_PV, rollout, target, objective=objective, floor=args.reward_floor)
+        return losses, target, reward
+
+    chunk = args.logits_chunk_size
+    teacher_parts = teacher_PH.split(chunk) if teacher_PH is not None else [None] * -(-len(student_PH) // chunk)
+    parts = [
+        # a single chunk fits as it is; of several only the hidden states are kept for backward
+        of_chunk(*inputs) if len(student_PH) <= chunk else checkpoint(of_chunk, *inputs, use_reentrant=False)
+        for inputs in zip(student_PH.split(chunk), teacher_parts, rollout_P.split(chunk), truth_P.split(chunk), strict=True)
+    ]
+    losses_P, target_P, reward_P = (torch.cat(column) for column in zip(*parts, strict=True))
+    return losses_P, target_P, reward_P if teacher_PH is not None else None
+
+
+def _prefix_drift(
+    reader: Reader,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    batch: Batch,
+    layout: Layout,
+    tokens: Tokens,
+    args: MTPDistillConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far single-token prediction has moved: summed KL(teacher, student), places whose argmax agrees, places compared.
+
+    With `ntp_coef` the whole completion is compared, with gradient; otherwise the anchors alone, as a gauge.
+    """
+    if args.ntp_coef > 0:
+        column = torch.arange(batch.clean_BN.shape[1], device=hidden.device)
+        predicts_completion = (column >= batch.prompt_lengths_B[:, None] - 1) & (column < batch.lengths_B[:, None] - 1)
+        read = layout.clean_index(*predicts_completion.nonzero(as_tuple=True))
+    else:
+        read = layout.read_BRK[..., 0][layout.drawn_BRK[..., 0]]
+
+    def of_chunk(student_part: Tensor, teacher_part: Tensor) -> tuple[Tensor, Tensor]:
+        student_log = bar_tokens(output_logits(reader.student, student_part), tokens.barred).log_softmax(-1)
+        with torch.no_grad():
+            teacher_log = bar_tokens(reader.teacher_logits(teacher_part), tokens.barred).log_softmax(-1)
+        agree = (student_log.argmax(-1) == teacher_log.argmax(-1)).sum()
+        return kl_divergence(teacher_log, student_log).sum(), agree.float()
+
+    kl, agree = hidden.new_zeros((), dtype=torch.float), hidden.new_zeros((), dtype=torch.float)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and args.ntp_coef > 0):
+        halves = (hidden[read], teacher_hidden[read])
+        for parts in zip(*(half.split(args.logits_chunk_size) for half in halves), strict=True):
+            part_kl, part_agree = (
+                checkpoint(of_chunk, *parts, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*parts)
+            )
+            kl, agree = kl + part_kl, agree + part_agree
+    return kl, agree, torch.tensor(float(len(read)), device=hidden.device)

@@ -1,0 +1,222 @@
+"""Where exact mode's adapter comes from: found while the model loads, with the options that it loads with."""
+
+import copy
+import json
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mtp_trl.custom_generate import generate as decoder
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE
+from mtp_trl.custom_generate.generate import attach_decoder, generate
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.mask_token import set_decoding_defaults
+from mtp_trl.publishing.repository import write_decoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+IDS = torch.tensor([[7, 12, 33, 5]])
+OPTIONS = {"max_new_tokens": 24, "do_sample": False, "confadapt": 0.0, "verify": False, "eos_token_id": None}
+
+
+def exact_model(tiny_model, seed=5):
+    """A random base and an adapter that says something of its own; unverified text shows which adapter drafted it."""
+    model = tiny_model("llama", context=0.3)
+    model.generation_config.eos_token_id = None
+    model.config.mtp["exact"] = True
+    noise = torch.Generator().manual_seed(seed)
+    for update in add_gated_adapter(model, rank=2, alpha=4).updates:
+        torch.nn.init.normal_(update.lora_B, std=0.3, generator=noise)
+    set_decoding_defaults(model, confadapt=0.5, verify=True)
+    return attach_decoder(model)
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    write_decoder(folder, model, {"base_model": "org/base"})
+    return folder
+
+
+def text(model, **options):
+    return model.generate(IDS, **OPTIONS | options).tolist()
+
+
+@pytest.fixture
+def models(tiny_model):
+    """Two adapters on the same base."""
+    return exact_model(tiny_model, 5), exact_model(tiny_model, 6)
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    return save(models[0], tmp_path / "exact")
+
+
+def load(name, **options):
+    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **options)
+
+
+def test_the_two_adapters_draft_differently(models):
+    assert text(models[0]) != text(models[1])
+    assert text(models[0], verify=True) == text(models[1], verify=True) == text(models[0], mtp_k=1)
+
+
+def test_a_folder_may_move_after_loading(models, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load("exact")
+    shutil.rmtree(folder)
+    monkeypatch.chdir("/")
+    assert text(model) == text(models[0])
+
+
+def test_a_copy_of_a_loaded_model_has_an_adapter_of_its_own(models, folder):
+    model = load(folder)
+    other = copy.deepcopy(model)
+    assert text(other) == text(model) == text(models[0])
+    assert other.mtp_adapter is not model.mtp_adapter
+
+
+@pytest.fixture
+def name(request):
+    """Of a repository: another one in every test, since the client remembers commits."""
+    return "me/" + re.sub(r"\W+", "-", request.node.name)[-60:]
+
+
+def upload(hub, folder, name, **options):
+    api = HfApi(token="hf_test")
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, **options)
+    return hub.repositories[name]
+
+
+def test_a_private_repository_is_read_with_the_token_that_it_is_loaded_with(
+    online, models, folder, tmp_path, monkeypatch, name
+):
+    upload(online, folder, name).private = True
+    monkeypatch.delenv("HF_TOKEN")
+    model = load(name, token="hf_test", cache_dir=tmp_path / "cache")
+    assert text(model) == text(models[0])
+
+
+def test_what_was_loaded_online_decodes_offline(online, models, folder, tmp_path, monkeypatch, name):
+    upload(online, folder, name)
+    model = load(name, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert text(model) == text(models[0])
+    assert text(load(name, cache_dir=tmp_path / "cache")) == text(models[0])
+
+
+def test_a_checkpoint_in_a_subfolder_decodes_with_its_own_adapter(online, models, folder, tmp_path, name):
+    """Code comes from the root, by transformers; weights, configuration and adapter from the subfolder."""
+    upload(online, folder, name)
+    upload(online, save(models[1], tmp_path / "other"), name, path_in_repo="last-checkpoint")
+    assert text(load(name, subfolder="last-checkpoint", cache_dir=tmp_path / "cache")) == text(models[1])
+    assert text(load(tmp_path / "exact")) == text(models[0])
+
+
+def test_lora_put_on_an_exact_model_may_be_merged(models, folder):
+    """PEFT wraps the layers and takes the wrappers away: the adapter stays on what is inside."""
+    model = load(folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    assert text(adapted) == text(models[0])  # B is zero
+    assert text(adapted.merge_and_unload()) == text(models[0])
+
+
+def test_an_exact_repository_without_its_adapter_does_not_load(folder):
+    """transformers takes an OSError for `has no generate`, and the model would decode one token per pass."""
+    (folder / ADAPTER_FILE).unlink()
+    with pytest.raises(ValueError, match=r"was adapted in exact mode, but has no .*mtp_adapter.safetensors"):
+        load(folder)
+
+
+def test_a_checkpoint_that_is_not_there_on_the_hub_is_named(online, folder, tmp_path, name):
+    (folder / ADAPTER_FILE).unlink()
+    upload(online, folder, name)
+    with pytest.raises(ValueError, match=f"{name} was adapted in exact mode, but has no"):
+        load(name, cache_dir=tmp_path / "cache")
+
+
+def adapter_alone(model, folder):
+    """The adapter's repository for a base that knows no mask."""
+    save(model, folder)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_threads_with_two_adapters_on_one_base_do_not_disturb_each_other(models, tiny_model, tmp_path):
+    """Nor a third one that decodes the base as it is, or runs it."""
+    base = tiny_model("llama", context=0.3)
+    base.generation_config.eos_token_id = None
+    del base.config.mtp
+    repositories = [adapter_alone(model, tmp_path / name) for name, model in zip("ab", models, strict=True)]
+    plain = {"max_new_tokens": 24, "do_sample": False}
+    own, logits = base.generate(IDS, **plain).tolist(), base(IDS).logits
+
+    def decode(call):
+        if call == 2:
+            return base.generate(IDS, **plain).tolist()
+        if call == 3:
+            return torch.equal(base(IDS).logits, logits)
+        return text(base, custom_generate=str(repositories[call]), trust_remote_code=True)
+
+    expected = [text(models[0]), text(models[1]), own, True]
+    calls = [0, 1, 2, 3] * 6
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(decode, calls)) == [expected[call] for call in calls]
+
+
+def test_an_adapter_acts_in_its_own_thread_and_rests_after_an_error(models):
+    model, ids = models[0], IDS
+    with torch.no_grad():
+        resting = model(ids).logits
+        seen = []
+        with model.mtp_adapter.acting_on(2):
+            acting = model(ids).logits
+            other = threading.Thread(target=lambda: seen.append(model(ids).logits))
+            other.start()
+            other.join()
+        assert not torch.equal(acting, resting)
+        assert torch.equal(seen[0], resting)
+        with pytest.raises(KeyboardInterrupt), model.mtp_adapter.acting_on(2):
+            raise KeyboardInterrupt
+        assert torch.equal(model(ids).logits, resting)
+        with model.mtp_adapter.acting_on(2), model.mtp_adapter.acting_on(0):
+            assert torch.equal(model(ids).logits, resting)
+
+
+def test_only_generate_is_bound_to_the_repository_it_comes_from(folder):
+    assert load(folder).generate.keywords["repository"].name == str(folder)
+    assert decoder.generate is generate is decoder.generate_blocks
+    with pytest.raises(AttributeError, match="no attribute 'decode'"):
+        _ = decoder.decode
+
+
+def nudged(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    return model
+
+
+def test_a_second_adapter_that_does_not_fit_leaves_the_first_on_the_base(models, tiny_model, tmp_path):
+    base = tiny_model("llama", context=0.3)
+    base.generation_config.eos_token_id = None
+    del base.config.mtp
+    call = {"custom_generate": str(adapter_alone(models[0], tmp_path / "a")), "trust_remote_code": True}
+    expected = text(base, **call)
+    wrong = exact_model(lambda *args, **kwargs: nudged(tiny_model(*args, **kwargs)))
+    with pytest.raises(ValueError, match="these weights differ"):
+        text(base, custom_generate=str(adapter_alone(wrong, tmp_path / "b")), trust_remote_code=True)
+    assert base.mtp_adapter.source[0] == call["custom_generate"]
+    assert text(base, **call) == expected
+
+
+def test_decoding_defaults_of_the_file_are_those_of_the_folder(folder):
+    assert json.loads((folder / "generation_config.json").read_text())["confadapt"] == 0.5
+    assert load(folder).generation_config.verify is True
