@@ -34,7 +34,7 @@ from typing import Any  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
+from huggingface_hub import constants, hf_api  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -138,6 +138,8 @@ def online(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """This process talks to the stand-in Hub, with a token that may write."""
     monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)  # of the functions that need no HfApi
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made with the endpoint of its first call
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")

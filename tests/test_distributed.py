@@ -25,6 +25,7 @@ from accelerate.state import DistributedType, PartialState
 from transformers import AutoTokenizer
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer
 from mtp_trl.custom_generate.generate import generate
+from mtp_trl.modeling.parallelism import gathered
 from mtp_trl.word_problems import load_dataset
 
 options = json.loads(sys.argv[1])
@@ -56,6 +57,21 @@ trainer = MTPDistillTrainer(
 # ACCELERATE_USE_CPU, or `accelerate launch --cpu`, would switch DeepSpeed off without a word
 assert trainer.is_deepspeed_enabled == bool(args.deepspeed)
 assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+if options["poison"]:
+    weight = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad][3]
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        finite = True
+        for parameter in trainer.model.parameters():
+            with gathered([parameter]):
+                finite = finite and bool(parameter.isfinite().all())
+        checkpoints = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+        if trainer.accelerator.is_main_process:
+            print("LOSSES", json.dumps([str(error), finite, checkpoints]), flush=True)
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)
 trainer.train(resume_from_checkpoint=options.get("resume"))
 trainer.save_model()
 if options["push"]:
@@ -99,13 +115,13 @@ def train(run_program, source, tmp_path):
     """Runs the script in so many processes; returns its losses and what it saved."""
 
     def run(processes: int, name: str, *, rows: int = 768, launch: tuple = (), resume: str | None = None, lora=False,
-            prompts_only=False, decode=False, push=None, **arguments):  # fmt: skip
+            prompts_only=False, decode=False, push=None, poison=False, **arguments):  # fmt: skip
         script = tmp_path / "train.py"
         script.write_text(SCRIPT)
         folder = tmp_path / name
         options = {
             "source": source(rows), "tokenizer": str(TOKENIZER), "resume": resume, "lora": lora, "prompts_only": prompts_only,
-            "decode": decode, "push": push is not None,
+            "decode": decode, "push": push is not None, "poison": poison,
             "arguments": {"output_dir": str(folder), "per_device_train_batch_size": 8 // processes, **arguments},
         }  # fmt: skip
         command = ["-m", "accelerate.commands.launch"]
@@ -210,3 +226,19 @@ def test_lora_on_a_sharded_base_is_pushed_whole(train, source, hub_server, tmp_p
     for name in (name for name in base if "q_proj" in name):
         a, b = (trained[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
         torch.testing.assert_close(pushed[name], base[name] + 2 * b @ a)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_that_are_not_finite_change_no_weight_under_deepspeed(train, tmp_path, stage):
+    """DeepSpeed steps within backward; without ZeRO it would step on NaN, and a checkpoint would be saved of it."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    (message, finite, checkpoints), _ = train(
+        2, "two", poison=True, save_strategy="steps", save_steps=1, deepspeed=str(tmp_path / "ds.json")
+    )
+    assert "gradient norm of step 2 is not finite" in message
+    assert finite
+    assert checkpoints == ["checkpoint-1"]

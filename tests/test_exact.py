@@ -485,3 +485,51 @@ def test_what_exact_mode_would_ignore_of_a_lora_configuration_is_refused(tiny_mo
 def test_target_modules_that_are_not_there_are_refused(tiny_model):
     with pytest.raises(ValueError, match="no linear layer among query"):
         add_gated_adapter(tiny_model("llama"), rank=2, alpha=2, target_modules=["query"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_an_interrupted_step_leaves_the_base_as_it_is(tmp_path, checkpointing, moment):
+    """Ctrl-C in the middle of a pass, or of backward, which recomputes layers with the adapter on."""
+    trainer = trainer_for(BASE, tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
+    model, ids = trainer.model, torch.tensor([[0, 5, 6, 7]])
+    for update in model.mtp_adapter.updates:
+        torch.nn.init.normal_(update.lora_B, std=0.3)
+    model.mtp_adapter.mask_row.weight.data.add_(1.0)
+    with torch.no_grad():
+        resting = model.eval()(input_ids=ids).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    layer = model.model.layers[1].mlp.down_proj
+    if moment == "backward":
+        handle = model.mtp_adapter.updates[-1].lora_A.register_hook(interrupt)
+    else:
+        handle = layer.register_forward_hook(lambda *_: interrupt() if model.mtp_adapter.state[0] else None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, resting)
+
+
+def test_layers_are_recomputed_as_they_ran_whatever_came_between(tiny_model):
+    """Two passes of other slots before one backward: each layer is recomputed with the gate of its own pass."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama")
+        adapter = adapted(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        clean, regions, layout = layout_of(model.train())
+        short = pack_regions(clean, torch.tensor([15, 11]), regions, k_max=K, slots=SLOTS + 3, mask_token_id=MASK)
+        losses = []
+        for one in (layout, short):
+            reader = ExactReader(model, with_teacher=True)
+            losses.append(reader.read_student(one)[one.read_BRK[one.drawn_BRK]].square().sum())
+            reader.read_teacher(one, student_forced_ids(one, torch.full(one.drawn_BRK.shape, 7)))
+        sum(losses).backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+        assert adapter.state[0] == 0
+    torch.testing.assert_close(gradients[1], gradients[0])

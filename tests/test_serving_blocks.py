@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE, read_adapter
+from mtp_trl.modeling.exact import add_gated_adapter
+from mtp_trl.modeling.mask_token import set_decoding_defaults
+from mtp_trl.publishing.repository import write_decoder
 from mtp_trl.serving.vllm import hooks
 from mtp_trl.serving.vllm.blocks import Scheduled, accept_all, canvases, next_drafts, proposals, read_blocks
+from mtp_trl.serving.vllm.gated import check_weights
 from mtp_trl.serving.vllm.heads import pad_heads
 from mtp_trl.serving.vllm.proposer import MTPProposer
 from mtp_trl.serving.vllm.serve import serve_command, speculative_config
@@ -134,6 +139,7 @@ def vllm_config(*, mtp: dict[str, Any] | None = None, defaults: dict[str, Any] |
     return SimpleNamespace(
         model_config=SimpleNamespace(
             model="folder",
+            revision=None,
             hf_config=SimpleNamespace(mtp=words),
             try_get_generation_config=lambda: defaults or {},
             get_vocab_size=lambda: V,
@@ -260,7 +266,7 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
     config = vllm_config(adapter=str(tmp_path))
     config.model_config.hf_config = SimpleNamespace()  # the base knows of no mask
     served = Served.of(config)
-    assert (served.mask_token_id, served.adapter) == (29, str(tmp_path))
+    assert (served.mask_token_id, served.adapter) == (29, str(file))
     assert served.defaults == Settings(6, (0.5,), verify=True)
     config.model_config.get_vocab_size = lambda: 29
     with pytest.raises(ValueError, match="serve the model that was saved with the adapter"):
@@ -271,9 +277,59 @@ def test_an_adapter_alone_brings_its_own_words(tmp_path):
         Served.of(config)
 
 
+def test_the_adapter_is_that_of_the_revision_served(monkeypatch):
+    asked = []
+    monkeypatch.setattr("mtp_trl.serving.vllm.settings.cached_file", lambda *a, **k: asked.append((*a, k)) or "adapter")
+    config = vllm_config(mtp={"exact": True})
+    config.model_config.model, config.model_config.revision = "me/exact", "v2"
+    served = Served.of(config)
+    assert asked == [("me/exact", ADAPTER_FILE, {"revision": "v2"})]
+    assert (served.adapter, served.base) == ("adapter", ("me/exact", "v2"))
+
+
+def test_serve_reads_the_configuration_of_the_revision(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model, revision: model)
+    monkeypatch.setattr(hooks, "uses_v2", lambda: False)
+    asked, config = [], tiny_model("llama").config
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **k: asked.append(k) or config)
+    for options in (["--revision", "v2"], ["--revision=v2"]):
+        assert serve_command("me/model", options)[-len(options) :] == options
+    assert asked == [{"revision": "v2"}] * 2
+
+
+def save_exact(tiny_model, folder):
+    model = tiny_model("llama")
+    model.config.mtp["exact"] = True
+    adapter = add_gated_adapter(model, rank=2, alpha=4)
+    set_decoding_defaults(model, confadapt=0.5, verify=True)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    write_decoder(folder, model, {"base_model": "org/base"})
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return read_adapter(str(folder / ADAPTER_FILE)), adapter
+
+
+def test_weights_that_the_adapter_was_not_trained_on_are_not_served(tiny_model, tmp_path):
+    """Compared in the files, before vLLM fuses and packs what is in them."""
+    saved, _ = save_exact(tiny_model, tmp_path)
+    check_weights(saved, str(tmp_path), None)
+    name = "model.layers.1.mlp.down_proj.weight"
+    shard = tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][-1, 3] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="trained on org/base, and these weights differ from it; serve it with org/base instead"
+    ):
+        check_weights(saved, str(tmp_path), None)
+    save_file({key: value for key, value in tensors.items() if key != name}, shard, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="whether these weights are the same cannot be told"):
+        check_weights(saved, str(tmp_path), None)
+
+
 def test_what_is_compiled_without_the_adapter_is_not_taken_for_it(monkeypatch):
     monkeypatch.setattr(hooks, "check_version", lambda: None)
     monkeypatch.setattr(hooks, "install", lambda proposer: None)
+    monkeypatch.setattr("mtp_trl.serving.vllm.settings.cached_file", lambda *_, **__: "adapter")
     plain, exact = vllm_config(), vllm_config(mtp={"exact": True})
     before = dict(exact.additional_config)
     for config in (plain, exact):
@@ -334,7 +390,7 @@ def test_other_heads_are_refused(tiny_model, tmp_path):
 
 
 def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model: model)
+    monkeypatch.setattr("mtp_trl.serving.vllm.serve.servable", lambda model, revision: model)
     monkeypatch.setattr(hooks, "uses_v2", lambda: False)
     tiny_model("llama").save_pretrained(tmp_path)
     command = serve_command(str(tmp_path), ["--port", "8001"], confadapt=0.0, mtp_k=None, verify=False, fixed_width=None)
@@ -347,8 +403,9 @@ def test_the_command_line_of_serve(tiny_model, tmp_path, monkeypatch):
     assert '"num_speculative_tokens": 14' in command[5]  # k_max of 8
     assert command[6:] == ['--additional-config={"mtp_trl": {"confadapt": 0.0, "verify": false}}', "--port", "8001"]
     assert speculative_config(4)["num_speculative_tokens"] == 6
-    with pytest.raises(ValueError, match="filled in"):
-        serve_command(str(tmp_path), ["--speculative-config={}"])
+    for option in ("--speculative-config={}", "--speculative_config={}"):  # vLLM reads both
+        with pytest.raises(ValueError, match="filled in"):
+            serve_command(str(tmp_path), [option])
     with pytest.raises(ValueError, match="plain decoding"):
         serve_command(str(tmp_path), [], mtp_k=1)
 

@@ -78,17 +78,19 @@ class Served:
         if unknown := set(options) - set(OPTIONS):
             known = ", ".join((*OPTIONS, "fixed_width", "adapter"))
             raise ValueError(f"additional_config's {SECTION!r} has no option {', '.join(sorted(unknown))}; it takes {known}.")
-        mtp: dict[str, Any] | None
-        path = None
+        mtp: dict[str, Any] | None = getattr(model.hf_config, "mtp", None)
+        if adapter is None and mtp is not None:
+            check_mtp_config(mtp)
+        exact = adapter is not None or bool(mtp and mtp.get("exact"))
+        _refuse(vllm_config, exact=exact)
+        path: str | None = None
         if adapter is not None:
             path = adapter_file(adapter)
             mtp, repository = adapter_words(path, repository=adapter)
         else:
-            mtp, repository = getattr(model.hf_config, "mtp", None), model.try_get_generation_config() or {}
-            if mtp is not None:
-                check_mtp_config(mtp)
-            if mtp and mtp.get("exact"):
+            if exact:
                 path = adapter_file(model.model, model.revision)
+            repository = model.try_get_generation_config() or {}
         if mtp is None:
             raise ValueError(
                 f"{model.model} has no mask token (`mtp` in config.json): serve a model that mtp-trl adapted, or leave the "
@@ -104,8 +106,7 @@ class Served:
         options = {name: value for name, value in said.items() if value not in (None, "auto")} | options
         k_max = int(mtp["k_max"])
         defaults = Settings(k_max, (0.0,), verify=True).with_options(options, k_max=k_max)
-        _refuse(vllm_config, exact=path is not None)
-        if path is not None:
+        if exact:
             vllm_config.additional_config = (vllm_config.additional_config or {}) | {"mtp_trl_gated": __version__}
         return cls(
             mask_token_id=int(mtp["mask_token_id"]),
