@@ -41,16 +41,16 @@ TRAINED = WAYS | {"place rows": "full fine-tuning, a mask row for each place"}
 
 
 @dataclass
-class RowForEachPlace(WholeRowReader):
-    """Slot s of a region holds the s-th of `place_ids`; all these rows start as the mask's."""
+class RowForEachPosition(WholeRowReader):
+    """Slot s of a region holds the s-th of `mask_ids`; all these rows start as the mask's."""
 
-    place_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    mask_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def read_student(self, layout: Layout) -> torch.Tensor:
         slots_BRS = layout.drawn_BRK[..., 1:]
-        place_BRS = torch.arange(slots_BRS.shape[-1]).expand_as(slots_BRS)
+        index_BRS = torch.arange(slots_BRS.shape[-1]).expand_as(slots_BRS)
         ids = layout.ids_XT.clone()
-        ids.view(-1)[layout.read_BRK[..., 1:][slots_BRS]] = self.place_ids[place_BRS[slots_BRS]]
+        ids.view(-1)[layout.read_BRK[..., 1:][slots_BRS]] = self.mask_ids[index_BRS[slots_BRS]]
         return super().read_student(replace(layout, ids_XT=ids))
 
 
@@ -77,7 +77,7 @@ class Run:
         model = load_base(BASE).float()
         add_mask_token(model, tokenizer, mask_token="<|mtp|>", k_max=options.k_max, seed=0)
         mask_id, rows = model.config.mtp["mask_token_id"], model.config.vocab_size
-        place_ids = torch.tensor([mask_id, *range(rows, rows + options.k_max - 2)])
+        mask_ids = torch.tensor([mask_id, *range(rows, rows + options.k_max - 2)])
         if name == "place rows":
             model.resize_token_embeddings(rows + options.k_max - 2, mean_resizing=False)
             with torch.no_grad():
@@ -85,14 +85,14 @@ class Run:
         tokens = Tokens(
             mask_id=mask_id,
             pad_id=tokenizer.pad_token_id,
-            barred=place_ids if name == "place rows" else torch.tensor(model.config.mtp["barred_token_ids"]),
+            barred=mask_ids if name == "place rows" else torch.tensor(model.config.mtp["barred_token_ids"]),
             eos=torch.tensor([tokenizer.eos_token_id]),
         )
         trained_as = "full" if name == "place rows" else name
         self.way = Way(trained_as, model, tokens, k_max=options.k_max, slots=options.slots, rank=options.rank)
         if name == "place rows":
             reader = self.way.reader
-            self.way.reader = RowForEachPlace(reader.student, reader.teacher, reader.run_teacher, place_ids=place_ids)
+            self.way.reader = RowForEachPosition(reader.student, reader.teacher, reader.run_teacher, mask_ids=mask_ids)
         self.optimizer = muon_adamw(model, lr=options.learning_rate, weight_decay=0.0)
         self.train = _texts(tokenizer, "train", 200 * options.rows, seed=1)
         self.held_out = _collate(_texts(tokenizer, "test", 64, seed=0), tokens.pad_id)
@@ -130,7 +130,7 @@ class Run:
         anchors = (prompts[:, None] - 1 + share * (lengths - 1 - prompts)[:, None]).long()
         batch = Batch(clean, prompts, lengths, Regions(anchors, torch.full_like(anchors, k_max)))
         sums = distillation_pass(self.way.reader, batch, self.way.tokens, self.way.args, objective="hard").sums
-        return float((sums["agree_K"][1:] / sums["places_K"][1:].clamp(min=1)).mean())
+        return float((sums["agree_K"][1:] / sums["positions_K"][1:].clamp(min=1)).mean())
 
 
 def _texts(tokenizer: Any, split: str, count: int, *, seed: int) -> list[dict[str, list[int]]]:

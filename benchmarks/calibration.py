@@ -2,8 +2,8 @@
 once per threshold, then calibrates on one random part of it and measures the loss on the other, again and again.
 
     python benchmarks/calibration.py runs/tiny_exact_long --pool runs/calibration_pool --output docs/results/calibration.json
-    python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1250 --pool runs/calibration_by_place \\
-        --output docs/results/calibration_by_place.json
+    python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1250 --pool runs/calibration_by_position \\
+        --output docs/results/calibration_by_position.json
 
 The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped, and a pool of another model or
 of other thresholds is refused. The parts are drawn anew for every repetition and share no problem within it. With
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from mtp_trl.evaluation.calibration import BY_PLACE, Shape, calibrate, even
+from mtp_trl.evaluation.calibration import BY_POSITION, Shape, calibrate, even
 from mtp_trl.evaluation.loading import identity, load_student
 from mtp_trl.evaluation.sweep import evaluate_decoding
 from mtp_trl.evaluation.tasks import result
@@ -33,7 +33,7 @@ from mtp_trl.publishing.report import Setting, Threshold
 from mtp_trl.word_problems import Problem, train_problems
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
-GRID_BY_PLACE = THRESHOLDS[2:]
+GRID_BY_POSITION = THRESHOLDS[2:]
 POOL_SEED = 2026
 TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
 CHUNK = 250
@@ -49,7 +49,7 @@ CASES: list[tuple[Measure, float, int]] = [
     ("agreement", 0.02, 1500),
     ("agreement", 0.05, 500),
 ]
-CASES_BY_PLACE: list[tuple[Measure, float, int]] = [
+CASES_BY_POSITION: list[tuple[Measure, float, int]] = [
     ("accuracy", 0.02, 500),
     ("accuracy", 0.05, 500),
     ("agreement", 0.05, 500),
@@ -229,15 +229,15 @@ def main() -> None:
     parser.add_argument("--per-place", action="store_true", help="thresholds by place beside the one threshold")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    grid, shapes = (GRID_BY_PLACE, BY_PLACE) if options.per_place else (THRESHOLDS, (even,))
+    grid, shapes = (GRID_BY_POSITION, BY_POSITION) if options.per_place else (THRESHOLDS, (even,))
     settings = decodings(shapes, grid)
     decode_pool(options.model, options.pool, fresh_problems(options.problems), settings)
     pool = read_pool(options.pool, options.problems, settings)
     if options.per_place:
-        searches = {"one threshold": (even,), "by place": BY_PLACE}
+        searches = {"one threshold": (even,), "by place": BY_POSITION}
         rows = [
             {"search": search} | repeat(pool, *case, seed=seed, grid=grid, shapes=along)
-            for seed, case in enumerate(CASES_BY_PLACE)
+            for seed, case in enumerate(CASES_BY_POSITION)
             for search, along in searches.items()
         ]
     else:

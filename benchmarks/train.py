@@ -54,7 +54,7 @@ class Row:
     way: str
     seconds: float
     clean_per_second: float
-    places_per_second: float
+    positions_per_second: float
     peak_mb: float
     trainable: int
 
@@ -215,7 +215,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
                 way=WAYS[name],
                 seconds=median,
                 clean_per_second=options.rows * options.length / median,
-                places_per_second=statistics.median(places[name]) / median,
+                positions_per_second=statistics.median(places[name]) / median,
                 peak_mb=float(alone.split()[-1]),
                 trainable=sum(p.numel() for p in costs.way.parameters),
             )
@@ -231,7 +231,7 @@ def table(results: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {row.way} | {row.seconds:.3f} | {row.clean_per_second:,.0f} | {row.places_per_second:,.0f} | "
+        f"| {row.way} | {row.seconds:.3f} | {row.clean_per_second:,.0f} | {row.positions_per_second:,.0f} | "
         f"{rows[0].seconds / row.seconds:.2f}x | {row.peak_mb:,.0f} | {row.trainable / 1e6:.2f}M |"
         for row in rows
     ]

@@ -53,7 +53,7 @@ def table(name: str) -> str:
         return memory.table(results)
     if "history" in results["rows"][0]:
         return agreement.table(results)
-    if "places_per_second" in results["rows"][0]:
+    if "positions_per_second" in results["rows"][0]:
         return train.table(results)
     if "time_to_first_token" in results["rows"][0]:
         return serve.table(results)

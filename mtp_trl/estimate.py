@@ -5,6 +5,8 @@ not: the CUDA context, fragmentation, and the communication buffers of ZeRO. `te
 measured peaks.
 """
 
+# Shapes: B rows of the batch, D features of an attention head, T columns of a forward pass
+
 from __future__ import annotations
 
 import copy

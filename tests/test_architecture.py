@@ -1,9 +1,11 @@
 """The rules of the tree, checked on the source: who imports whom, and nothing of one machine in a tracked file."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,34 @@ def relative_imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def legend() -> dict[str, str]:
+    """The one page that says what a letter at the end of a tensor's name means."""
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8").partition("## Shapes")[2]
+    return dict(re.findall(r"^\| (\w) \| (.+) \|$", page, re.MULTILINE))
+
+
+def shape_letters(source: str) -> set[str]:
+    """Those at the ends of tensors' names, and between the brackets of shapes in docstrings and comments."""
+    letters: set[str] = set()
+    axis = r"[A-Za-z0-9.]+(?: [*+-] [A-Z0-9]+)*"
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.string not in ("lora_A", "lora_B"):
+            if suffix := re.fullmatch(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*|r[A-Z]|[A-Z]r)", token.string):
+                letters |= set(suffix.group(1)) - {"1"}
+        elif token.type in (tokenize.STRING, tokenize.COMMENT):
+            for shape in re.findall(rf"\[({axis}(?:, {axis})*)\]", token.string):
+                letters |= set(re.findall(r"\b[A-Z]\b", shape))
+    return letters
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_shape_letter_means_the_same_everywhere(path):
+    source, meaning = path.read_text(encoding="utf-8"), legend()
+    comment = re.search(r"^# Shapes: (.+(?:\n# .+)*)", source, re.MULTILINE)
+    stated = dict(entry.split(" ", 1) for entry in comment.group(1).replace("\n#", "").split(", ")) if comment else {}
+    assert stated == {letter: meaning.get(letter) for letter in sorted(shape_letters(source), key=lambda x: (x.islower(), x))}
 
 
 def test_every_folder_says_what_it_is_for():

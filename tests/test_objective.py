@@ -11,8 +11,8 @@ from mtp_trl.training.objective import (
     block_metrics,
     block_sums,
     kl_divergence,
-    place_losses,
-    places_with_loss,
+    position_losses,
+    positions_with_loss,
 )
 
 V, BARRED = 7, torch.tensor([5, 6])
@@ -40,7 +40,7 @@ def naive_loss(objective: str, student: torch.Tensor, teacher: torch.Tensor, rol
 def test_each_objective_equals_its_formula(objective):
     student, teacher = logits(0), logits(1)
     rollout, target = student.argmax(-1), teacher.argmax(-1)
-    losses = place_losses(student, teacher, rollout, target, objective=objective)
+    losses = position_losses(student, teacher, rollout, target, objective=objective)
     for place in range(4):
         expected = naive_loss(objective, student[place], teacher[place], int(rollout[place]), int(target[place]))
         assert losses[place].item() == pytest.approx(expected, rel=1e-5)
@@ -50,7 +50,7 @@ def test_each_objective_equals_its_formula(objective):
 def test_barred_tokens_give_no_nan_in_value_or_gradient(objective):
     raw = torch.randn(4, V, requires_grad=True)
     student = bar_tokens(raw, BARRED)
-    losses = place_losses(student, logits(1), student.argmax(-1), torch.tensor([0, 1, 2, 3]), objective=objective)
+    losses = position_losses(student, logits(1), student.argmax(-1), torch.tensor([0, 1, 2, 3]), objective=objective)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(raw.grad).all()
@@ -62,7 +62,7 @@ def test_reward_gradient_is_the_expected_policy_gradient():
     """E[R grad log p] over every token equals the gradient of the objective: the baseline-free exact expectation."""
     raw = torch.randn(1, V, requires_grad=True)
     teacher = logits(3)[:1]
-    place_losses(bar_tokens(raw, BARRED), teacher, torch.tensor([0]), torch.tensor([0]), objective="reward").sum().backward()
+    position_losses(bar_tokens(raw, BARRED), teacher, torch.tensor([0]), torch.tensor([0]), objective="reward").sum().backward()
     policy = torch.zeros(V)
     reward = teacher.log_softmax(-1)[0].clamp(min=-20.0)
     for token in range(5):
@@ -89,14 +89,14 @@ def test_kl_is_zero_between_equals():
 )
 def test_a_block_carries_loss_through_its_first_end_of_text(rollout, target, expected):
     drawn = torch.ones(1, 1, 4, dtype=torch.bool)
-    valid = places_with_loss(torch.tensor([[rollout]]), torch.tensor([[target]]), drawn, eos_ids=torch.tensor([1, 9]))
+    valid = positions_with_loss(torch.tensor([[rollout]]), torch.tensor([[target]]), drawn, eos_ids=torch.tensor([1, 9]))
     assert valid[0, 0].int().tolist() == expected
 
 
 def test_an_end_of_text_at_an_undrawn_place_cuts_nothing():
     drawn = torch.tensor([[[True, False, True]]])
     ids = torch.tensor([[[3, 1, 3]]])
-    assert places_with_loss(ids, ids, drawn, eos_ids=torch.tensor([1])).tolist() == drawn.tolist()
+    assert positions_with_loss(ids, ids, drawn, eos_ids=torch.tensor([1])).tolist() == drawn.tolist()
 
 
 def test_block_statistics_equal_a_plain_count():
@@ -138,4 +138,4 @@ def test_sums_of_two_halves_add_up_to_the_whole():
 def test_a_rollout_that_ends_cuts_nothing_where_the_text_is_the_target():
     """The reason to cut there is a teacher that reads the rollout; the text itself goes on."""
     drawn, text = torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([[[3, 5, 1, 3]]])
-    assert places_with_loss(None, text, drawn, eos_ids=torch.tensor([1]))[0, 0].int().tolist() == [1, 1, 1, 0]
+    assert positions_with_loss(None, text, drawn, eos_ids=torch.tensor([1]))[0, 0].int().tolist() == [1, 1, 1, 0]

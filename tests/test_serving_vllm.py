@@ -44,7 +44,7 @@ GREEDY = {"temperature": 0, "max_tokens": 96}
 LONG = {"temperature": 0, "max_tokens": 192}
 ONE_BY_ONE = {"extra_args": {"mtp_k": 1}}
 LOSSY = {"extra_args": {"confadapt": 0.5, "verify": 0}}
-BY_PLACE = {"extra_args": {"confadapt": [0.9, 0.3], "verify": 0}}
+BY_POSITION = {"extra_args": {"confadapt": [0.9, 0.3], "verify": 0}}
 # What a request may ask for beside the most probable token; plain vLLM's answer must not change.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -128,7 +128,7 @@ def ours(exact, tmp_path_factory):
     lossy_among_others = [{**GREEDY, **(LOSSY if i % 2 else {})} for i in range(len(PROMPTS))]
     jobs = {**SAME_JOBS, "lossy": job(GREEDY | LOSSY), "lossy among others": job(lossy_among_others)}
     jobs["lossy with a penalty"] = job(GREEDY | CONDITIONS["penalties"] | LOSSY)
-    jobs["by place"] = job(GREEDY | BY_PLACE, PROMPTS[:8])
+    jobs["by place"] = job(GREEDY | BY_POSITION, PROMPTS[:8])
     jobs["one by one"] = job(GREEDY | ONE_BY_ONE)
     jobs["out of range"] = job({**GREEDY, "extra_args": {"confadapt": -1}}, PROMPTS[:4])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **speculative()}
@@ -218,7 +218,7 @@ def test_confadapt_equals_the_projects_generate(ours, exact):
     assert tokens(ours, "lossy") == expected
     assert tokens(ours, "lossy among others")[1::2] == expected[1::2]
     assert tokens(ours, "lossy among others")[::2] == tokens(ours, "greedy")[::2]
-    by_place = decoded_like_the_engine(exact, PROMPTS[:8], confadapt=BY_PLACE["extra_args"]["confadapt"])
+    by_place = decoded_like_the_engine(exact, PROMPTS[:8], confadapt=BY_POSITION["extra_args"]["confadapt"])
     assert by_place != expected[:8]
     assert tokens(ours, "by place") == by_place
 
@@ -322,7 +322,7 @@ def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
 @pytest.fixture(scope="session")
 def second(exact, tmp_path_factory):
     jobs = {"greedy": job(SHORT), "lossy": job(SHORT | LOSSY, PROMPTS[:8]), **SECOND_JOBS}
-    jobs["by place"] = job(SHORT | BY_PLACE, PROMPTS[:8])
+    jobs["by place"] = job(SHORT | BY_POSITION, PROMPTS[:8])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **v2_arguments("LlamaForCausalLM", K)}
     return run_engine(tmp_path_factory, engine, jobs, v2=True)
 

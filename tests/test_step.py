@@ -10,7 +10,7 @@ from mtp_trl.modeling.logits import output_logits
 from mtp_trl.modeling.lora import adapters_off
 from mtp_trl.training import readers, step
 from mtp_trl.training.config import MTPDistillConfig
-from mtp_trl.training.objective import OBJECTIVES, bar_tokens, kl_divergence, place_losses
+from mtp_trl.training.objective import OBJECTIVES, bar_tokens, kl_divergence, position_losses
 from mtp_trl.training.readers import WholeRowReader
 from mtp_trl.training.regions import row_generator, sample_regions
 from mtp_trl.training.step import Batch, Tokens, distillation_pass
@@ -70,7 +70,7 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
                 target = text[anchor + 1 : anchor + 1 + size]
             for place in range(len(target)):
                 one = slice(place, place + 1)
-                one_loss = place_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
+                one_loss = position_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
                 loss = loss + args.place_decay**place * one_loss.sum()
                 rewards.append(reference[place].log_softmax(-1)[rollout[place]])
                 if EOS in (int(rollout[place]), int(target[place])):
@@ -167,11 +167,11 @@ def test_without_ntp_coef_the_drift_is_read_at_the_anchors_without_gradient(tiny
     student, teacher = pair(tiny_model)
     output = run(student, teacher, arguments(tmp_path))
     assert not output.prefix_kl.requires_grad
-    assert output.sums["drift_places"] == (batch().regions.size_BR > 0).sum()
+    assert output.sums["drift_positions"] == (batch().regions.size_BR > 0).sum()
     assert output.sums["drift_kl"] > 0
     same = run(teacher, teacher, arguments(tmp_path))
     assert same.sums["drift_kl"].abs() < 1e-5
-    assert same.sums["drift_agree"] == same.sums["drift_places"]
+    assert same.sums["drift_agree"] == same.sums["drift_positions"]
 
 
 def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
@@ -197,7 +197,7 @@ def test_ground_truth_is_learned_after_a_rollout_that_ended_too_early(tiny_model
         for row in range(2)
         for anchor, size in zip(data.regions.anchor_BR[row], data.regions.size_BR[row], strict=True)
     )
-    assert output.sums["places_K"].sum() == in_text
+    assert output.sums["positions_K"].sum() == in_text
 
 
 @pytest.mark.parametrize("chunk", [1024, 5])

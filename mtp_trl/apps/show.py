@@ -30,7 +30,7 @@ class ColouredStreamer(BaseStreamer):
         self.prompt_is_next = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, which is not printed, then the tokens of each pass, int64 [N]."""
+        """The prompt first, which is not printed, then the tokens of each pass, int64 [tokens]."""
         if self.prompt_is_next:
             self.prompt_is_next = False
             return

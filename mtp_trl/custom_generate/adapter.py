@@ -1,6 +1,6 @@
 """Exact mode's adapter: low-rank updates and a mask row that act at masks only (method section 4b)."""
 
-# B rows, T columns of a pass, r rank
+# Shapes: B rows of the batch, T columns of a forward pass
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A cache in which every row has its own offset, and the attention masks that go with it."""
 
-# A rows still alive, W columns fed, H heads, C cache slots, D head size, U scratch slots
+# Shapes: A rows not finished, C cache slots, D features of an attention head, G key-value heads, T columns of a forward pass,
+# U scratch slots
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ class Placement:
         self.slots = slots
         self.first: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def place(self, slots_AW: Tensor, *, top: int) -> None:
+    def place(self, slots_AT: Tensor, *, top: int) -> None:
         """Columns of the next pass write to these slots, and attention reads the first `top` slots."""
-        self.slots_AW, self.top = slots_AW, top
+        self.slots_AT, self.top = slots_AT, top
         self.flat: dict[tuple[int, torch.device], Tensor] = {}
 
     def index(self, heads: int, device: torch.device) -> Tensor:
-        """Rows of a cache [A, H, C, D] seen as [A * H * C, D] that the step's [A, H, W] vectors go to."""
+        """Rows of a cache [A, G, C, D] seen as [A * G * C, D] that the step's [A, G, T] vectors go to."""
         if (heads, device) not in self.flat:
-            first_AH = self._first_slots(len(self.slots_AW), heads, device)
-            self.flat[heads, device] = (first_AH[..., None] + self.slots_AW.to(device)[:, None]).flatten()
+            first_AG = self._first_slots(len(self.slots_AT), heads, device)
+            self.flat[heads, device] = (first_AG[..., None] + self.slots_AT.to(device)[:, None]).flatten()
         return self.flat[heads, device]
 
     def _first_slots(self, rows: int, heads: int, device: torch.device) -> Tensor:
@@ -45,7 +46,7 @@ class Placement:
 
 
 class RowOffsetLayer(StaticLayer):
-    """Keys and values [A, H, C, D], allocated once. Sliding layers keep all positions: the window is in the mask."""
+    """Keys and values [A, G, C, D], allocated once. Sliding layers keep all positions: the window is in the mask."""
 
     keys: Tensor
     values: Tensor
@@ -55,7 +56,7 @@ class RowOffsetLayer(StaticLayer):
         self.placement = placement
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write [A, H, W, D] to the step's slots; returns the slots in use, [A, H, top, D]."""
+        """Write [A, G, T, D] to the step's slots; returns the slots in use, [A, G, top, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         index, top = self.placement.index(key_states.shape[1], key_states.device), self.placement.top
@@ -110,15 +111,15 @@ class AttentionMasks:
         self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
     def __call__(
-        self, positions_AW: Tensor, anchors_AW: Tensor, *, masks: int, top: int, dtype: torch.dtype | None
+        self, positions_AT: Tensor, anchors_AT: Tensor, *, masks: int, top: int, dtype: torch.dtype | None
     ) -> Tensor | dict[str, Tensor]:
-        """[A, 1, W, top], or a dict of them by layer type; boolean, or of `dtype` and to be added to the scores.
+        """[A, 1, T, top], or a dict of them by layer type; boolean, or of `dtype` and to be added to the scores.
 
         Args:
-            anchors_AW: the last position of the text that each column sees.
+            anchors_AT: the last position of the text that each column sees.
             masks: how many of the last columns write to scratch slots.
         """
-        arguments = (positions_AW[:, None, :, None], anchors_AW[:, None, :, None], masks, top, dtype)
+        arguments = (positions_AT[:, None, :, None], anchors_AT[:, None, :, None], masks, top, dtype)
         if not self.layer_types:
             return self._mask(self.only_type, *arguments)
         by_type = {layer_type: self._mask(layer_type, *arguments) for layer_type in self.layer_types}

@@ -1,7 +1,6 @@
 """Steps of models whose layers keep keys and values only: what is not cached yet is fed, every row at its own offset."""
 
-# A rows still alive, W columns fed, P positions read, V vocabulary, E rejection points that have a block of masks,
-# M masks of a row
+# Shapes: A rows not finished, E blocks of masks in a row, M masks of a row, T columns of a forward pass
 
 from __future__ import annotations
 
@@ -106,10 +105,10 @@ class CachedForward(Forward):
         ]
         first_A1, end_A1, limit_A1, block_end_AE = torch.tensor(facts).split([1, 1, 1, blocks], 1)
 
-        text_AW = end_A1 - pending + torch.arange(pending)
-        is_text_AW = text_AW >= first_A1
-        text_AW = text_AW.where(is_text_AW, 0)
-        text_slots_AW = (text_AW + self.scratch).where(is_text_AW, self.trash)
+        text_AT = end_A1 - pending + torch.arange(pending)
+        is_text_AT = text_AT >= first_A1
+        text_AT = text_AT.where(is_text_AT, 0)
+        text_slots_AT = (text_AT + self.scratch).where(is_text_AT, self.trash)
 
         mask_AM = (block_end_AE[..., None] + torch.arange(k - 1)).flatten(1)
         is_inside_AM = mask_AM < limit_A1
@@ -120,9 +119,9 @@ class CachedForward(Forward):
         mask_slots_AM = mask_slots_AM.where(is_inside_AM, self.trash)
         return StepColumns.moved(
             torch.tensor(ids),
-            torch.cat([text_AW, mask_AM.where(is_inside_AM, 0)], 1),
-            torch.cat([text_slots_AW, mask_slots_AM], 1),
-            torch.cat([text_AW, anchor_AM.where(is_inside_AM, 0)], 1),
+            torch.cat([text_AT, mask_AM.where(is_inside_AM, 0)], 1),
+            torch.cat([text_slots_AT, mask_slots_AM], 1),
+            torch.cat([text_AT, anchor_AM.where(is_inside_AM, 0)], 1),
             self.device,
         )
 

@@ -1,7 +1,7 @@
 """From logits to tokens: logits processors, the choice at every position, and how much of a block is accepted."""
 
-# B rows of the call, L columns of text, A rows still alive, P positions read, K block, V vocabulary,
-# E rejection points that have a block of masks, M rows chosen for at once
+# Shapes: A rows not finished, B rows of the batch, E blocks of masks in a row, K positions of a block, L columns of the text,
+# P positions read, V vocabulary
 
 from __future__ import annotations
 
@@ -190,14 +190,14 @@ class Choice:
             for length, members in self.text.by_length(alive, offset).items():
                 rows = [alive[member] for member in members]
                 indices = [row.index for row in rows]
-                scores_MV = self._processed(history_BL[:, :length], logits_APV[:, index], alive)[indices]
+                member_scores = self._processed(history_BL[:, :length], logits_APV[:, index], alive)[indices]
                 positions = [row.end + offset for row in rows]
-                picked_M = draw(scores_MV, rows, positions) if self.draw_all else scores_MV.argmax(-1)
-                chosen_AP[members, index] = picked_M
-                probs_AP[members, index] = self.confadapt.confidence(picked_M, indices)
-                scores_APV[members, index] = scores_MV
+                picked = draw(member_scores, rows, positions) if self.draw_all else member_scores.argmax(-1)
+                chosen_AP[members, index] = picked
+                probs_AP[members, index] = self.confadapt.confidence(picked, indices)
+                scores_APV[members, index] = member_scores
                 if offset >= 0:
-                    history_BL[indices, length] = picked_M
+                    history_BL[indices, length] = picked
         return chosen_AP, probs_AP, scores_APV
 
     def _processed(self, history_BL: Tensor, logits_AV: Tensor, alive: list[Row]) -> Tensor:

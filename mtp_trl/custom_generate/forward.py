@@ -1,6 +1,6 @@
 """Which way a model is run: with a cache, from recurrent states, or, where neither is known to work, without a cache."""
 
-# A rows still alive, P positions read, V vocabulary
+# Shapes: A rows not finished, P positions read
 
 from __future__ import annotations
 

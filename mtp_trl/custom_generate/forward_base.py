@@ -1,6 +1,6 @@
 """What all ways to run a step share: one call of the model, the adapter at its masks, ranks that wait for each other."""
 
-# A rows still alive, W columns fed, P positions read, K block, V vocabulary
+# Shapes: A rows not finished, P positions read, T columns of a forward pass, V vocabulary
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .settings import Settings
 
 
 class StepColumns(NamedTuple):
-    """The columns of a step, int64 [A, W] each.
+    """The columns of a step, int64 [A, T] each.
 
     Attributes:
         ids: tokens and masks; 0 at padding.

@@ -28,7 +28,7 @@ This folder is uploaded with every model as `custom_generate/`. `from_pretrained
 `choice`.
 """
 
-# B rows of the call, L columns of text, A rows still alive, P positions read, V vocabulary
+# Shapes: A rows not finished, B rows of the batch, L columns of the text, P positions read, V vocabulary
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What `generate` returns: tokens, and on request the passes they took and the scores they were chosen from."""
 
-# B rows of the call, L columns of text, A rows still alive, P positions read, V vocabulary
+# Shapes: A rows not finished, B rows of the batch, L columns of the text, P positions read, V vocabulary
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a model can do, found out by trying it: where it computes, whether it is causal, whether its states can be continued."""
 
-# B rows of the call, V vocabulary
+# Shapes: B rows of the batch
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Steps of models with recurrent layers, whose states cannot be cut back: the states follow the confirmed tokens only."""
 
-# A rows still alive, W columns fed, P positions read, V vocabulary
+# Shapes: A rows not finished, P positions read, T columns of a forward pass, V vocabulary
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class RecurrentForward(Forward):
     ) -> Tensor:
         """Logits of a pass over tokens of each row, from its state on, and masks; padding comes last, or first.
 
-        [A, W, V], or of the last `read` columns.
+        [A, T, V], or of the last `read` columns.
         """
         # transformers leaves the mask of a single column out, which would be padding before an empty prompt.
         width = max(2 if pad_first else 1, max(map(len, fed))) + masks
@@ -121,18 +121,18 @@ class RecurrentForward(Forward):
         count_A1 = torch.tensor(counts)[:, None]
         start_A1 = torch.tensor([self.read[row.index] for row in alive])[:, None]
         limit_A1 = torch.tensor([row.limit for row in alive])[:, None]
-        index_AW = torch.arange(width) - (width - count_A1 if pad_first else 0)  # in what the row is fed
-        is_fed_AW = (index_AW >= 0) & (index_AW < count_A1)
-        is_mask_AW = (is_fed_AW & (index_AW >= count_A1 - masks)).to(self.device)
-        positions_AW = (start_A1 + index_AW).where(is_fed_AW, 0)
-        slots_AW = positions_AW.where(is_fed_AW & (positions_AW < limit_A1), self.trash)
-        columns = StepColumns.moved(torch.tensor(ids), positions_AW, slots_AW, positions_AW, self.device)
+        index_AT = torch.arange(width) - (width - count_A1 if pad_first else 0)  # in what the row is fed
+        is_fed_AT = (index_AT >= 0) & (index_AT < count_A1)
+        is_mask_AT = (is_fed_AT & (index_AT >= count_A1 - masks)).to(self.device)
+        positions_AT = (start_A1 + index_AT).where(is_fed_AT, 0)
+        slots_AT = positions_AT.where(is_fed_AT & (positions_AT < limit_A1), self.trash)
+        columns = StepColumns.moved(torch.tensor(ids), positions_AT, slots_AT, positions_AT, self.device)
 
         ends = zip(alive, counts, strict=True)
         last = max(min(self.read[row.index] + count, row.limit) for row, count in ends)
         top = min(-(-max(last, 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE, self.placement.slots)
         self.placement.place(columns.slots, top=top)
-        states: Any = is_fed_AW.long().to(self.device) if pad_first else None
+        states: Any = is_fed_AT.long().to(self.device) if pad_first else None
         mask: Any = states
         if self.attention is not None:
             mask = self.attention(columns.positions, columns.anchors, masks=0, top=top, dtype=self.attention.dtype)
@@ -140,7 +140,7 @@ class RecurrentForward(Forward):
         return self.run(
             read=width if read is None else read,
             # Ranks that share weights run the adapter in the same passes.
-            gate=is_mask_AW if masks or (self.synced and self.longest > 1) else 0,
+            gate=is_mask_AT if masks or (self.synced and self.longest > 1) else 0,
             input_ids=columns.ids,
             attention_mask=mask,
             use_cache=True,

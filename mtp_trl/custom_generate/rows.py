@@ -1,6 +1,6 @@
 """The rows of a call: what is confirmed, drafted and cached of each, and the text that they make up together."""
 
-# B rows of the call, L columns of text
+# Shapes: B rows of the batch, L columns of the text
 
 from __future__ import annotations
 

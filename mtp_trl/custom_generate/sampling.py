@@ -1,6 +1,6 @@
 """Random draws that depend on (seed, prompt, position) only: not on the block, the threshold, the batch or the device."""
 
-# A rows still alive, P positions read, V vocabulary
+# Shapes: A rows not finished, P positions read, V vocabulary
 
 from __future__ import annotations
 

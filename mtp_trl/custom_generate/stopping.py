@@ -1,6 +1,6 @@
 """Where a row ends: end-of-text tokens, the longest length, stop strings and any other stopping criterion."""
 
-# B rows of the call, L columns of text
+# Shapes: B rows of the batch, L columns of the text
 
 from __future__ import annotations
 

@@ -14,8 +14,6 @@ problems and to test it on the other would be honest too, but costs more: with n
 problems of S shapes at a = 1 - confidence, and 2 log(1 / a) of two halves.
 """
 
-# N problems, Q values of the nuisance parameter
-
 from __future__ import annotations
 
 import math
@@ -29,7 +27,7 @@ from ..publishing.report import Threshold
 from .sweep import Record
 
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87, 0.84, 0.8, 0.7, 0.6, 0.5)
-_NUISANCE_VALUES = 200
+_GRID_VALUES = 200  # of the nuisance parameter P(gained)
 
 # Thresholds, strict to loose as the number falls from 1.
 Shape = Callable[[float], Threshold]
@@ -45,7 +43,7 @@ def first_looser(threshold: float) -> Threshold:
     return (round(max(0.0, 1 - 10 * (1 - threshold)), 6), threshold)
 
 
-BY_PLACE: tuple[Shape, ...] = (even, first_looser)
+BY_POSITION: tuple[Shape, ...] = (even, first_looser)
 
 
 def calibrate(
@@ -135,17 +133,24 @@ def net_loss_p_value(lost: int, gained: int, problems: int, *, bound: float) -> 
 
     Outcomes are ordered by Tango's score statistic (Statistics in Medicine 17, 1998); the p-value is the largest
     probability, over the unknown P(gained), of an outcome as extreme as the one seen (Hsueh, Liu and Chen, Biometrics 57,
-    2001). The maximum is taken over a grid of P(gained) that is dense near 0.
+    2001). The largest is searched on a grid of P(gained) and once more, finely, around the best value of the grid. That is
+    an approximation from below (to about 1e-6 of it in the cases tested), not a certified supremum.
     """
     from scipy.stats import binom
 
-    gained_N = np.arange(problems + 1)
-    most_lost_N = _most_lost(_score(lost, gained, problems, bound), gained_N, problems, bound)
-    rates_Q = np.concatenate([[0.0], np.geomspace(1e-2 / problems, (1 - bound) / 2, _NUISANCE_VALUES)])[:, None]
-    # Given how many are gained, the others are lost with probability (bound + rate) / (1 - rate).
-    lost_rates_Q = np.minimum((bound + rates_Q) / (1 - rates_Q), 1.0)
-    tails_QN = binom.cdf(most_lost_N, problems - gained_N, lost_rates_Q)
-    return float((binom.pmf(gained_N, problems, rates_Q) * tails_QN).sum(1).max())
+    all_gained = np.arange(problems + 1)
+    most_lost = _most_lost(_score(lost, gained, problems, bound), all_gained, problems, bound)
+
+    def chance(rate: Any) -> Any:
+        """Of an outcome as extreme: given how many are gained, the others are lost with (bound + rate) / (1 - rate)."""
+        lost_rate = np.minimum((bound + rate) / (1 - rate), 1.0)
+        return (binom.pmf(all_gained, problems, rate) * binom.cdf(most_lost, problems - all_gained, lost_rate)).sum(1)
+
+    largest_rate = (1 - bound) / 2
+    rates = np.union1d(np.linspace(0.0, largest_rate, _GRID_VALUES), np.geomspace(1e-2 / problems, largest_rate, _GRID_VALUES))
+    best = int(chance(rates[:, None]).argmax())
+    around_best = np.linspace(rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)], _GRID_VALUES)
+    return float(chance(np.append(around_best, rates[best])[:, None]).max())
 
 
 def _score(lost: Any, gained: Any, problems: int, bound: float) -> Any:
@@ -156,11 +161,11 @@ def _score(lost: Any, gained: Any, problems: int, bound: float) -> Any:
     return (lost - gained - problems * bound) / np.sqrt(problems * (2 * gained_rate + bound * (1 - bound)))
 
 
-def _most_lost(score: float, gained_N: Any, problems: int, bound: float) -> Any:
+def _most_lost(score: float, gained: Any, problems: int, bound: float) -> Any:
     """Of each number gained, the largest number lost that is as extreme as `score`; -1 where none is. By bisection."""
-    low_N, high_N = np.full_like(gained_N, -1), problems - gained_N
-    while (low_N < high_N).any():
-        middle_N = (low_N + high_N + 1) // 2
-        extreme_N = _score(middle_N, gained_N, problems, bound) <= score + 1e-9
-        low_N, high_N = np.where(extreme_N, middle_N, low_N), np.where(extreme_N, high_N, middle_N - 1)
-    return low_N
+    low, high = np.full_like(gained, -1), problems - gained
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        extreme = _score(middle, gained, problems, bound) <= score + 1e-9
+        low, high = np.where(extreme, middle, low), np.where(extreme, high, middle - 1)
+    return low

@@ -17,7 +17,7 @@ from ..publishing.calibration_file import CALIBRATION_FILE, Calibration, Measure
 from ..publishing.provenance import run_facts
 from ..publishing.report import Report, Setting, Threshold, threshold_text
 from ..publishing.repository import write_decoding_defaults
-from .calibration import BY_PLACE, THRESHOLDS, calibrate, check_size, compare
+from .calibration import BY_POSITION, THRESHOLDS, calibrate, check_size, compare
 from .loading import base_name, identity, load_base, load_student
 from .sweep import SPEEDS, Record, decode, decoding_settings, evaluate_decoding
 from .tables import plots, terminal_table, write_report
@@ -186,7 +186,7 @@ def run_calibrate(
         raise ValueError(f"{model} is no folder, and the threshold is written there; `hf download {model} --local-dir FOLDER`.")
     task = task.without_repetitions()
     measure: Measure = "agreement" if task.scorer is None else "accuracy"
-    shapes = BY_PLACE if per_place else BY_PLACE[:1]
+    shapes = BY_POSITION if per_place else BY_POSITION[:1]
     check_size(len(task.prompts), max_drop=max_drop, confidence=confidence, measure=measure, shapes=len(shapes))
     student, tokenizer = load_student(model)
 

@@ -1,6 +1,6 @@
 """Decode the same prompts in several ways and compare them: accuracy, acceleration, speed, agreement."""
 
-# B batch, L tokens of a row (prompt and answer)
+# Shapes: B rows of the batch, L columns of the text
 
 import json
 import statistics

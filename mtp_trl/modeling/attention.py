@@ -1,6 +1,6 @@
 """Attention masks for packed rows, in the form that each layer type and attention backend takes."""
 
-# X layout rows, T columns of a row
+# Shapes: T columns of a forward pass, X layout rows
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The model's own hidden states and logits, computed apart: the output head only reads the positions that matter."""
 
-# X layout rows, T columns of a row, H hidden features, P positions read, V vocabulary
+# Shapes: H hidden features, P positions read, T columns of a forward pass, V vocabulary, X layout rows
 
 from __future__ import annotations
 

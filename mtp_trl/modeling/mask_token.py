@@ -1,6 +1,6 @@
 """Find or add the mask token `<|mtp|>`, initialise its row, and record it in `config.mtp`."""
 
-# V vocabulary, H hidden features
+# Shapes: H hidden features, V vocabulary
 
 from __future__ import annotations
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from trl import DistillationConfig
@@ -15,110 +18,125 @@ from .drift_guard import DRIFT_ACTIONS
 from .objective import OBJECTIVES
 
 
+def described_once(cls: type) -> type:
+    """Class decorator: a field's entry in the docstring's "Parameters" is its help on the command line too.
+
+    Raises:
+        ValueError: a field of the class's own has no entry.
+    """
+    if cls.__doc__ is None:  # python -OO
+        return cls
+    doc = inspect.cleandoc(cls.__doc__) + "\n"
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*) \(.*\):\n((?: {8}.*\n)+)", doc, re.MULTILINE)
+    help_of = {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
+    own = inspect.get_annotations(cls)
+    for described in fields(cls):
+        if described.name in own:
+            if described.name not in help_of:
+                raise ValueError(f"{cls.__name__}.{described.name} has no entry in its docstring's Parameters; add one.")
+            described.metadata = MappingProxyType({"help": help_of[described.name]})
+    return cls
+
+
+@described_once
 @dataclass
 class MTPDistillConfig(DistillationConfig):
-    r"""Configuration of [`MTPDistillTrainer`]; every field of [`~trl.DistillationConfig`] is there too.
+    r"""Configuration of [`MTPDistillTrainer`]; it has every field of [`~trl.DistillationConfig`] as well.
 
     Parameters:
         k_min, k_max (`int`, *optional*, defaults to `2` and `16`):
-            Block sizes are drawn uniformly from `[k_min, k_max]`; `k_max` is at most 1024. In the paper fixed sizes cost 12.5
-            points on GSM8K.
+            Block sizes are drawn uniformly from `[k_min, k_max]`; `k_max` is at most 1024. In the paper, fixed sizes cost
+            12.5 points on GSM8K.
         slots_per_row (`int`, *optional*, defaults to `128`):
-            Mask slots behind every text; regions are drawn until they are full. More slots give more supervised places for
-            each clean token that is read.
+            Mask slots appended to every text; regions are drawn until the slots are full. More slots give more supervised
+            positions for each clean token that is read.
         objective (`str`, *optional*, defaults to `"hard"`):
             `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
-            Share of the steps, at the start, that are supervised by the text itself: places far into a block learn little
-            from a teacher that reads a rollout which is still noise. The teacher rests meanwhile, unless `ntp_coef` needs it.
+            Share of the steps, at the start, that are supervised by the text instead of the teacher: late positions of a
+            block learn little from a teacher that reads a rollout which is still noise. During these steps the teacher runs
+            only if `ntp_coef` needs it.
         k_curriculum (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, over which the largest block drawn grows from `k_min` to `k_max`.
         place_decay (`float`, *optional*, defaults to `1.0`):
-            Place j of a block counts `place_decay ** (j - 1)` in the loss: below 1 the places that are reached most often
-            in decoding count most.
+            Weight of each position of a block in the loss, relative to the position before it: position j counts
+            `place_decay ** (j - 1)`. Below 1, the positions that decoding reaches most often count most.
         completions_by (`str`, *optional*, defaults to `"student"`):
-            Who completes prompts that come without a completion: `"student"` or `"teacher"`, one token at a time (in exact
-            mode both are the base), or `"student_blocks"`: the student in blocks, kept as far as `confadapt` says. Then each
-            block starts from the blocks before it, as in decoding, and a text takes fewer passes.
+            Who completes prompts that come without a completion. `"student"` and `"teacher"` generate one token at a time
+            (in exact mode both are the base). `"student_blocks"` is the student decoding in blocks, accepted by the
+            threshold `confadapt`: each block then starts from earlier blocks, as in decoding, and a text takes fewer passes.
         reward_floor (`float`, *optional*, defaults to `-20.0`):
             Smallest teacher log-probability (nats) that `objective="reward"` uses.
         ntp_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of KL(teacher, student) on the completion's own tokens, which keeps single-token quality.
+            Weight of KL(teacher, student) on the completion's own tokens, which preserves the quality of single-token
+            prediction.
         drift_limit (`float`, *optional*):
-            Largest KL(base, student) in nats per token that single-token prediction may reach, on the evaluation set where
-            there is one. In exact mode there is no drift.
+            Largest KL(base, student), in nats per token, that single-token prediction may reach, measured on the evaluation
+            set if there is one. Exact mode does not drift.
         drift_action (`str`, *optional*, defaults to `"warn"`):
-            What happens beyond it: `"warn"`, `"stop"` (after a checkpoint) or `"raise_ntp_coef"` (to 0.1, then doubled).
+            What happens when the limit is exceeded: `"warn"`, `"stop"` (after a checkpoint) or `"raise_ntp_coef"` (to 0.1,
+            then doubled).
         mask_token (`str`, *optional*, defaults to `"<|mtp|>"`):
-            String of the mask token where one has to be added.
+            String of the mask token, if the tokenizer needs a new one.
         max_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt + completion, in tokens. Completions are cut to it; rows whose prompt fills it are left out.
+            Longest prompt + completion, in tokens. Completions are cut to it; rows whose prompt fills it are dropped.
         column_map (`dict[str, str]`, *optional*):
             Renames dataset columns, e.g. `{"question": "prompt", "answer": "completion"}`.
         exact (`bool`, *optional*, defaults to `False`):
-            Freeze the base and train an adapter that acts at mask slots alone: the text stays the base's own.
+            Exact mode: freeze the base and train an adapter that acts at mask slots only, so that verified decoding returns
+            the base's own text.
         exact_rank, exact_alpha (`int`, *optional*, default to `64` and `128`):
-            Rank of the exact mode's adapter and its scale, alpha / rank.
+            Rank of exact mode's adapter, and the alpha of its scale alpha / rank.
         exact_target_modules (`list[str]`, *optional*):
-            Last parts of the names of the linear layers it adapts; by default those of the attention and, in models
-            without experts, of the MLP.
+            Linear layers that exact mode adapts, by the last part of their names. The default is those of the attention
+            and, in models without experts, of the MLP.
         adapter_only (`bool`, *optional*, defaults to `False`):
-            Push the adapter and the decoder without the base's weights, and in exact mode save no more either; such a
+            Push the adapter and the decoder without the base's weights; in exact mode they are not saved either. Such a
             repository is used as `model.generate(..., custom_generate=repository, trust_remote_code=True)`, where the model
-            is the base, with LoRA `PeftModel.from_pretrained(base, repository)`.
+            is the base (with LoRA: `PeftModel.from_pretrained(base, repository)`).
         confadapt, verify (`float` and `bool`, *optional*, default to `0.9` and to `exact`):
             Decoding defaults written into the model's `generation_config.json`.
         thresholds (`list[float]`, *optional*, defaults to `[0.9]`):
-            ConfAdapt thresholds whose acceleration is logged.
+            ConfAdapt thresholds for which tokens per pass are logged.
         num_eval_prompts (`int`, *optional*, defaults to `8`):
             Held-out prompts decoded at each evaluation; 0 decodes none.
         logits_chunk_size (`int`, *optional*, defaults to `1024`):
-            Places whose logits exist at one time; memory for logits is about this times the vocabulary.
+            Positions whose logits are in memory at one time; they take about this times the size of the vocabulary.
         muon (`bool`, *optional*, defaults to `False`):
-            Muon on the weight matrices, AdamW elsewhere.
-
-    Differs from [`~trl.DistillationConfig`] in one default: `learning_rate` is `1e-5`, the paper's.
+            Muon on the weight matrices, AdamW on everything else.
+        learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Initial learning rate. The default is the paper's, unlike that of [`~trl.DistillationConfig`].
     """
 
     _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "column_map"]
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
-    k_min: int = field(default=2, metadata={"help": "Smallest block size drawn."})
-    k_max: int = field(default=16, metadata={"help": "Largest block size drawn."})
-    slots_per_row: int = field(default=128, metadata={"help": "Mask slots behind every text."})
-    objective: str = field(default="hard", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    ground_truth_warmup: float = field(
-        default=0.0, metadata={"help": "Share of the steps supervised by the text before the teacher takes over."}
-    )
-    k_curriculum: float = field(default=0.0, metadata={"help": "Share of the steps over which blocks grow to k_max."})
-    place_decay: float = field(default=1.0, metadata={"help": "Weight of each place of a block against the one before."})
-    completions_by: str = field(
-        default="student", metadata={"help": "Who completes bare prompts: student, teacher or student_blocks."}
-    )
-    reward_floor: float = field(default=-20.0, metadata={"help": "Smallest teacher log-probability in nats."})
-    ntp_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the teacher on clean positions."})
-    drift_limit: float | None = field(default=None, metadata={"help": "Largest KL to the base in nats per clean token."})
-    drift_action: str = field(default="warn", metadata={"help": f"Beyond it: one of {', '.join(DRIFT_ACTIONS)}."})
-    mask_token: str = field(default=MASK_TOKEN, metadata={"help": "String of the mask token to add."})
-    max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion in tokens."})
-    column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
-    confadapt: float = field(default=0.9, metadata={"help": "Default decoding threshold written with the model."})
-    verify: bool | None = field(
-        default=None, metadata={"help": "Whether the model's default decoding is verified; by default in exact mode."}
-    )
-    exact: bool = field(default=False, metadata={"help": "Train an adapter that acts at mask slots alone."})
-    exact_rank: int = field(default=64, metadata={"help": "Rank of the exact mode's adapter."})
-    exact_alpha: int = field(default=128, metadata={"help": "Its scale is alpha / rank."})
-    exact_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Linear layers it adapts, by the last part of their names."}
-    )
-    adapter_only: bool = field(default=False, metadata={"help": "Publish the adapter without the base's weights."})
-    thresholds: list[float] = field(
-        default_factory=lambda: [0.9], metadata={"help": "ConfAdapt thresholds whose acceleration is logged."}
-    )
-    num_eval_prompts: int = field(default=8, metadata={"help": "Held-out prompts decoded at each evaluation."})
-    logits_chunk_size: int = field(default=1024, metadata={"help": "Places whose logits exist at one time."})
-    muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
+    learning_rate: float = 1e-5
+    k_min: int = 2
+    k_max: int = 16
+    slots_per_row: int = 128
+    objective: str = "hard"
+    ground_truth_warmup: float = 0.0
+    k_curriculum: float = 0.0
+    place_decay: float = 1.0
+    completions_by: str = "student"
+    reward_floor: float = -20.0
+    ntp_coef: float = 0.0
+    drift_limit: float | None = None
+    drift_action: str = "warn"
+    mask_token: str = MASK_TOKEN
+    max_length: int = 1024
+    column_map: dict[str, Any] | str | None = None
+    confadapt: float = 0.9
+    verify: bool | None = None
+    exact: bool = False
+    exact_rank: int = 64
+    exact_alpha: int = 128
+    exact_target_modules: list[str] | None = None
+    adapter_only: bool = False
+    thresholds: list[float] = field(default_factory=lambda: [0.9])
+    num_eval_prompts: int = 8
+    logits_chunk_size: int = 1024
+    muon: bool = False
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings():

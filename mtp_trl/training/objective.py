@@ -3,7 +3,7 @@
 Names follow arXiv 2602.06019: y' is the rollout (the student's own argmax block), p_teacher reads prefix + y'.
 """
 
-# B rows, R regions, K places of a block, V vocabulary, P places of a flat chunk
+# Shapes: B rows of the batch, K positions of a block, P positions read, R regions of a row, V vocabulary
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bar_tokens(logits: Tensor, barred_ids: Tensor) -> Tensor:
     return logits.float().index_fill(-1, barred_ids, float("-inf"))
 
 
-def place_losses(
+def position_losses(
     student_PV: Tensor,
     teacher_PV: Tensor | None,
     rollout_P: Tensor,
@@ -57,7 +57,7 @@ def kl_divergence(teacher_log_PV: Tensor, student_log_PV: Tensor) -> Tensor:
     return (teacher_log_PV.exp() * gap).sum(-1)
 
 
-def places_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BRK: Tensor, *, eos_ids: Tensor) -> Tensor:
+def positions_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BRK: Tensor, *, eos_ids: Tensor) -> Tensor:
     """A block carries loss through the first position where the rollout OR the target ends the text, and none after it.
 
     Without the rollout's side of the rule a student that answers end-of-text everywhere would be rewarded for it: after
@@ -71,7 +71,7 @@ def places_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BRK: 
     return drawn_BRK & ~ended_before_BRK
 
 
-def place_weights(places: int, decay: float) -> Tensor:
+def position_weights(places: int, decay: float) -> Tensor:
     """How much place j = 1..K of a block counts in the loss, decay ** (j - 1): float32 [K]."""
     return decay ** torch.arange(places, dtype=torch.float)
 
@@ -95,13 +95,13 @@ def block_sums(
     """
     valid = valid_BRK.float()
     sums = {
-        "places_K": valid.sum((0, 1)),
+        "positions_K": valid.sum((0, 1)),
         "agree_K": (agree_BRK & valid_BRK).sum((0, 1)).float(),
         "confidence_K": (confidence_BRK * valid).sum((0, 1)),
     }
     if reward_BRK is not None:
         sums["reward"] = reward_BRK.masked_fill(~valid_BRK, 0.0).sum()
-        sums["reward_places"] = valid.sum()
+        sums["reward_positions"] = valid.sum()
     for threshold in thresholds:
         accepted_BRK = (confidence_BRK >= threshold) & valid_BRK
         reached_BRK = accepted_BRK.long().cumprod(-1).bool()
@@ -118,11 +118,11 @@ def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[s
     Blocks are drawn with random sizes and end at EOS, so their accepted lengths are censored: the expectation uses the
     product-limit (Kaplan-Meier) estimate of "still accepted at place j"; one token is always accepted.
     """
-    places_K = sums["places_K"]
+    positions_K = sums["positions_K"]
     metrics: dict[str, float] = {}
     if "reward" in sums:
-        metrics["reward"] = float(sums["reward"] / sums["reward_places"].clamp(min=1))
-    for place, count in enumerate(places_K.tolist()):
+        metrics["reward"] = float(sums["reward"] / sums["reward_positions"].clamp(min=1))
+    for place, count in enumerate(positions_K.tolist()):
         if count:
             metrics[f"agreement/place_{place + 1}"] = float(sums["agree_K"][place]) / count
             metrics[f"confidence/place_{place + 1}"] = float(sums["confidence_K"][place]) / count
@@ -130,7 +130,7 @@ def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[s
         at_risk_K, accepted_K = sums[f"at_risk_K@{threshold}"], sums[f"accepted_K@{threshold}"]
         survival_K = (accepted_K / at_risk_K.clamp(min=1)).cumprod(-1)
         metrics[f"acceleration/confadapt_{threshold}"] = 1.0 + float(survival_K[1:].sum())
-    if sums.get("drift_places"):
-        metrics["drift/kl"] = float(sums["drift_kl"] / sums["drift_places"])
-        metrics["drift/agreement"] = float(sums["drift_agree"] / sums["drift_places"])
+    if sums.get("drift_positions"):
+        metrics["drift/kl"] = float(sums["drift_kl"] / sums["drift_positions"])
+        metrics["drift/agreement"] = float(sums["drift_agree"] / sums["drift_positions"])
     return metrics

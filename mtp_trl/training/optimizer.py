@@ -1,7 +1,6 @@
-"""Muon for the weight matrices and AdamW for everything else, as one `torch.optim.Optimizer`. No model, no schedule.
+"""Muon for the weight matrices and AdamW for everything else, as one `torch.optim.Optimizer`. No model, no schedule."""
 
-Legend: G matrices of one shape, O the smaller and I the larger of their two dimensions.
-"""
+# Shapes: I columns of a weight matrix, O rows of a weight matrix, Y weight matrices of one shape
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,20 +17,20 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalise(update_GOI: Tensor) -> Tensor:
+def orthogonalise(update_YOI: Tensor) -> Tensor:
     """Replace the singular values of every matrix of a stack by about 1 (O <= I). Same shape, float32 on CPU.
 
     On an accelerator it runs in bfloat16, as in the original; CPUs without bfloat16 units are several times faster in
     float32.
     """
     a, b, c = _NEWTON_SCHULZ
-    x_GOI = update_GOI.float() if update_GOI.device.type == "cpu" else update_GOI.bfloat16()
+    x_YOI = update_YOI.float() if update_YOI.device.type == "cpu" else update_YOI.bfloat16()
     # The iteration converges for spectral norms up to 1; the Frobenius norm bounds the spectral norm.
-    x_GOI = x_GOI / torch.linalg.matrix_norm(x_GOI, keepdim=True).clamp(min=1e-7)
+    x_YOI = x_YOI / torch.linalg.matrix_norm(x_YOI, keepdim=True).clamp(min=1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram_GOO = x_GOI @ x_GOI.mT
-        x_GOI = torch.baddbmm(x_GOI, torch.baddbmm(gram_GOO, gram_GOO, gram_GOO, beta=b, alpha=c), x_GOI, beta=a)
-    return x_GOI
+        gram_YOO = x_YOI @ x_YOI.mT
+        x_YOI = torch.baddbmm(x_YOI, torch.baddbmm(gram_YOO, gram_YOO, gram_YOO, beta=b, alpha=c), x_YOI, beta=a)
+    return x_YOI
 
 
 class MuonAdamW(Optimizer):
@@ -91,11 +90,11 @@ class MuonAdamW(Optimizer):
         for parameter in parameters:
             same_shape[parameter.shape].append(parameter)
         for (rows, columns), stack in same_shape.items():
-            update_GOI = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in stack])
+            update_YOI = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in stack])
             tall = rows > columns
-            update_GOI = orthogonalise(update_GOI.mT if tall else update_GOI)
+            update_YOI = orthogonalise(update_YOI.mT if tall else update_YOI)
             scale = 0.2 * max(rows, columns) ** 0.5
-            for parameter, update in zip(stack, update_GOI.mT if tall else update_GOI, strict=True):
+            for parameter, update in zip(stack, update_YOI.mT if tall else update_YOI, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
 

@@ -1,7 +1,8 @@
 """How student and teacher read a layout: whole rows, or in exact mode the text once and the slots twice."""
 
-# B rows, N clean tokens, S mask slots of a row, X layout rows, T columns of a layout row, H hidden features,
-# P positions read, V vocabulary, D head size
+# Shapes: B rows of the batch, D features of an attention head, H hidden features, K positions of a block,
+# N clean tokens of a row, P positions read, R regions of a row, S mask slots of a row, T columns of a forward pass,
+# V vocabulary, X layout rows
 
 from __future__ import annotations
 

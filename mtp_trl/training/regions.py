@@ -9,8 +9,8 @@ behind it. Place 1 of the block is predicted at the anchor, places 2..size at th
 The packed layout is for attention-only models. Layers with a recurrent state cannot skip tokens and take the suffix layout.
 """
 
-# B rows (texts), R regions of a row, K places of a block, N clean tokens, S slots of a row, T tokens of a layout row,
-# X layout rows (B when packed, B + B*R as suffixes)
+# Shapes: B rows of the batch, K positions of a block, N clean tokens of a row, R regions of a row, S mask slots of a row,
+# T columns of a forward pass, X layout rows
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def compact_left_padding(ids_BN: Tensor, mask_BN: Tensor, *, pad_token_id: int) 
     return ids_BN[:, : int(lengths_B.max())], lengths_B
 
 
-def drawn_places(size_BR: Tensor, k_max: int) -> Tensor:
+def drawn_positions(size_BR: Tensor, k_max: int) -> Tensor:
     """Which of the K = k_max places each region has: bool [B, R, K]."""
     return torch.arange(k_max, device=size_BR.device) < size_BR[..., None]
 
@@ -153,7 +153,7 @@ def pack_regions(
     ids_XT = torch.cat([clean_BN, clean_BN.new_full((B, slots), mask_token_id)], 1)
     valid_XT = torch.cat([text_N < lengths_B.to(device)[:, None], used_BS], 1)
 
-    drawn_BRK = drawn_places(size_BR, k_max)
+    drawn_BRK = drawn_positions(size_BR, k_max)
     slot_column_BRK = N + start_BR[..., None] + torch.arange(-1, k_max - 1, device=device)
     column_BRK = torch.cat([anchor_BR[..., None], slot_column_BRK[..., 1:]], 2)
     row_B11 = torch.arange(B, device=device)[:, None, None]
@@ -195,7 +195,7 @@ def suffix_regions(
     ids_XT = torch.cat([text_BT, region_BRT.reshape(B * R, T)])
     used_X = torch.cat([lengths_B.to(device), end_BR.reshape(-1)])
 
-    drawn_BRK = drawn_places(size_BR, k_max)
+    drawn_BRK = drawn_positions(size_BR, k_max)
     region_row_BR1 = B + torch.arange(B * R, device=device).view(B, R, 1)
     slot_BRK = region_row_BR1 * T + anchor_BR[..., None] + torch.arange(k_max, device=device)
     first_BR1 = (torch.arange(B, device=device)[:, None] * T + anchor_BR)[..., None]

@@ -9,7 +9,8 @@ The output head is applied to the places that are read, in chunks, and a chunk's
 more than `logits_chunk_size` x vocabulary logits of each model exist at one time.
 """
 
-# B rows, R regions, K places of a block, P places read (flat), H hidden size, V vocabulary
+# Shapes: B rows of the batch, H hidden features, K positions of a block, N clean tokens of a row, P positions read,
+# R regions of a row, V vocabulary
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from ..modeling.checks import can_pack
 from ..modeling.logits import output_logits
 from .config import MTPDistillConfig
-from .objective import bar_tokens, block_sums, kl_divergence, place_losses, place_weights, places_with_loss
+from .objective import bar_tokens, block_sums, kl_divergence, position_losses, position_weights, positions_with_loss
 from .readers import Reader
 from .regions import Layout, Regions, pack_regions, student_forced_ids, suffix_regions
 
@@ -113,8 +114,8 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     counted_BRK = layout.drawn_BRK & in_text_BRK if objective == "ground_truth" else layout.drawn_BRK
     # The text itself goes on after a rollout that ended too early.
     ending = None if objective == "ground_truth" else rollout_BRK
-    valid_BRK = places_with_loss(ending, target_BRK, counted_BRK, eos_ids=tokens.eos)
-    weight_BRK = layout.drawn_BRK * place_weights(args.k_max, args.place_decay).to(losses_P.device)
+    valid_BRK = positions_with_loss(ending, target_BRK, counted_BRK, eos_ids=tokens.eos)
+    weight_BRK = layout.drawn_BRK * position_weights(args.k_max, args.place_decay).to(losses_P.device)
     weight_BRK[..., 0] *= not reader.base_reads_text
     loss = torch.where(valid_BRK[layout.drawn_BRK], losses_P * weight_BRK[layout.drawn_BRK], 0.0).sum()
     output = PassOutput(loss=loss, weight=weight_BRK.sum(), prefix_kl=loss.new_zeros(()))
@@ -129,7 +130,7 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     output.sums["drawn"] = layout.drawn_BRK.sum().float()
     if teacher_hidden is not None and not reader.base_reads_text:
         output.prefix_kl, agree, compared = _prefix_drift(reader, hidden, teacher_hidden, batch, layout, tokens, args)
-        output.sums |= {"drift_kl": output.prefix_kl.detach(), "drift_agree": agree, "drift_places": compared}
+        output.sums |= {"drift_kl": output.prefix_kl.detach(), "drift_agree": agree, "drift_positions": compared}
     return output
 
 
@@ -183,7 +184,7 @@ def _losses(
                 reward = teacher_PV.log_softmax(-1).gather(-1, rollout[:, None]).squeeze(-1)
                 if objective != "ground_truth":
                     target = teacher_PV.argmax(-1)
-        losses = place_losses(student_PV, teacher_PV, rollout, target, objective=objective, floor=args.reward_floor)
+        losses = position_losses(student_PV, teacher_PV, rollout, target, objective=objective, floor=args.reward_floor)
         return losses, target, reward
 
     chunk = args.logits_chunk_size

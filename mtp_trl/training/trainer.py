@@ -3,7 +3,7 @@
 Only the seams of the base class are here; the arithmetic is in `regions`, `objective` and `self_distillation`.
 """
 
-# B rows of the local generation batch, N tokens of the longest text
+# Shapes: B rows of the batch, K positions of a block, N clean tokens of a row, R regions of a row
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .config import MTPDistillConfig
 from .data import check_one_step, has_completions, prepare_dataset
 from .decoding import DecodingTrainer
 from .drift_guard import DriftGuard
-from .objective import block_metrics, place_weights
+from .objective import block_metrics, position_weights
 from .optimizer import muon_adamw
 from .readers import ExactReader, Reader, WholeRowReader, check_layout
-from .regions import Regions, compact_left_padding, drawn_places, row_generator, sample_regions
+from .regions import Regions, compact_left_padding, drawn_positions, row_generator, sample_regions
 from .step import Batch, PassOutput, Tokens, distillation_pass
 from .student import frozen_teacher, make_exact, mask_token_of, model_loader
 
@@ -188,9 +188,10 @@ class MTPDistillTrainer(DecodingTrainer):
             slots=self.args.slots_per_row,
             generators=self._row_generators(clean_BN, lengths_B),
         )
-        weight_BRK = drawn_places(regions.size_BR, self.args.k_max) * place_weights(self.args.k_max, self.args.place_decay)
-        places = weight_BRK[..., int(self.args.exact) :].sum()  # in exact mode place 1 is not trained
-        counts = torch.stack([places.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
+        weight_K = position_weights(self.args.k_max, self.args.place_decay)
+        weight_BRK = drawn_positions(regions.size_BR, self.args.k_max) * weight_K
+        weight = weight_BRK[..., int(self.args.exact) :].sum()  # exact mode does not train position 1
+        counts = torch.stack([weight.to(clean_BN.device), (lengths_B - prompt_lengths_B).sum()])
         drawn, clean = self.accelerator.reduce(counts.float(), "sum")
         return {
             "clean_ids": clean_BN,

@@ -1,7 +1,8 @@
 """From the logits of a step to the next drafts. Pure tensors: no vLLM, no model, no requests."""
 
-# B requests of the batch, N draft tokens of all of them, R rows of logits (drafts and one more for each request),
-# K block, V vocabulary, D draft tokens of the longest request
+# Shapes: B rows of the batch, F tokens of all requests in a step of vLLM,
+# J tokens that the sampler of vLLM returns at most for a request, K positions of a block, P positions read, V vocabulary,
+# W drafts and masks that vLLM schedules for a request
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ _ELEMENTS_AT_ONCE = 2**26  # of logits in float32: what is held at once does not
 class Scheduled:
     """What vLLM scheduled for each request: `real` drafts, then `masks` masks, and where its rows of logits begin.
 
-    `drafts_N` may hold other tokens between the requests' drafts.
+    `drafts_F` may hold other tokens between the requests' drafts.
     """
 
-    drafts_N: Tensor
+    drafts_F: Tensor
     first_draft_B: Tensor
     first_row_B: Tensor
     real_B: Tensor
@@ -31,21 +32,21 @@ class Scheduled:
 
     @classmethod
     def of(
-        cls, drafts_N: Tensor, first_draft_B: Tensor, ends_B: Tensor, first_row_B: Tensor, *, mask_token_id: int
+        cls, drafts_F: Tensor, first_draft_B: Tensor, ends_B: Tensor, first_row_B: Tensor, *, mask_token_id: int
     ) -> Scheduled:
         """From the flat drafts, where each request's part of them begins and ends, and where its part of the rows begins.
 
         Masks come last and are nobody's draft, so they are told by their id. vLLM may have cut a request's drafts, or put
         others in their place; then there are fewer masks, or none.
         """
-        masks_before = nn.functional.pad((drafts_N == mask_token_id).cumsum(0), (1, 0))
+        masks_before = nn.functional.pad((drafts_F == mask_token_id).cumsum(0), (1, 0))
         masks_B = masks_before[ends_B] - masks_before[first_draft_B]
-        return cls(drafts_N, first_draft_B, first_row_B, ends_B - first_draft_B - masks_B, masks_B)
+        return cls(drafts_F, first_draft_B, first_row_B, ends_B - first_draft_B - masks_B, masks_B)
 
     def longest(self, width: int) -> Tensor:
         """Drafts and masks of each request, int64 [B, width]; behind its own, anything."""
-        places = torch.arange(width, device=self.drafts_N.device)
-        return self.drafts_N[(self.first_draft_B[:, None] + places).clamp(max=len(self.drafts_N) - 1)].long()
+        positions = torch.arange(width, device=self.drafts_F.device)
+        return self.drafts_F[(self.first_draft_B[:, None] + positions).clamp(max=len(self.drafts_F) - 1)].long()
 
 
 @dataclass(frozen=True)
@@ -58,33 +59,33 @@ class Blocks:
     read_BK: Tensor  # whether there is such a place
 
 
-def read_blocks(logits_RV: Tensor, scheduled: Scheduled, *, k: int) -> Blocks:
+def read_blocks(logits_PV: Tensor, scheduled: Scheduled, *, k: int) -> Blocks:
     """The blocks of all requests, from their rows alone: what stands before a block is not looked at."""
-    place_K = torch.arange(k, device=logits_RV.device)
-    read_BK = place_K <= scheduled.masks_B[:, None]
-    rows_BK = scheduled.first_row_B[:, None] + scheduled.real_B[:, None] + place_K.minimum(scheduled.masks_B[:, None])
+    position_K = torch.arange(k, device=logits_PV.device)
+    read_BK = position_K <= scheduled.masks_B[:, None]
+    rows_BK = scheduled.first_row_B[:, None] + scheduled.real_B[:, None] + position_K.minimum(scheduled.masks_B[:, None])
     tokens, normalisers = [], []
-    for rows in rows_BK.flatten().split(max(1, _ELEMENTS_AT_ONCE // logits_RV.shape[-1])):
-        part = logits_RV[rows].float()
+    for rows in rows_BK.flatten().split(max(1, _ELEMENTS_AT_ONCE // logits_PV.shape[-1])):
+        part = logits_PV[rows].float()
         tokens.append(part.argmax(-1))
         normalisers.append(part.logsumexp(-1))
     return Blocks(torch.cat(tokens).view_as(rows_BK), rows_BK, torch.cat(normalisers).view_as(rows_BK), read_BK)
 
 
-def accept_all(output_BD: Tensor, scheduled: Scheduled, blocks: Blocks, unverified_B: Tensor) -> Tensor:
+def accept_all(output_BJ: Tensor, scheduled: Scheduled, blocks: Blocks, unverified_B: Tensor) -> Tensor:
     """The sampler's output, with the drafts of `unverified` requests taken as they are, and the block's first token behind.
 
     Only drafts with a mask behind them are surely ours and whole: others stay verified.
     """
-    place_D = torch.arange(output_BD.shape[1], device=output_BD.device)
+    position_J = torch.arange(output_BJ.shape[1], device=output_BJ.device)
     real_B1 = scheduled.real_B[:, None]
-    taken_BD = torch.where(place_D < real_B1, scheduled.longest(output_BD.shape[1]), blocks.tokens_BK[:, :1])
-    taken_BD = torch.where(place_D <= real_B1, taken_BD, PLACEHOLDER).to(output_BD.dtype)
-    return torch.where((unverified_B & (scheduled.masks_B > 0))[:, None], taken_BD, output_BD)
+    taken_BJ = torch.where(position_J < real_B1, scheduled.longest(output_BJ.shape[1]), blocks.tokens_BK[:, :1])
+    taken_BJ = torch.where(position_J <= real_B1, taken_BJ, PLACEHOLDER).to(output_BJ.dtype)
+    return torch.where((unverified_B & (scheduled.masks_B > 0))[:, None], taken_BJ, output_BJ)
 
 
 def next_drafts(
-    logits_RV: Tensor, output_BD: Tensor, scheduled: Scheduled, blocks: Blocks, *, threshold: float | Tensor, vocabulary: int
+    logits_PV: Tensor, output_BJ: Tensor, scheduled: Scheduled, blocks: Blocks, *, threshold: float | Tensor, vocabulary: int
 ) -> Tensor:
     """How many drafts each request has next, and the drafts: int64 [B, 1 + K - 1].
 
@@ -92,11 +93,11 @@ def next_drafts(
     its first token, which has been emitted, as far as every probability, the emitted token's included, reaches `threshold`
     (a number, or float [B, K]).
     """
-    emitted_BD = (output_BD != PLACEHOLDER) & (output_BD < vocabulary)
-    whole_B = (emitted_BD.sum(1) == scheduled.real_B + 1) & (scheduled.masks_B > 0)
-    last_B = output_BD.gather(1, scheduled.real_B[:, None].clamp(max=output_BD.shape[1] - 1)).long().clamp(min=0)
+    emitted_BJ = (output_BJ != PLACEHOLDER) & (output_BJ < vocabulary)
+    whole_B = (emitted_BJ.sum(1) == scheduled.real_B + 1) & (scheduled.masks_B > 0)
+    last_B = output_BJ.gather(1, scheduled.real_B[:, None].clamp(max=output_BJ.shape[1] - 1)).long().clamp(min=0)
     tokens_BK = torch.cat([last_B, blocks.tokens_BK[:, 1:]], 1)
-    probs_BK = (logits_RV[blocks.rows_BK, tokens_BK].float() - blocks.normalisers_BK).exp()
+    probs_BK = (logits_PV[blocks.rows_BK, tokens_BK].float() - blocks.normalisers_BK).exp()
     accepted_B = accept_confident_prefix(probs_BK.where(blocks.read_BK, -1.0) - threshold, threshold=0.0)
     return torch.cat([((accepted_B - 1) * whole_B)[:, None], tokens_BK[:, 1:]], 1)
 

@@ -1,6 +1,6 @@
 """Exact mode in vLLM: low-rank updates that act where the input is the mask token, on the base as vLLM runs it."""
 
-# T tokens of a step, of all requests; H inputs of a layer, O its outputs, r rank times the layers fused into it
+# Shapes: F tokens of all requests in a step of vLLM, I columns of a weight matrix, O rows of a weight matrix, r rank
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def attach_adapter(model: Any, served: Served, *, max_tokens: int) -> None:
     check_weights(adapter, *served.base)
     embedding, scale = _embedding(model)
     like: dict[str, Any] = {"dtype": embedding.weight.dtype, "device": embedding.weight.device}
-    gate_T1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
+    gate_F1 = torch.zeros(max_tokens, 1, dtype=torch.bool, device=like["device"])
     with torch.no_grad():
-        for layer, low_rH, high_Or in _fused_updates(model, adapter):
-            _buffers(layer, mtp_gate=gate_T1, mtp_low=low_rH.to(**like), mtp_high=high_Or.to(**like))
+        for layer, low_rI, high_Or in _fused_updates(model, adapter):
+            _buffers(layer, mtp_gate=gate_F1, mtp_low=low_rI.to(**like), mtp_high=high_Or.to(**like))
             layer.register_forward_hook(_adapt)
-        _buffers(embedding, mtp_gate=gate_T1, mtp_row=(adapter.mask_row.weight / scale).to(**like))
+        _buffers(embedding, mtp_gate=gate_F1, mtp_row=(adapter.mask_row.weight / scale).to(**like))
     embedding.register_forward_hook(_embed)
-    _buffers(model, mtp_gate=gate_T1)
+    _buffers(model, mtp_gate=gate_F1)
     model.mtp_mask_token_id = served.mask_token_id
     model.register_forward_pre_hook(_set_gate, with_kwargs=True)
 
@@ -87,14 +87,14 @@ def _set_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 def _adapt(layer: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
     """Of vLLM's linear layers, which return their bias beside the output, or the output alone."""
-    x_TH, (y_TO, *rest) = inputs[0], output if isinstance(output, tuple) else (output,)
-    update_TO = nn.functional.linear(nn.functional.linear(x_TH, layer.mtp_low), layer.mtp_high)
-    gated_TO = torch.where(layer.mtp_gate[: x_TH.shape[0]], y_TO + update_TO, y_TO)
-    return (gated_TO, *rest) if isinstance(output, tuple) else gated_TO
+    x_FI, (y_FO, *rest) = inputs[0], output if isinstance(output, tuple) else (output,)
+    update_FO = nn.functional.linear(nn.functional.linear(x_FI, layer.mtp_low), layer.mtp_high)
+    gated_FO = torch.where(layer.mtp_gate[: x_FI.shape[0]], y_FO + update_FO, y_FO)
+    return (gated_FO, *rest) if isinstance(output, tuple) else gated_FO
 
 
-def _embed(embedding: Any, _: tuple[Tensor, ...], output_TH: Tensor) -> Tensor:
-    return torch.where(embedding.mtp_gate[: output_TH.shape[0]], embedding.mtp_row, output_TH)
+def _embed(embedding: Any, _: tuple[Tensor, ...], output_FI: Tensor) -> Tensor:
+    return torch.where(embedding.mtp_gate[: output_FI.shape[0]], embedding.mtp_row, output_FI)
 
 
 def _buffers(module: nn.Module, **tensors: Tensor) -> None:

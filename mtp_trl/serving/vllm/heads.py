@@ -62,7 +62,7 @@ def _padded(name: str, tensor: Tensor, old: int, new: int) -> Tensor:
 
 
 def _insert(rows: Tensor, old: int, new: int, *, halves: bool) -> Tensor:
-    """Rows [heads * old, X] as [heads * new, X]. Rotary embeddings pair the halves of a head, so each half grows."""
+    """Rows of `old` per head, as `new` per head. Rotary embeddings pair the halves of a head, so each half grows."""
     parts = 2 if halves else 1
     heads = rows.view(-1, parts, old // parts, rows.shape[1])
     zeros = heads.new_zeros(heads.shape[0], parts, (new - old) // parts, rows.shape[1])

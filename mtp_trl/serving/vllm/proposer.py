@@ -1,6 +1,7 @@
 """The drafter that vLLM calls: masks as draft tokens, blocks read from the logits that verify the last block."""
 
-# B requests of the batch, R rows of logits, V vocabulary, D tokens the sampler returns at most, K block
+# Shapes: B rows of the batch, J tokens that the sampler of vLLM returns at most for a request, K positions of a block,
+# P positions read, V vocabulary
 
 from __future__ import annotations
 
@@ -40,24 +41,24 @@ class MTPProposer:
         """Called once the model is loaded and before it is compiled: exact mode's adapter goes on it."""
         attach_adapter(model, self.served, max_tokens=self.max_tokens)
 
-    def sample(self, runner: Any, logits_RV: Tensor, metadata: Any, sampler: Callable[[Tensor, Any], Any]) -> Any:
+    def sample(self, runner: Any, logits_PV: Tensor, metadata: Any, sampler: Callable[[Tensor, Any], Any]) -> Any:
         """What `sampler` makes of the logits, and the next drafts of every request along the way.
 
         Args:
-            logits_RV: of all places that are read; the barred tokens are barred in place.
+            logits_PV: of all places that are read; the barred tokens are barred in place.
             metadata: vLLM's SpecDecodeMetadata; None or empty in a step without drafts.
-            sampler: vLLM's own, verifying; its output's tokens are int [B, D].
+            sampler: vLLM's own, verifying; its output's tokens are int [B, J].
         """
         if self.barred is None:
-            self.barred = torch.tensor(self.served.barred_token_ids, device=logits_RV.device)
-        logits_RV.index_fill_(-1, self.barred, -torch.inf)
+            self.barred = torch.tensor(self.served.barred_token_ids, device=logits_PV.device)
+        logits_PV.index_fill_(-1, self.barred, -torch.inf)
         runner.effective_drafter_max_model_len = runner.max_model_len + self.served.width  # vLLM cuts each request's drafts
         batch = runner.input_batch
         self.known = {request: self._settings(request, runner.requests[request]) for request in batch.req_ids}
         self.settings = [settings for _, settings in self.known.values()]
         self.drafts = None
         if metadata is None or len(metadata.draft_token_ids) == 0:
-            return sampler(logits_RV, None)  # on CPUs top_k and top_p fail where there are requests but no drafts
+            return sampler(logits_PV, None)  # on CPUs top_k and top_p fail where there are requests but no drafts
 
         ends_B = metadata.cu_num_draft_tokens.long()
         starts_B = nn.functional.pad(ends_B[:-1], (1, 0))
@@ -68,19 +69,19 @@ class MTPProposer:
             starts_B + torch.arange(len(starts_B), device=starts_B.device),  # a row more than drafts for each request before
             mask_token_id=self.served.mask_token_id,
         )
-        blocks = read_blocks(logits_RV, scheduled, k=self.served.k_max)
-        output = sampler(logits_RV, metadata)
+        blocks = read_blocks(logits_PV, scheduled, k=self.served.k_max)
+        output = sampler(logits_PV, metadata)
         unverified = [not settings.verify for settings in self.settings]
         if any(unverified):
-            tokens_BD = output.sampled_token_ids
-            unverified_B = torch.tensor(unverified, device=tokens_BD.device)
-            output.sampled_token_ids = accept_all(tokens_BD, scheduled, blocks, unverified_B)
+            tokens_BJ = output.sampled_token_ids
+            unverified_B = torch.tensor(unverified, device=tokens_BJ.device)
+            output.sampled_token_ids = accept_all(tokens_BJ, scheduled, blocks, unverified_B)
         self.drafts = next_drafts(
-            logits_RV,
+            logits_PV,
             output.sampled_token_ids,
             scheduled,
             blocks,
-            threshold=_thresholds(self.settings, self.served.k_max, logits_RV.device),
+            threshold=_thresholds(self.settings, self.served.k_max, logits_PV.device),
             vocabulary=batch.vocab_size,
         )
         return output

@@ -4,7 +4,8 @@ To vLLM drafts and masks are the canvas of a diffusion model: its scheduler give
 step, and its runner reads what stands there from a tensor that the sampler here writes. Nothing waits for the host.
 """
 
-# B requests of the batch, R rows of logits, V vocabulary, D tokens the sampler returns at most, S slots of requests, K block
+# Shapes: B rows of the batch, J tokens that the sampler of vLLM returns at most for a request, K positions of a block,
+# P positions read, V vocabulary, Z request slots of the engine
 
 from __future__ import annotations
 
@@ -77,9 +78,9 @@ class BlockSampler:
         self.verifier = RejectionSampler(sampler, SimpleNamespace(**verifying, enable_adaptive_verification=False), device)
         self.barred = torch.tensor(served.barred_token_ids, device=device)
         # Of the request in each slot: masks of a whole block, thresholds by place, whether drafts are taken unverified.
-        self.masks_S = UvaBackedTensor(slots, dtype=torch.int64)
-        self.thresholds_SK = UvaBackedTensor((slots, served.k_max), dtype=torch.float32)
-        self.unverified_S = UvaBackedTensor(slots, dtype=torch.bool)
+        self.masks_Z = UvaBackedTensor(slots, dtype=torch.int64)
+        self.thresholds_ZK = UvaBackedTensor((slots, served.k_max), dtype=torch.float32)
+        self.unverified_Z = UvaBackedTensor(slots, dtype=torch.bool)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["sampler"], name)
@@ -89,23 +90,23 @@ class BlockSampler:
         self.sampler.add_request(req_idx, sampling_params)
         settings = self.served.of_served_request(f"in slot {req_idx}", sampling_params)
         # vLLM's grammars are told of no drafts here: they know the next token's place alone.
-        self.masks_S.np[req_idx] = 0 if sampling_params.structured_outputs else settings.k - 1
-        self.thresholds_SK.np[req_idx] = thresholds_by_position(settings.thresholds, self.served.k_max)
-        self.unverified_S.np[req_idx] = not settings.verify
+        self.masks_Z.np[req_idx] = 0 if sampling_params.structured_outputs else settings.k - 1
+        self.thresholds_ZK.np[req_idx] = thresholds_by_position(settings.thresholds, self.served.k_max)
+        self.unverified_Z.np[req_idx] = not settings.verify
 
     def apply_staged_writes(self) -> None:
         """Called before every step."""
         self.sampler.apply_staged_writes()
-        for settings in (self.masks_S, self.thresholds_SK, self.unverified_S):
+        for settings in (self.masks_Z, self.thresholds_ZK, self.unverified_Z):
             settings.copy_to_uva()
 
-    def __call__(self, logits_RV: Tensor, batch: Any) -> Any:
+    def __call__(self, logits_PV: Tensor, batch: Any) -> Any:
         """The batch's SamplerOutput, as vLLM's sampler gives it, and the next canvas of every request in it along the way."""
-        logits_RV.index_fill_(-1, self.barred, -torch.inf)
+        logits_PV.index_fill_(-1, self.barred, -torch.inf)
         slots_B = batch.idx_mapping
         if batch.num_draft_tokens == 0:
-            self._write(slots_B, torch.zeros(len(slots_B), 1, dtype=torch.int64, device=logits_RV.device))
-            return self.sampler(logits_RV, batch)
+            self._write(slots_B, torch.zeros(len(slots_B), 1, dtype=torch.int64, device=logits_PV.device))
+            return self.sampler(logits_PV, batch)
 
         rows = batch.cu_num_logits.long()
         scheduled = Scheduled.of(
@@ -115,20 +116,20 @@ class BlockSampler:
             rows[:-1],
             mask_token_id=self.served.mask_token_id,
         )
-        blocks = read_blocks(logits_RV, scheduled, k=self.served.k_max)
-        output = self.verifier(logits_RV, batch)
-        places_D = torch.arange(output.sampled_token_ids.shape[1], device=logits_RV.device)
-        tokens_BD = output.sampled_token_ids.where(places_D < output.num_sampled[:, None], PLACEHOLDER)
-        tokens_BD = accept_all(tokens_BD, scheduled, blocks, self.unverified_S.gpu[slots_B])
-        taken_B = (tokens_BD != PLACEHOLDER).sum(1, dtype=output.num_sampled.dtype)
+        blocks = read_blocks(logits_PV, scheduled, k=self.served.k_max)
+        output = self.verifier(logits_PV, batch)
+        position_J = torch.arange(output.sampled_token_ids.shape[1], device=logits_PV.device)
+        tokens_BJ = output.sampled_token_ids.where(position_J < output.num_sampled[:, None], PLACEHOLDER)
+        tokens_BJ = accept_all(tokens_BJ, scheduled, blocks, self.unverified_Z.gpu[slots_B])
+        taken_B = (tokens_BJ != PLACEHOLDER).sum(1, dtype=output.num_sampled.dtype)
         output.num_rejected = output.num_rejected + output.num_sampled - taken_B
-        output.sampled_token_ids, output.num_sampled = tokens_BD, taken_B
-        limits: dict[str, Any] = {"threshold": self.thresholds_SK.gpu[slots_B], "vocabulary": logits_RV.shape[-1]}
-        self._write(slots_B, next_drafts(logits_RV, tokens_BD, scheduled, blocks, **limits))
+        output.sampled_token_ids, output.num_sampled = tokens_BJ, taken_B
+        limits: dict[str, Any] = {"threshold": self.thresholds_ZK.gpu[slots_B], "vocabulary": logits_PV.shape[-1]}
+        self._write(slots_B, next_drafts(logits_PV, tokens_BJ, scheduled, blocks, **limits))
         return output
 
     def _write(self, slots_B: Tensor, drafts_BK: Tensor) -> None:
-        canvas = {"masks_B": self.masks_S.gpu[slots_B], "mask_token_id": self.served.mask_token_id, "width": self.served.width}
+        canvas = {"masks_B": self.masks_Z.gpu[slots_B], "mask_token_id": self.served.mask_token_id, "width": self.served.width}
         self.sampler.req_states.draft_tokens[slots_B] = canvases(drafts_BK, **canvas)
 
 
