@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mtp_trl.modeling.logits import output_logits
-from mtp_trl.modeling.lora import adapters_off
+from mtp_trl.modeling.lora import adapters_disabled
 from mtp_trl.training import readers, step
 from mtp_trl.training.config import MTPDistillConfig
 from mtp_trl.training.objective import OBJECTIVES, bar_tokens, kl_divergence, position_losses
@@ -213,11 +213,11 @@ def test_the_teachers_logits_are_of_its_own_head_where_the_students_is_trained(t
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
 
     def run_teacher(read):
-        with torch.no_grad(), adapters_off(adapted):
+        with torch.no_grad(), adapters_disabled(adapted):
             return read(student)
 
     args = arguments(tmp_path, objective="soft", ntp_coef=1.0, logits_chunk_size=chunk)
-    shared = WholeRowReader(student, student, run_teacher, lambda: adapters_off(adapted))
+    shared = WholeRowReader(student, student, run_teacher, lambda: adapters_disabled(adapted))
     apart = WholeRowReader(student, teacher, torch.no_grad()(lambda read: read(teacher)))
     outcomes = []
     for reader in (shared, apart):

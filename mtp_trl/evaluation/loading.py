@@ -11,7 +11,7 @@ from ..custom_generate.adapter_file import ADAPTER_FILE, read_adapter_metadata
 from ..custom_generate.generate import attach_decoder
 from ..custom_generate.repository import attach_adapter
 from ..modeling.files import LORA_CONFIG, TOKENIZER_FILES, read_provenance, repository_file
-from ..modeling.lora import named_base, put_on
+from ..modeling.lora import load_lora, named_base
 from ..publishing.decoder_check import check_decoder, decoder_digest, digest
 from ..publishing.repository import decoder_files
 
@@ -38,7 +38,7 @@ def load_student(
     if (below := _base_below(name, base)) is not None:
         tokenizer = load_tokenizer(name)
         if repository_file(name, LORA_CONFIG) is not None:
-            adapted = put_on(lambda: _load_base_of(name, *below), tokenizer, name)
+            adapted = load_lora(lambda: _load_base_of(name, *below), tokenizer, name)
             return attach_decoder(adapted.merge_and_unload()), tokenizer
         return attach_adapter(attach_decoder(_load_base_of(name, *below)), str(name)), tokenizer
     model = _load(name, trust_remote_code=True, revision=_trusted_revision(name, trust_remote_code=trust_remote_code))

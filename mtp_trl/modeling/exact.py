@@ -115,7 +115,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def declared_adapted(model: PreTrainedModel) -> Iterator[None]:
+def peft_flag_set(model: PreTrainedModel) -> Iterator[None]:
     """Within the block a quantised base counts as one with adapters, as it is: transformers knows PEFT's alone."""
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True

@@ -32,7 +32,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def adapters_off(model: PeftModel) -> Iterator[None]:
+def adapters_disabled(model: PeftModel) -> Iterator[None]:
     """The base as the teacher sees it: no adapters, no dropout."""
     with evaluating(model), model.disable_adapter():
         yield
@@ -55,7 +55,7 @@ def named_base(name: str | Path) -> tuple[str, str | None]:
     return adapters["base_model_name_or_path"], adapters.get("revision")
 
 
-def put_on(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:
+def load_lora(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:
     """A base with the adapters of a run's folder or of a repository, and their mask token and decoding defaults.
 
     `load_base` is called once it is clear that the adapters can be put on.
@@ -111,7 +111,7 @@ _NOT_ALONE = (
 )
 
 
-def check_alone(config: PeftConfig) -> None:
+def check_publishable_lora(config: PeftConfig) -> None:
     """Raises ValueError for a configuration whose adapters cannot be published alone, as far as it says so."""
     if not _trains_lora_and(config, rows=[]):
         raise ValueError(_NOT_ALONE)

@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..custom_generate.adapter import MaskGatedAdapter
 from ..custom_generate.base import base_fingerprint
 from ..modeling.files import LORA_CONFIG, LORA_FILE, public_name, read_provenance, write_atomically
-from ..modeling.lora import embedding_scale, fits_base, named_base, put_on
+from ..modeling.lora import embedding_scale, fits_base, load_lora, named_base
 from .repository import write_adapter, write_decoder
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def merge_folder(folder: Path, output: Path) -> Path:
     """`save_merged` of adapters that a run or a checkpoint left in a folder; their base is loaded for it.
 
     Raises:
-        ValueError: as `put_on`.
+        ValueError: as `load_lora`.
         OSError: the base cannot be loaded.
     """
     name, revision = named_base(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapted = put_on(lambda: AutoModelForCausalLM.from_pretrained(name, revision=revision), tokenizer, folder)
+    adapted = load_lora(lambda: AutoModelForCausalLM.from_pretrained(name, revision=revision), tokenizer, folder)
     provenance = read_provenance(folder)
     assert provenance is not None
     return save_merged(adapted, tokenizer, output, provenance)

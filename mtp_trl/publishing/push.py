@@ -98,7 +98,7 @@ def push(
     return send() if blocking else in_background(send)
 
 
-def push_as_it_is(
+def push_unchanged(
     folder: str | Path, repo_id: str, *, path_in_repo: str, token: str | None, revision: str | None, commit_message: str
 ) -> Future[CommitInfo]:
     """Upload all of a folder to a place in a repository, in the background; the folder may vanish meanwhile."""

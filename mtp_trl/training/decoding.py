@@ -13,7 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..custom_generate.generate import attach_decoder
 from ..modeling.attention import dense_masks
-from ..modeling.lora import adapters_off, causal_lm
+from ..modeling.lora import adapters_disabled, causal_lm
 from .samples import decode_samples, sample_table
 from .saving import PublishingTrainer
 
@@ -64,7 +64,7 @@ class DecodingTrainer(PublishingTrainer):
         try:
             with (
                 self._decoding_as_it_is(),
-                adapters_off(self.accelerator.unwrap_model(self.model)) if shares_module else nullcontext(),
+                adapters_disabled(self.accelerator.unwrap_model(self.model)) if shares_module else nullcontext(),
             ):
                 completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:

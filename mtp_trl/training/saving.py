@@ -20,7 +20,7 @@ from ..modeling.parallelism import Parallelism, loading_whole_weights
 from ..publishing.calibration_file import CALIBRATION_FILE, Calibration
 from ..publishing.card import RESULTS_FOLDER, write_card
 from ..publishing.merging import save_merged, write_mask_row
-from ..publishing.push import push, push_as_it_is
+from ..publishing.push import push, push_unchanged
 from ..publishing.repository import load_adapter, write_decoder, write_decoding_defaults
 from .checkpointing import CheckpointingTrainer
 
@@ -148,7 +148,7 @@ class PublishingTrainer(CheckpointingTrainer):
             jobs.append(self._push_folder(checkpoint_folder, message, blocking=False))
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-                job = push_as_it_is(
+                job = push_unchanged(
                     checkpoint_folder,
                     self.hub_model_id,
                     path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..modeling.checks import can_pack, check_attention_backend, check_output_logits, check_positions
-from ..modeling.exact import declared_adapted
+from ..modeling.exact import peft_flag_set
 from ..modeling.logits import backbone
-from ..modeling.lora import adapters_off, causal_lm, check_alone, check_fits_base, with_mask_row
+from ..modeling.lora import adapters_disabled, causal_lm, check_fits_base, check_publishable_lora, with_mask_row
 from ..modeling.mask_token import add_mask_token, set_decoding_defaults
 from ..modeling.parallelism import Parallelism
 from ..publishing.card import PAPER, TAGS
@@ -87,7 +87,7 @@ class MTPDistillTrainer(DecodingTrainer):
                 "adapter_only=True publishes an adapter alone, and there is none; set exact=True or pass peft_config."
             )
         if args.adapter_only and not args.exact and peft_config is not None:
-            check_alone(peft_config)
+            check_publishable_lora(peft_config)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=args.trust_remote_code
         )
@@ -120,7 +120,7 @@ class MTPDistillTrainer(DecodingTrainer):
         elif not is_peft_model(student):
             teacher = frozen_teacher(student, load, tokenizer, args)
         set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
-        with declared_adapted(student) if args.exact else nullcontext():
+        with peft_flag_set(student) if args.exact else nullcontext():
             super().__init__(
                 model=student,
                 teacher_model=teacher,
@@ -270,14 +270,14 @@ class MTPDistillTrainer(DecodingTrainer):
         run_teacher = self._teacher_runner(unwrapped_student) if with_teacher else None
         # PEFT may have wrapped the output head as well, which is then the student's unless the adapters are off.
         shares_head = self.teacher_model is None and type(student.get_output_embeddings()).__module__.startswith("peft.")
-        state = functools.partial(adapters_off, unwrapped_student) if shares_head else nullcontext
+        state = functools.partial(adapters_disabled, unwrapped_student) if shares_head else nullcontext
         return WholeRowReader(student, teacher, run_teacher, state)
 
     def _teacher_runner(self, unwrapped_student: Any) -> Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]:
         def run(read: Callable[[PreTrainedModel], Tensor]) -> Tensor:
             with torch.no_grad():
                 if self.teacher_model is None:
-                    with adapters_off(unwrapped_student):
+                    with adapters_disabled(unwrapped_student):
                         return read(causal_lm(unwrapped_student))
                 self.teacher_model.eval()
                 teacher = self.accelerator.unwrap_model(self.teacher_model)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from ...custom_generate.mtp_config import check_mtp_config
 from . import hooks
 from .heads import pad_heads
-from .settings import SECTION, Settings, adapter_file, adapter_words
+from .settings import SECTION, Settings, adapter_file, adapter_settings
 
 PROPOSER = "mtp_trl.serving.vllm.proposer.MTPProposer"
 _FILLED_IN = ("--model", "--speculative-config", "-sc", "--additional-config")
@@ -49,7 +49,7 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
     config = AutoConfig.from_pretrained(model, revision=revision)
     mtp = getattr(config, "mtp", None)
     if adapter is not None:
-        mtp, _ = adapter_words(adapter_file(adapter), repository=adapter)
+        mtp, _ = adapter_settings(adapter_file(adapter), repository=adapter)
     if mtp is None:
         raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
     check_mtp_config(mtp)

@@ -86,7 +86,7 @@ class Served:
         path: str | None = None
         if adapter is not None:
             path = adapter_file(adapter)
-            mtp, repository = adapter_words(path, repository=adapter)
+            mtp, repository = adapter_settings(path, repository=adapter)
         else:
             if exact:
                 path = adapter_file(model.model, model.revision)
@@ -171,7 +171,7 @@ def _refuse(vllm_config: Any, *, exact: bool) -> None:
             )
 
 
-def adapter_words(path: str, *, repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def adapter_settings(path: str, *, repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.mtp` and the decoding defaults that an adapter published alone carries for its base.
 
     Args:
