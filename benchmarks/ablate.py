@@ -1,12 +1,12 @@
-"""What decides the result: one factor at a time from a stated default, at equal steps.
+"""Ablations: change one factor at a time from a fixed default, at an equal number of steps.
 
-A cell adapts the bundled base by `recipes/tiny.yaml` with the options of `DEFAULT` and its own, given as on the command
-line, and decodes held-out problems. A finished cell is a file; what is missing runs, cell after cell. So the program may be
-killed at any point and started again: the cell it was in is lost, no other.
+A cell trains the bundled base with `recipes/tiny.yaml`, overridden by `DEFAULT` and by the cell's own options, and decodes
+held-out problems. Each finished cell is stored in a file, and the program runs the missing cells one after the other. It can
+therefore be killed at any point and started again: only the running cell is lost.
 
     python benchmarks/ablate.py                                              # every cell, one seed
-    python benchmarks/ablate.py --only default,objective --seeds 0,1,2       # finalists
-    python benchmarks/ablate.py --report                                     # table and plot of what is there
+    python benchmarks/ablate.py --only default,objective --seeds 0,1,2       # some factors, three seeds
+    python benchmarks/ablate.py --report                                     # table and plot of the finished cells
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODEL = Path("runs") / "ablate"
 BATCH_SIZE, MAX_NEW_TOKENS = 50, 192
 CONFADAPT, VERIFIED = 0.9, (0.5, 0.3)
 
-# What every cell changes in the recipe, unless it says otherwise: exact mode, 1,600 problems seen once, four a step.
+# Changes to the recipe in every cell that does not override them: exact mode, 1,600 problems seen once, four per step.
 DEFAULT = {
     "max_steps": "400",
     "per_device_train_batch_size": "4",
@@ -54,8 +54,9 @@ DEFAULT = {
 FULL = {"exact": "false", "ntp_coef": "1"}
 LORA = {"use_peft": "true", "lora_r": "64", "lora_alpha": "128", "lora_target_modules": "all-linear"}
 
-# Options of each level by factor, beside the default's: k in [2, 8], hard teacher, the first 30 % of the steps on ground
-# truth, 96 slots a row, Muon at 3e-3, rank 64 on all linear layers. Levels of `full ...` differ from `adapter: full`.
+# Options of each level of each factor, on top of `DEFAULT`. Other settings are the recipe's: k in [2, 8], hard teacher, ground
+# truth for the first 30 % of the steps, 96 slots per row, Muon at 3e-3, rank 64 on all linear layers. Levels of `full ...`
+# change one setting of `adapter: full`.
 FACTORS: dict[str, dict[str, dict[str, str]]] = {
     "default": {"exact": {}},
     "objective": {name: {"objective": name} for name in ("soft", "ground_truth", "reward", "reward_literal")},
@@ -76,7 +77,7 @@ FACTORS: dict[str, dict[str, dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One level of a factor under one seed. `options` are all that differ from the recipe."""
+    """One level of a factor with one seed. `options` are all the options that override the recipe."""
 
     factor: str
     level: str
@@ -93,15 +94,15 @@ class Cell:
 
     @property
     def arguments(self) -> list[str]:
-        """The options as `mtp-trl train --config recipes/tiny.yaml` takes them."""
-        several = {"exact_target_modules"}  # a list on the command line is words
-        pairs = [(f"--{name}", *(value.split() if name in several else [value])) for name, value in self.options.items()]
-        return [part for pair in pairs for part in pair]
+        """The options as arguments of `mtp-trl train --config recipes/tiny.yaml`."""
+        lists = {"exact_target_modules"}  # the command line takes the items of a list as separate words
+        groups = [(f"--{name}", *(value.split() if name in lists else [value])) for name, value in self.options.items()]
+        return [word for group in groups for word in group]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell: its decoding table, and the processor time of its training in seconds, of all threads."""
+    """A finished cell: its decoding table, and the CPU time of its training in seconds, summed over all threads."""
 
     cell: Cell
     seconds: float
@@ -118,44 +119,47 @@ class Result:
         return cls(Cell(**fields["cell"]), fields["training_cpu_seconds"], from_json(json.dumps(fields["report"])))
 
     def row(self, kind: str) -> TableRow:
-        """The only row of a kind, or of several thresholds the one with most tokens per pass."""
+        """Return the row of a kind of decoding; if there are several thresholds, the row with the most tokens per pass."""
         return max((row for row in self.report.rows if row.setting.kind == kind), key=lambda row: row.tokens_per_pass)
 
 
 def cells(*, only: Sequence[str], seeds: Sequence[int], changes: dict[str, str]) -> list[Cell]:
-    """Every level of the factors named (all by default), or the one of `factor=level`, under every seed.
+    """Return the cells to run, with every seed.
 
-    `changes` override `DEFAULT`.
+    Args:
+        only: factors, of which every level is run, or single levels as `factor=level`; empty for all factors.
+        changes: options that override `DEFAULT`.
 
     Raises:
-        ValueError: a factor or a level that is not there.
+        ValueError: `only` has an unknown factor or level.
     """
     every = [(factor, level) for factor, levels in FACTORS.items() for level in levels]
     named = {name: [pair for pair in every if name in (pair[0], "=".join(pair))] for name in only}
     if unknown := [name for name, pairs in named.items() if not pairs]:
-        raise ValueError(f"There is no factor {', '.join(unknown)}; there are {', '.join(FACTORS)}.")
-    wanted = dict.fromkeys(pair for pairs in named.values() for pair in pairs) if only else every
+        raise ValueError(f"Unknown factor or level {', '.join(unknown)}; the factors are {', '.join(FACTORS)}.")
+    selected = dict.fromkeys(pair for pairs in named.values() for pair in pairs) if only else every
     return [
         Cell(factor, level, seed, DEFAULT | changes | FACTORS[factor][level] | {"seed": str(seed)})
         for seed in seeds
-        for factor, level in wanted
+        for factor, level in selected
     ]
 
 
-def run_missing(wanted: Iterable[Cell], folder: Path, measure: Callable[[Cell], Result]) -> None:
-    """Measure the cells that have no file in `folder` yet, and write one for each as soon as it is done.
+def run_missing(selected: Iterable[Cell], folder: Path, measure: Callable[[Cell], Result]) -> None:
+    """Measure the cells that have no file in `folder` yet, and write each cell's file as soon as it is finished.
 
     Raises:
-        ValueError: a finished cell had other options; nothing has been measured then.
+        ValueError: a finished cell was run with other options. This is checked before anything is measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
-    for cell in wanted:
+    for cell in selected:
         if not (folder / cell.file_name).is_file():
             missing.append(cell)
         elif (found := read(folder / cell.file_name).cell) != cell:
-            made, wanted_now = found.options, cell.options
-            raise ValueError(f"{folder / cell.file_name} was made with {made}, not {wanted_now}; name another --output.")
+            raise ValueError(
+                f"{folder / cell.file_name} was made with {found.options}, not {cell.options}; name another --output."
+            )
     console = Console(stderr=True)
     for number, cell in enumerate(missing, start=1):
         console.rule(f"{number} of {len(missing)}: {cell.name}", align="left")
@@ -169,8 +173,8 @@ def read(path: Path) -> Result:
 
 
 def train_and_decode(cell: Cell, *, problems: int) -> Result:
-    """Adapt the base as the cell says, decode the first `problems` held-out problems."""
-    shutil.rmtree(MODEL, ignore_errors=True)  # an adapter's files beside another cell's weights would be a third model
+    """Train the base with the cell's options, and decode the first `problems` held-out problems."""
+    shutil.rmtree(MODEL, ignore_errors=True)  # files of several cells in one folder would load as a mixed model
     device = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     started = time.process_time()
     trainer = train(read_recipe(RECIPE, [*cell.arguments, *device, "--output_dir", str(MODEL)]))
@@ -202,7 +206,7 @@ HEADER = (
 
 
 def grouped(results: Iterable[Result]) -> list[list[Result]]:
-    """The seeds of each level together, in the order of `FACTORS`."""
+    """Group the seeds of each level, in the order of `FACTORS`."""
     order = {(factor, level): [] for factor, levels in FACTORS.items() for level in levels}
     for result in sorted(results, key=lambda result: result.cell.seed):
         order[result.cell.factor, result.cell.level].append(result)
@@ -210,7 +214,7 @@ def grouped(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def _line(seeds: Sequence[Result]) -> list[str]:
-    """A line of the table. Several seeds stand side by side."""
+    """Return a line of the table, with the values of several seeds separated by commas."""
 
     def each(value: Callable[[Result], str]) -> str:
         return ", ".join(map(value, seeds))
@@ -233,7 +237,7 @@ def _line(seeds: Sequence[Result]) -> list[str]:
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Markdown, of the cells that are done."""
+    """Return the table of the finished cells as Markdown."""
     results = [read(path) for path in sorted(folder.glob("*.json"))]
     lines = [HEADER, ["---", "---"] + ["---:"] * (len(HEADER) - 2), *map(_line, grouped(results))]
     first = results[0].report
@@ -241,15 +245,15 @@ def table(folder: Path = RESULTS) -> str:
     facts = first.provenance
     return (
         "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + f"\n\n{first.rows[0].problems} held-out problems, greedy; several seeds stand side by side; k=1 and ConfAdapt in "
-        "points of accuracy, paired by problem; verified: the best of the thresholds "
+        + f"\n\n{first.rows[0].problems} held-out problems, greedy; commas separate the values of several seeds; k=1 and "
+        "ConfAdapt: differences in accuracy, in points, paired by problem; verified: the best of the thresholds "
         f"{', '.join(map(threshold_text, VERIFIED))}. {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"{facts['hardware']}, torch {facts['versions']['torch']}; `python benchmarks/ablate.py`.\n"
     )
 
 
 def plot(path: Path, folder: Path = RESULTS) -> None:
-    """Every seed of every level as a point: tokens per pass of verified decoding, and what k=1 lost or gained."""
+    """Plot every seed of every level as a point: tokens per pass when verified, and the accuracy of k=1 against the base."""
     from matplotlib.figure import Figure
 
     lines = grouped(read(path) for path in sorted(folder.glob("*.json")))
@@ -259,9 +263,9 @@ def plot(path: Path, folder: Path = RESULTS) -> None:
         (left, "verified", lambda row: row.tokens_per_pass, "tokens per pass, verified"),
         (right, "plain", lambda row: 100 * row.versus_base.value, "accuracy of k=1 against the base, points"),
     ):
-        for place, seeds in enumerate(lines):
+        for height, seeds in enumerate(lines):
             values = [value(result.row(kind)) for result in seeds]
-            axes.plot(values, [place] * len(values), "o", color="#0072B2", markersize=5, alpha=0.8)
+            axes.plot(values, [height] * len(values), "o", color="#0072B2", markersize=5, alpha=0.8)
             if seeds[0].cell.factor == "default":
                 axes.axvline(mean(values), color="#D55E00", linewidth=1, linestyle="--")
         axes.set_xlabel(label)
@@ -281,17 +285,23 @@ def _integers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[], metavar="FACTOR[=LEVEL],...", help=", ".join(FACTORS)
+        "--only",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="FACTOR[=LEVEL],...",
+        help=f"factors or levels to run (default: all), out of {', '.join(FACTORS)}",
     )
-    parser.add_argument("--seeds", type=_integers, default=[0], metavar="N,...")
+    parser.add_argument("--seeds", type=_integers, default=[0], metavar="N,...", help="seeds of every level (default: 0)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems decoded in each cell (default: 100)")
-    parser.add_argument("--change", type=json.loads, default={}, metavar="JSON", help="options of every cell")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="the plot goes beside it")
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--change", type=json.loads, default={}, metavar="JSON", help="options that override DEFAULT in every cell"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="results; the plot is FOLDER.png")
+    parser.add_argument("--report", action="store_true", help="only print the table and draw the plot")
     options = parser.parse_args()
     if not options.report:
-        wanted = cells(only=options.only, seeds=options.seeds, changes=options.change)
-        run_missing(wanted, options.output, lambda cell: train_and_decode(cell, problems=options.problems))
+        selected = cells(only=options.only, seeds=options.seeds, changes=options.change)
+        run_missing(selected, options.output, lambda cell: train_and_decode(cell, problems=options.problems))
     print(table(options.output))
     plot(options.output.with_suffix(".png"), options.output)
 

@@ -1,11 +1,14 @@
-"""How long training takes until the student's blocks agree with the teacher: the ways of benchmarks/train.py, on real text.
+"""Training time until the student's blocks agree with the teacher, on real text, for each way of training in train.py.
 
-The bundled base on word problems, hard teacher, Muon at a constant rate, no warm-up on ground truth: the ways differ in
-regions and in what is trained, and in nothing else. Agreement is measured on held-out texts, outside the clock: the mean over
-places 2 to k of the share of places at which the student's token is the teacher's first choice, in blocks of k_max places.
-Beside the ways of train.py stands full fine-tuning with a mask row for each place of a block, in place of one for all.
-Every way runs until it has reached `--target` or spent `--seconds`; they take turns, so that they share whatever else the
-machine does.
+All ways train the bundled base on word problems with a hard teacher, Muon at a constant learning rate, and no warm-up on ground
+truth. They differ only in the regions and in the trained parameters. One way is added to those of train.py: full fine-tuning
+with a separate mask row for each position of a block.
+
+Agreement is measured on held-out texts and is not timed. For each of the positions 2 to k_max of a block, it takes the share of
+blocks in which the student's token is the teacher's most probable one; the agreement is the mean of these shares.
+
+Each way runs until it reaches `--target` or has trained for `--seconds`. The ways alternate, so that other load on the machine
+affects all of them equally.
 
     python benchmarks/agreement.py --target 0.5 --output docs/results/agreement.json
 """
@@ -37,12 +40,12 @@ from mtp_trl.training.step import Batch, Tokens, distillation_pass
 from mtp_trl.word_problems import load_dataset
 
 BASE = "mtp_trl/word_problems/base"
-TRAINED = WAYS | {"place rows": "full fine-tuning, a mask row for each place"}
+TRAINED = WAYS | {"position rows": "full fine-tuning, a mask row for each position"}
 
 
 @dataclass
 class RowForEachPosition(WholeRowReader):
-    """Slot s of a region holds the s-th of `mask_ids`; all these rows start as the mask's."""
+    """Reads regions in which slot s holds the s-th of `mask_ids`, whose rows start as copies of the mask token's row."""
 
     mask_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -56,19 +59,19 @@ class RowForEachPosition(WholeRowReader):
 
 @dataclass
 class Row:
-    """A way, the seconds of its median step, and (optimizer steps, agreement) as training went on."""
+    """The result of one way: the median seconds per step, and (optimizer steps, agreement) after every measurement."""
 
     way: str
     seconds_per_step: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
 
     def seconds_to(self, target: float) -> float | None:
-        """Steps times the median step: what else the machine did meanwhile says nothing about a way."""
+        """Return steps times the median step time, which other load on the machine affects less than the elapsed time."""
         return next((step * self.seconds_per_step for step, agreement in self.history if agreement >= target), None)
 
 
 class Run:
-    """One way in training."""
+    """One way of training, in progress."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.options = options
@@ -78,19 +81,19 @@ class Run:
         add_mask_token(model, tokenizer, mask_token="<|mtp|>", k_max=options.k_max, seed=0)
         mask_id, rows = model.config.mtp["mask_token_id"], model.config.vocab_size
         mask_ids = torch.tensor([mask_id, *range(rows, rows + options.k_max - 2)])
-        if name == "place rows":
+        if name == "position rows":
             model.resize_token_embeddings(rows + options.k_max - 2, mean_resizing=False)
             with torch.no_grad():
                 model.get_input_embeddings().weight[rows:] = model.get_input_embeddings().weight[mask_id]
         tokens = Tokens(
             mask_id=mask_id,
             pad_id=tokenizer.pad_token_id,
-            barred=mask_ids if name == "place rows" else torch.tensor(model.config.mtp["barred_token_ids"]),
+            barred=mask_ids if name == "position rows" else torch.tensor(model.config.mtp["barred_token_ids"]),
             eos=torch.tensor([tokenizer.eos_token_id]),
         )
-        trained_as = "full" if name == "place rows" else name
+        trained_as = "full" if name == "position rows" else name
         self.way = Way(trained_as, model, tokens, k_max=options.k_max, slots=options.slots, rank=options.rank)
-        if name == "place rows":
+        if name == "position rows":
             reader = self.way.reader
             self.way.reader = RowForEachPosition(reader.student, reader.teacher, reader.run_teacher, mask_ids=mask_ids)
         self.optimizer = muon_adamw(model, lr=options.learning_rate, weight_decay=0.0)
@@ -105,7 +108,7 @@ class Run:
         return reached or sum(self.seconds) >= self.options.seconds
 
     def go_on(self) -> None:
-        """`--every` optimizer steps, then the agreement on held-out text."""
+        """Make `--every` optimizer steps, then measure the agreement on held-out text."""
         rows = self.options.rows
         for _ in range(self.options.every):
             first = self.step * rows % len(self.train)
@@ -125,7 +128,7 @@ class Run:
     def _agreement(self) -> float:
         clean, prompts, lengths = self.held_out
         k_max = self.options.k_max
-        number = self.options.slots // (k_max - 1)  # blocks of k_max places, at an even stride over each answer
+        number = self.options.slots // (k_max - 1)  # blocks of k_max positions, evenly spaced over each answer
         share = (torch.arange(number) + 0.5) / number
         anchors = (prompts[:, None] - 1 + share * (lengths - 1 - prompts)[:, None]).long()
         batch = Batch(clean, prompts, lengths, Regions(anchors, torch.full_like(anchors, k_max)))
@@ -154,13 +157,16 @@ def measure(options: argparse.Namespace) -> list[Row]:
         for run in unfinished:
             run.go_on()
             step, agreement = run.row.history[-1]
-            took = f"{sum(run.seconds):.0f} s"
-            console.print(f"{run.row.way}: step {step}, {took}, agreement {agreement:.3f}", highlight=False)
+            elapsed = f"{sum(run.seconds):.0f} s"
+            console.print(f"{run.row.way}: step {step}, {elapsed}, agreement {agreement:.3f}", highlight=False)
     return [run.row for run in runs]
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds: the time to the target, or to the largest twentieth that every way has reached."""
+    """Return the results as a Markdown table.
+
+    It shows the time to the target, or to the largest multiple of 0.05 that every way has reached if that is lower.
+    """
     rows, facts = [Row(**row) for row in results["rows"]], results["provenance"]
     reached_by_all = min(max(agreement for _, agreement in row.history) for row in rows)
     target = min(results["target"], int(20 * reached_by_all) / 20)
@@ -172,7 +178,7 @@ def table(results: dict[str, Any]) -> str:
     for row in rows:
         agreement = dict(row.history)[common]
         reached = row.seconds_to(target)
-        times = f"{reached:.0f}" if reached is not None else f"not in {row.history[-1][0] * row.seconds_per_step:.0f}"
+        times = f"{reached:.0f}" if reached is not None else f"not within {row.history[-1][0] * row.seconds_per_step:.0f}"
         speed = f"{first / reached:.2f}x" if first is not None and reached is not None else "-"
         lines.append(f"| {row.way} | {row.seconds_per_step:.3f} | {agreement:.3f} | {times} | {speed} |")
     lines += ["", f"{facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; `{facts['command']}`"]
@@ -181,8 +187,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=float, default=0.5, help="agreement, from 0 to 1 (default: 0.5)")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of training at most, for each way (default: 300)")
+    parser.add_argument("--target", type=float, default=0.5, help="agreement to reach, from 0 to 1 (default: 0.5)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="largest training time of each way (default: 300)")
     sizes = {"rows": 8, "k_max": 8, "slots": 40, "rank": 64, "every": 20}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of what is public; a test checks that it was run.
+"""Writes docs/api.md from the docstrings of the public API. A test checks that the file is up to date.
 
 python benchmarks/api_reference.py
 """
@@ -48,7 +48,7 @@ PUBLIC = {
 
 
 def entry(name: str) -> str:
-    """A heading, the signature where it is short enough to read, and the docstring as it stands."""
+    """Return a heading, the parameters of a function, and the docstring."""
     module, _, attribute = name.rpartition(".")
     thing: Any = getattr(importlib.import_module(f"mtp_trl.{module}"), attribute)
     text = inspect.cleandoc(thing.__doc__ or "")
@@ -65,7 +65,7 @@ def entry(name: str) -> str:
 
 
 def reference() -> str:
-    """The whole document."""
+    """Return the whole document."""
     lines = ["# API", "", "Written by `python benchmarks/api_reference.py` from the docstrings.", ""]
     for title, names in PUBLIC.items():
         lines += [f"## {title}", "", *(entry(name) for name in names)]

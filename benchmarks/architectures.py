@@ -1,8 +1,8 @@
-"""Which architectures does all this hold for? Every model type that transformers lists as a causal LM is built tiny and
-random, decoded and trained: the table of docs/architectures.md.
+"""Which architectures are supported? Builds a tiny random model of every model type that transformers lists as a causal LM,
+decodes with it and trains it. Writes the table of docs/architectures.md.
 
-Each type is checked in a process of its own under a time limit, so that one which hangs or crashes ends nothing else.
-Results are written after each; a second run goes on where the first one ended.
+Each type is checked in a separate process with a time limit, so that a check that hangs or crashes does not stop the others.
+Results are written after each type, and a second run resumes after the last one.
 
     python benchmarks/architectures.py --output docs/results/architectures.json
     python benchmarks/architectures.py --only llama,mamba2
@@ -48,7 +48,7 @@ from mtp_trl.training.step import Batch, Tokens, build_layout, distillation_pass
 
 K, THRESHOLD, NEW, STEPS, LENGTH = 4, 0.3, 16, 10, 12
 TOKENS = Tokens(mask_id=MASK, pad_id=PAD, barred=torch.tensor(BARRED), eos=torch.tensor([EOS]))
-LARGEST_GAP = 1e-3  # of logits with standard deviation 3, between a layout and separate passes, in float32
+LARGEST_GAP = 1e-3  # between the logits of a layout and of separate passes, with standard deviation 3, in float32
 RIGHT = "right"
 
 
@@ -56,7 +56,7 @@ RIGHT = "right"
 
 
 def prompts() -> list[list[int]]:
-    """Of 9, 6, 4 and 1 tokens."""
+    """Return random prompts of 9, 6, 4 and 1 tokens."""
     rng = torch.Generator().manual_seed(1)
     return [torch.randint(2, MASK, (length,), generator=rng).tolist() for length in (9, 6, 4, 1)]
 
@@ -69,24 +69,25 @@ def padded(rows: list[list[int]]) -> dict[str, Tensor]:
 
 
 def answers(sequences: Tensor, rows: list[list[int]]) -> list[list[int]]:
-    """What was generated, through its end."""
-    fresh = sequences[:, max(map(len, rows)) :].tolist()
-    return [row[: row.index(EOS) + 1] if EOS in row else row for row in fresh]
+    """Return the generated tokens of each row, up to and including EOS."""
+    generated = sequences[:, max(map(len, rows)) :].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in generated]
 
 
 def greedy(model: PreTrainedModel, rows: list[list[int]]) -> list[list[int]]:
-    """transformers' own greedy decoding."""
+    """Decode with transformers' own greedy decoding."""
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": list(BARRED)}
     return answers(GenerationMixin.generate(model, **padded(rows), **options), rows)
 
 
 @torch.no_grad()
 def naive(model: PreTrainedModel, prompt: list[int], *, k: int) -> list[int]:
-    """Blocks from forward passes over the whole text, one row, no padding, no cache; k=1 is greedy decoding."""
+    """Decode one prompt in blocks, with passes over the whole text, no padding and no cache; k=1 is greedy decoding."""
     ids = list(prompt)
     while len(ids) - len(prompt) < NEW:
-        fed = torch.tensor([ids + [MASK] * (k - 1)])
-        logits = model(input_ids=fed, attention_mask=torch.ones_like(fed), use_cache=False).logits[0, -k:].float()
+        input_ids = torch.tensor([ids + [MASK] * (k - 1)])
+        mask = torch.ones_like(input_ids)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0, -k:].float()
         logits[:, list(BARRED)] = -torch.inf
         probabilities, block = logits.softmax(-1).max(-1)
         for token in block[: accept_confident_prefix(probabilities[None], threshold=THRESHOLD)].tolist():
@@ -97,7 +98,7 @@ def naive(model: PreTrainedModel, prompt: list[int], *, k: int) -> list[int]:
 
 
 def ours(model: PreTrainedModel, rows: list[list[int]], *, verify: bool) -> tuple[list[list[int]], str]:
-    """Texts, and how they were decoded."""
+    """Decode with this project's `generate`; return the texts, and whether it used a cache ("cached" or "uncached")."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         options = {"mtp_k": K, "confadapt": THRESHOLD, "max_new_tokens": NEW, "do_sample": False}
@@ -108,7 +109,7 @@ def ours(model: PreTrainedModel, rows: list[list[int]], *, verify: bool) -> tupl
 
 
 class Case:
-    """A model, prompts, and the texts that others make of them: each is made once."""
+    """A model, its prompts and its reference texts, each of which is decoded at most once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.rows = model, prompts()
@@ -118,7 +119,7 @@ class Case:
         return [naive(self.model, row, k=1) for row in self.rows]
 
     @cached_property
-    def alone(self) -> list[list[int]] | str:
+    def single(self) -> list[list[int]] | str:
         return answer_of(lambda: [greedy(self.model, [row])[0] for row in self.rows])
 
     @cached_property
@@ -127,7 +128,7 @@ class Case:
 
 
 def answer_of(decode: Callable[[], list[list[int]]]) -> list[list[int]] | str:
-    """What transformers answers, or how it fails."""
+    """Return the texts that transformers decodes, or the reason why it fails."""
     try:
         return decode()
     except Exception as error:
@@ -135,28 +136,28 @@ def answer_of(decode: Callable[[], list[list[int]]]) -> list[list[int]] | str:
 
 
 def check_upstream(case: Case) -> dict[str, str]:
-    """Does transformers agree with itself: its cache with whole passes, rows of a padded batch with single ones?"""
-    for own in (case.alone, case.batched):
-        if isinstance(own, str):
-            return {"upstream": f"its own cached decoding {own}"}
-    if case.alone != case.uncached:
+    """Check transformers itself: cached against uncached decoding, and rows of a padded batch against single rows."""
+    for texts in (case.single, case.batched):
+        if isinstance(texts, str):
+            return {"upstream": f"its own cached decoding {texts}"}
+    if case.single != case.uncached:
         return {"upstream": "its own cached decoding differs from its uncached"}
-    if case.batched != case.alone:
+    if case.batched != case.single:
         return {"upstream": "its own padded batch differs from single rows"}
     return {"upstream": RIGHT}
 
 
 def check_verified(case: Case) -> dict[str, str]:
-    """Verified text is transformers' own greedy text."""
+    """Check that verified text is greedy text."""
     texts, cache = ours(case.model, case.rows, verify=True)
     if texts == case.uncached:
         return {"cache": cache, "verified": RIGHT}
-    same = texts in (case.alone, case.batched)
+    same = texts in (case.single, case.batched)
     return {"cache": cache, "verified": "as transformers with its cache" if same else "wrong"}
 
 
 def check_blocks(case: Case) -> dict[str, str]:
-    """Blocks that are not verified are those of forward passes over the whole text."""
+    """Check that unverified blocks are those of passes over the whole text."""
     texts, _ = ours(case.model, case.rows, verify=False)
     return {"blocks": RIGHT if texts == [naive(case.model, row, k=K) for row in case.rows] else "wrong"}
 
@@ -177,7 +178,7 @@ def settings() -> MTPDistillConfig:
 
 @torch.no_grad()
 def largest_gap(model: PreTrainedModel) -> float:
-    """Between the logits read from a layout and those of one forward pass per region."""
+    """Return the largest difference between the logits read from a layout and those of one forward pass per region."""
     texts, args = batch(), settings()
     layout = build_layout(model, texts, TOKENS, args)
     hidden = read_rows(model, layout, layout.ids_XT)
@@ -186,13 +187,16 @@ def largest_gap(model: PreTrainedModel) -> float:
     for row, region in (texts.regions.size_BR > 0).nonzero().tolist():
         anchor, size = int(texts.regions.anchor_BR[row, region]), int(texts.regions.size_BR[row, region])
         ids = torch.cat([texts.clean_BN[row, : anchor + 1], torch.full((size - 1,), MASK)])
-        alone = model(input_ids=ids[None], use_cache=False).logits[0, anchor:]
-        gap = max(gap, (alone - logits[row, region, :size]).abs().max().item())
+        expected = model(input_ids=ids[None], use_cache=False).logits[0, anchor:]
+        gap = max(gap, (expected - logits[row, region, :size]).abs().max().item())
     return gap
 
 
 def train(model: PreTrainedModel, *, exact: bool) -> tuple[str, PreTrainedModel]:
-    """`STEPS` steps on one batch: does the loss fall? If not, in smaller steps: the target moves with the student's blocks."""
+    """Train a copy on one batch for `STEPS` steps; return whether the loss falls, and the copy.
+
+    If it does not, try again with a smaller learning rate, because the target changes with the student's blocks.
+    """
     for learning_rate in (1e-2, 1e-3) if exact else (1e-3, 1e-4):
         trained = copy.deepcopy(model)
         found = _train(trained, exact=exact, learning_rate=learning_rate)
@@ -223,7 +227,7 @@ def _train(model: PreTrainedModel, *, exact: bool, learning_rate: float) -> str:
 
 
 def check_training(case: Case) -> dict[str, str]:
-    """Full fine-tuning."""
+    """Check full fine-tuning."""
     model = case.model
     layout = "packed" if can_pack(model) else "suffix"
     check_output_logits(model)
@@ -233,7 +237,7 @@ def check_training(case: Case) -> dict[str, str]:
 
 
 def check_exact(case: Case) -> dict[str, str]:
-    """Exact mode: trained, and the verified text is still the base's."""
+    """Check exact mode: the loss falls, and the verified text is still the base's."""
     check_output_logits(case.model)
     before, _ = ours(case.model, case.rows, verify=True)
     found, trained = train(case.model, exact=True)
@@ -253,7 +257,7 @@ COLUMNS: dict[str, Callable[[Case], dict[str, str]]] = {
 
 
 def text_decoder(model_type: str) -> str | None:
-    """For a config that is made of several: the model type of its text decoder, which is checked in its own row."""
+    """Return the model type of a composite config's text decoder, which has its own row; None for other configs."""
     parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", None) or {}
     if "text_config" not in parts:
         return None
@@ -262,15 +266,15 @@ def text_decoder(model_type: str) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """One line: the project's own refusals are ValueErrors that this package raises."""
-    place = traceback.extract_tb(error.__traceback__)[-1].filename
-    refused = isinstance(error, ValueError) and "mtp_trl" in Path(place).parts
+    """Return one line about the error: "refused" if this package raised it as a ValueError, else "fails"."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    refused = isinstance(error, ValueError) and "mtp_trl" in Path(file).parts
     line = " ".join(str(error).split())
     return f"{'refused' if refused else 'fails'}: {line if refused else f'{type(error).__name__}: {line}'}"[:300]
 
 
 def check(model_type: str) -> Iterator[dict[str, str]]:
-    """What is found, one column after the other."""
+    """Yield the results of the checks, one column after the other."""
     try:
         decoder = text_decoder(model_type)
         if decoder is not None and decoder != model_type:
@@ -301,7 +305,7 @@ def _work(model_type: str, pipe: Connection) -> None:
 
 @contextmanager
 def _process(model_type: str) -> Iterator[tuple[Any, Connection]]:
-    context = multiprocessing.get_context("fork")  # libraries are loaded once
+    context = multiprocessing.get_context("fork")  # so that libraries are imported only once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(model_type, sender))
     process.start()
@@ -314,18 +318,18 @@ def _process(model_type: str) -> Iterator[tuple[Any, Connection]]:
 
 
 def row_of(model_type: str, *, seconds: float) -> dict[str, str]:
-    """What a process of its own finds, as far as it gets."""
+    """Check a model type in a separate process; return the results up to the first check that hangs or crashes."""
     row = {"type": model_type}
     with _process(model_type) as (_, receiver):
         while True:
-            left = next((name for name in ("built", *COLUMNS) if name not in row), "exact")
+            column = next((name for name in ("built", *COLUMNS) if name not in row), "exact")
             try:
                 if not receiver.poll(seconds):
-                    row[left] = f"fails: not done in {seconds:g} s"
+                    row[column] = f"fails: not finished within {seconds:g} s"
                     return row
                 found = receiver.recv()
             except EOFError:
-                row[left] = "fails: the process ended"
+                row[column] = "fails: the process ended"
                 return row
             if found is None:
                 return row
@@ -336,13 +340,13 @@ def row_of(model_type: str, *, seconds: float) -> dict[str, str]:
 
 
 def short(found: str, name: str) -> str:
-    """Without what differs from model to model: the class's name, numbers, and what stands behind the reason."""
+    """Remove what differs between models with the same result: the class's name, numbers, and the remedy after the reason."""
     found = re.sub(r" ?\((?:largest|\d)[^)]*\)|\(?\[\d[^]]*\]\)?", "", found.replace(name, "the model")).partition(";")[0]
     return found.replace("|", "\\|").strip().rstrip(".")
 
 
 def cells(row: dict[str, str]) -> tuple[str, ...]:
-    """Decoding, training, exact mode and transformers itself."""
+    """Return the cells of a model type: decoding, training, exact mode and transformers itself."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row["type"]]
     if row["built"] != RIGHT:
         return (f"not built: {short(row['built'], name)}", "-", "-", "-")
@@ -359,7 +363,7 @@ def cells(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds: model types with the same cells share a line."""
+    """Return the results as a Markdown table, in which model types with the same cells share a line."""
     parts = {row["type"]: row["built"][4:] for row in results["rows"] if row["built"].startswith("see ")}
     rows = [row for row in results["rows"] if row["type"] not in parts]
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -367,8 +371,8 @@ def table(results: dict[str, Any]) -> str:
         groups.setdefault(cells(row), []).append(row["type"])
     built = [row for row in rows if row["built"] == RIGHT]
     counts = [sum(row.get(column) == RIGHT for row in built) for column in ("verified", "training", "exact")]
-    counted = f"Of {len(rows)} model types {len(built)} are built; of these {counts[0]} decode verified text right, "
-    counted += f"{counts[1]} train and {counts[2]} train in exact mode."
+    counted = f"Of {len(rows)} model types, {len(built)} could be built. Of these, {counts[0]} decode verified text correctly, "
+    counted += f"{counts[1]} train with full fine-tuning, and {counts[2]} train in exact mode."
     lines = [
         counted,
         "",
@@ -379,7 +383,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(found)} |")
     several = ", ".join(f"`{name}` (`{part}`)" for name, part in parts.items())
     if several:
-        lines += ["", f"Made of several models, of which the text decoder is the one to look up: {several}."]
+        lines += ["", f"These types combine several models; look up their text decoder (in parentheses): {several}."]
     facts = results["provenance"]
     versions = f"torch {facts['versions']['torch']}, transformers {facts['versions']['transformers']}"
     lines += ["", f"{facts['date']}, {facts['hardware']}, {versions}; `{facts['command']}`"]
@@ -388,17 +392,17 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=lambda text: text.split(","), help="model types, with commas between them")
-    parser.add_argument("--seconds", type=float, default=60.0, help="limit of each check (default: 60)")
-    parser.add_argument("--output", type=Path, help="JSON; model types in it are not checked again, those of --only are")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="model types to check, separated by commas")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit of each check (default: 60)")
+    parser.add_argument("--output", type=Path, help="JSON; model types in it are checked again only if --only names them")
     options = parser.parse_args()
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if unknown := sorted(set(options.only or []) - set(known)):
-        parser.error(f"{', '.join(unknown)}: no causal LM of transformers.")
+        parser.error(f"{', '.join(unknown)}: transformers has no causal LM of this type.")
     rows: dict[str, dict[str, str]] = {}
     if options.output is not None and options.output.exists():
         rows = {row["type"]: row for row in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
-    torch.set_num_threads(1)  # processes are forked
+    torch.set_num_threads(1)  # the checks run in forked processes
     for model_type in track(options.only or [name for name in known if name not in rows], "Architectures"):
         rows[model_type] = row_of(model_type, seconds=options.seconds)
         results = {"rows": [rows[name] for name in known if name in rows], "provenance": run_facts()}

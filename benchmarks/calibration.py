@@ -1,13 +1,13 @@
-"""Does the promise of `mtp-trl calibrate` hold on fresh problems? Decodes a pool of word problems that no training run saw,
-once per threshold, then calibrates on one random part of it and measures the loss on the other, again and again.
+"""Does the bound of `mtp-trl calibrate` hold on fresh problems? Decodes a pool of word problems that no training run has read,
+once per threshold. Then repeatedly calibrates on a random part of the pool and measures the loss on the rest.
 
     python benchmarks/calibration.py runs/tiny_exact_long --pool runs/calibration_pool --output docs/results/calibration.json
     python benchmarks/calibration.py models/tiny_exact_long --per-place --problems 1250 --pool runs/calibration_by_position \\
         --output docs/results/calibration_by_position.json
 
-The pool is decoded once and kept in its folder; an interrupted run goes on where it stopped, and a pool of another model or
-of other thresholds is refused. The parts are drawn anew for every repetition and share no problem within it. With
-`--per-place` every case is searched twice on the same parts, for one threshold and for thresholds by place.
+The pool is decoded once and kept in its folder. An interrupted run resumes where it stopped, and a pool of another model or of
+other thresholds is refused. Every repetition draws new parts, which share no problem. With `--per-place`, each case is searched
+twice on the same parts: for one threshold, and for thresholds by position.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mtp_trl.word_problems import Problem, train_problems
 THRESHOLDS = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.87)
 GRID_BY_POSITION = THRESHOLDS[2:]
 POOL_SEED = 2026
-TRAINED_ON = {0: 84_500, 1: 40_000}  # streams of the bundled base and of its adaptations, and how far they were read
+TRAINED_ON = {0: 84_500, 1: 40_000}  # by seed, the number of problems that training the base and adapting it have read
 CHUNK = 250
 CONFIDENCE = 0.95
 REPETITIONS = 40
-# measure, bound, problems calibrated on
+# measure, bound, number of problems calibrated on
 CASES: list[tuple[Measure, float, int]] = [
     ("accuracy", 0.01, 500),
     ("accuracy", 0.01, 1500),
@@ -60,7 +60,7 @@ Pool = dict[str, dict[str, np.ndarray]]
 
 
 def fresh_problems(count: int) -> list[Problem]:
-    """Problems of a stream of their own: no question twice, none that a training run may have read."""
+    """Return distinct problems from a separate seed, without any that a training run may have read."""
     seen = {problem.question for seed, size in TRAINED_ON.items() for problem in train_problems(size, seed=seed)}
     unique: dict[str, Problem] = {}
     for problem in train_problems(2 * count, seed=POOL_SEED):
@@ -70,22 +70,25 @@ def fresh_problems(count: int) -> list[Problem]:
 
 
 def decodings(shapes: Sequence[Shape], grid: Sequence[float]) -> list[Setting]:
-    """What every problem is decoded with."""
+    """Return the settings with which every problem is decoded."""
     return [Setting("plain"), *(Setting("confadapt", threshold=shape(one)) for shape in shapes for one in grid)]
 
 
 def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings: Sequence[Setting]) -> None:
-    """One file per chunk of problems: of every threshold which answers are right and which are the model's own.
+    """Decode the pool, and write one file per chunk of problems.
+
+    For every setting, a file records which answers are correct, which equal those of one-token-at-a-time decoding, and their
+    tokens and passes.
 
     Raises:
-        ValueError: the folder has a pool of another model, of other settings or of other chunks.
+        ValueError: the folder has a pool of another model, with other settings or with another chunk size.
     """
-    made = {
+    made_with = {
         "model": identity(model_name, None),
         "list of settings": [setting.label for setting in settings],
         "chunk size": CHUNK,
     }
-    check_pool(folder, made)
+    check_pool(folder, made_with)
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_student(model_name)
     for start in track(range(0, len(problems), CHUNK), "decoding the pool"):
@@ -103,31 +106,32 @@ def decode_pool(model_name: str, folder: Path, problems: list[Problem], settings
             scorer=lambda i, text, part=part: result(text) == str(part[i].result),
             progress=False,
         )
-        own = [record.token_ids for record in sweep.records[Setting("plain")]]
+        plain = [record.token_ids for record in sweep.records[Setting("plain")]]
         answers: dict[str, Any] = {
             setting.label: {
                 "correct": [int(bool(record.correct)) for record in records],
-                "same": [int(record.token_ids == ids) for record, ids in zip(records, own, strict=True)],
+                "same": [int(record.token_ids == ids) for record, ids in zip(records, plain, strict=True)],
                 "tokens": [len(record.token_ids) for record in records],
                 "passes": [record.passes for record in records],
             }
             for setting, records in sweep.records.items()
         }
-        write_atomically(path, json.dumps({"made_with": made, "problems": len(part), "answers": answers}) + "\n")
+        write_atomically(path, json.dumps({"made_with": made_with, "problems": len(part), "answers": answers}) + "\n")
 
 
-def check_pool(folder: Path, made: dict[str, Any]) -> None:
-    """Refuses what was not decoded in the same way, before anything is decoded."""
+def check_pool(folder: Path, made_with: dict[str, Any]) -> None:
+    """Raise ValueError if the folder has a chunk that was not made with `made_with`."""
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8")).get("made_with", {})
-        if others := [name for name, value in made.items() if found.get(name) != value]:
+        if different := [name for name, value in made_with.items() if found.get(name) != value]:
             raise ValueError(
-                f"{path} belongs to another pool, with another {', '.join(others)}; name another --pool or remove the folder."
+                f"{path} belongs to another pool, with another {', '.join(different)}; name another --pool or remove the "
+                "folder."
             )
 
 
 def read_pool(folder: Path, problems: int, settings: Sequence[Setting]) -> Pool:
-    """The chunks in one piece: by decoding, of every problem whether the answer is right, its tokens and passes, ..."""
+    """Read the chunks and join them: for each decoding, arrays over all problems, as `decode_pool` writes them."""
     paths = [folder / f"{start:06d}.json" for start in range(0, problems, CHUNK)]
     chunks = [json.loads(path.read_text(encoding="utf-8"))["answers"] for path in paths]
     labels = [setting.label for setting in settings]
@@ -138,13 +142,13 @@ def read_pool(folder: Path, problems: int, settings: Sequence[Setting]) -> Pool:
 
 
 def count(pool: Pool, threshold: Threshold, measure: Measure, part: np.ndarray) -> Counts:
-    """A threshold beside the model's own text on some of the problems."""
-    own, answers = pool["student, k=1"], pool[Setting("confadapt", threshold=threshold).label]
-    right, mine = answers["correct"][part], own["correct"][part]
+    """Compare a threshold with one-token-at-a-time decoding, on the problems with the indices `part`."""
+    plain, answers = pool["student, k=1"], pool[Setting("confadapt", threshold=threshold).label]
+    right, plain_right = answers["correct"][part], plain["correct"][part]
     speed = float(answers["tokens"][part].sum() / answers["passes"][part].sum())
     if measure == "agreement":
         return Counts(len(part), int((1 - answers["same"][part]).sum()), 0, speed)
-    return Counts(len(part), int((mine * (1 - right)).sum()), int((right * (1 - mine)).sum()), speed)
+    return Counts(len(part), int((plain_right * (1 - right)).sum()), int((right * (1 - plain_right)).sum()), speed)
 
 
 def repeat(
@@ -157,7 +161,7 @@ def repeat(
     grid: Sequence[float] = THRESHOLDS,
     shapes: Sequence[Shape] = (even,),
 ) -> dict[str, Any]:
-    """Calibrate on random problems and look at the loss on all the others, `REPETITIONS` times."""
+    """Calibrate on random problems and measure the loss on all other problems, `REPETITIONS` times."""
     total = len(pool["student, k=1"]["correct"])
     chosen: list[Threshold | None] = []
     losses, speeds = [], []
@@ -194,9 +198,9 @@ def repeat(
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     lines = [
-        "| loss of | bound, points | calibrated on | thresholds found | tokens per pass | loss on fresh ones, points | kept |",
+        "| loss of | bound, points | calibrated on | thresholds found | tokens per pass | loss on fresh data, points | kept |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     searches = any("search" in row for row in results["rows"])
@@ -212,7 +216,7 @@ def table(results: dict[str, Any]) -> str:
             f"{row['kept']} of {row['repetitions']} |"
         )
     facts, model = results["provenance"], results["model"]
-    grid = f"{len(results['grid'])} thresholds" + (" and as many by place" if searches else "")
+    grid = f"{len(results['grid'])} thresholds" + (" and as many by position" if searches else "")
     caption = (
         f"{model}; {results['problems']} problems decoded once at {grid}, "
         f"{100 * CONFIDENCE:g} % confidence. {facts['date']}, {facts['hardware']}, torch {facts['versions']['torch']}; "
@@ -224,9 +228,9 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--pool", type=Path, required=True, help="folder that keeps the decoded pool")
+    parser.add_argument("--pool", type=Path, required=True, help="folder of the decoded pool")
     parser.add_argument("--problems", type=int, default=3500)
-    parser.add_argument("--per-place", action="store_true", help="thresholds by place beside the one threshold")
+    parser.add_argument("--per-place", action="store_true", help="also search thresholds by position, not only one threshold")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     grid, shapes = (GRID_BY_POSITION, BY_POSITION) if options.per_place else (THRESHOLDS, (even,))
@@ -234,7 +238,7 @@ def main() -> None:
     decode_pool(options.model, options.pool, fresh_problems(options.problems), settings)
     pool = read_pool(options.pool, options.problems, settings)
     if options.per_place:
-        searches = {"one threshold": (even,), "by place": BY_POSITION}
+        searches = {"one threshold": (even,), "by position": BY_POSITION}
         rows = [
             {"search": search} | repeat(pool, *case, seed=seed, grid=grid, shapes=along)
             for seed, case in enumerate(CASES_BY_POSITION)

@@ -1,13 +1,13 @@
-"""Decoding side by side, in one process: the same weights and prompts, ways and batches in turns.
+"""Compares the speed of several ways of decoding in one process, with the same weights and prompts.
 
     python benchmarks/decode.py models/tiny_exact_long --base mtp_trl/word_problems/base --output docs/results/decode.json
 
-Step efficiency is the speed-up over transformers' greedy decoding of the base divided by the tokens per forward pass: 1
-says that a pass over a block costs what a pass over one token does.
+Step efficiency is the speed-up over transformers' greedy decoding of the base, divided by the tokens per forward pass. It is 1
+if a pass over a block takes as long as a pass over one token.
 
-Where no trained model is at hand, `--llama 1b` or `8b` builds one of that size with random weights in bfloat16, and
-`--accepted FILE` replays how many tokens each step accepts (a JSON list, as `block_lengths` of a trained model gives it):
-the cost of a step is real, its text is not.
+If no trained model is available, `--llama 1b` or `8b` builds a model of that size with random weights in bfloat16, and
+`--accepted FILE` replays the number of tokens that each step accepts (a JSON list, such as `block_lengths` of a trained model).
+The cost of a step is then real, but the text is not.
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ Encoded = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to decode; `once` for those that take one row."""
+    """One way to decode.
+
+    Attributes:
+        ours: whether this project's `generate` decodes the student; otherwise transformers' `generate` decodes the base.
+        single_row: whether it supports only batches of one row.
+    """
 
     name: str
     ours: bool
     arguments: dict[str, Any]
-    once: bool = False
+    single_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def ways(threshold: float, k_max: int, *, compiled: bool) -> list[Way]:
     verified = {"verify": True, "confadapt": threshold}
     listed = [
         Way("transformers, greedy", False, {}),
-        Way("transformers, prompt lookup", False, {"prompt_lookup_num_tokens": 10}, once=True),
+        Way("transformers, prompt lookup", False, {"prompt_lookup_num_tokens": 10}, single_row=True),
         Way("k=1", True, {"mtp_k": 1, "verify": False}),
         Way(f"static k={k_max // 2}", True, {"mtp_k": k_max // 2, "confadapt": 0.0, "verify": False}),
         Way("ConfAdapt 0.9", True, {"confadapt": 0.9, "verify": False}),
@@ -82,14 +87,14 @@ def ways(threshold: float, k_max: int, *, compiled: bool) -> list[Way]:
         Way(f"verified {threshold:g}, auto", True, {**verified, "mtp_k": "auto"}),
     ]
     if compiled:
-        # One length of the cache, or every width of prompts would be compiled anew; ours rounds by itself.
+        # With a fixed cache length, transformers does not recompile for every prompt length. Ours rounds the length itself.
         listed.insert(1, Way("transformers, compiled static cache", False, {**shapes, "max_cache_len": 512}))
         listed.append(Way(f"verified {threshold:g}, compiled static cache", True, {**verified, **shapes}))
     return listed
 
 
 def compile_config() -> CompileConfig:
-    """transformers compiles on accelerators alone unless told otherwise."""
+    """Return a config that also compiles on CPUs; by default, transformers compiles only on accelerators."""
     config = CompileConfig(dynamic=False, mode=None if not torch.cuda.is_available() else "reduce-overhead")
     config._compile_all_devices = True
     return config
@@ -97,7 +102,7 @@ def compile_config() -> CompileConfig:
 
 @contextmanager
 def replayed(accepted: list[int] | None) -> Iterator[None]:
-    """Verified steps that accept as many tokens as the list says, over and over, in place of what the model says."""
+    """Make verified steps accept the listed numbers of tokens, in a cycle, instead of comparing drafts with the model."""
     if accepted is None:
         yield
         return
@@ -105,9 +110,9 @@ def replayed(accepted: list[int] | None) -> Iterator[None]:
 
     def scripted(self: Any, logits: Any, alive: Any, k: int, *, masks: int) -> Iterator[Any]:
         for row, _ in zip(alive, list(choose(self, logits, alive, k, masks=masks)), strict=True):
-            kept = min(next(lengths) - 1, len(row.drafts))
-            own = [token if place < kept else token + 1 for place, token in enumerate(row.drafts)]
-            yield Chosen([*own, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)})
+            count = min(next(lengths) - 1, len(row.drafts))
+            chosen = [token if position < count else token + 1 for position, token in enumerate(row.drafts)]
+            yield Chosen([*chosen, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)})
 
     Choice.__call__ = scripted  # type: ignore[method-assign]
     try:
@@ -132,10 +137,10 @@ class Tally:
 def measure(
     base: PreTrainedModel, student: PreTrainedModel, batches: list[Encoded], listed: list[Way], *, new: int, pad: int
 ) -> dict[str, Tally]:
-    """Every batch in every way, the ways in turns; first each way once, which does not count."""
+    """Decode every batch in every way, alternating between the ways. A first, untimed call of each way warms it up."""
     tallies = {way.name: Tally(texts=[]) for way in listed}
-    ends = base.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    eos = base.generation_config.eos_token_id
+    eos = {eos} if isinstance(eos, int) else set(eos or [])
     barred = {"suppress_tokens": student.config.mtp["barred_token_ids"]}
 
     def call(way: Way, batch: Encoded) -> Any:
@@ -148,7 +153,7 @@ def measure(
         call(way, batches[0])
     for batch in track(batches, f"batch {len(batches[0]['input_ids'])}"):
         for way in listed:
-            gc.collect()  # of an earlier way, at nobody's expense
+            gc.collect()  # so that garbage of another way is not collected while this one is timed
             synchronise()
             started = time.perf_counter()
             output = call(way, batch)
@@ -156,10 +161,10 @@ def measure(
             tally = tallies[way.name]
             tally.seconds += time.perf_counter() - started
             answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
-            lengths = [next((i + 1 for i, token in enumerate(a) if token in ends), len(a)) for a in answers]
+            lengths = [next((i + 1 for i, token in enumerate(a) if token in eos), len(a)) for a in answers]
             tally.tokens += sum(lengths)
             tally.texts += [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-            passes = int(output.forward_passes.sum()) if way.ours else None if way.once else sum(lengths)
+            passes = int(output.forward_passes.sum()) if way.ours else None if way.single_row else sum(lengths)
             tally.passes = None if passes is None or tally.passes is None else tally.passes + passes
     return tallies
 
@@ -173,7 +178,7 @@ def rows_of(tallies: dict[str, Tally], size: int) -> Iterator[Row]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     lines = [
         "| batch | decoding | tokens per pass | tokens per s | times transformers' greedy | step efficiency | same text, % |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -194,11 +199,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Base and student on the device: two folders, or one model of random weights."""
+    """Return the base and the student on the device: from two folders, or one model with random weights for both."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.llama is None:
         base = AutoModelForCausalLM.from_pretrained(options.base or options.model)
-        student = attach_decoder(AutoModelForCausalLM.from_pretrained(options.model))  # this code, not the folder's
+        student = attach_decoder(AutoModelForCausalLM.from_pretrained(options.model))  # not the decoder in the folder
         return base.to(device).eval(), student.to(device).eval()
     sizes = {"vocab_size": 128_256, "num_key_value_heads": LLAMAS[options.llama]["num_attention_heads"] // 4}
     config = LlamaConfig(**{**sizes, **LLAMAS[options.llama]}, bos_token_id=0, eos_token_id=1, pad_token_id=2)
@@ -211,12 +216,12 @@ def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMode
 
 
 def prompts(options: argparse.Namespace) -> tuple[str, Callable[[int], list[Encoded]], int]:
-    """A title, the batches of a size, and the pad token."""
+    """Return a title, a function that splits the prompts into batches of a size, and the pad token."""
     if options.llama is not None:
         ids = torch.randint(4, 100_000, (options.problems, 128), generator=torch.Generator().manual_seed(0))
         new = options.max_new_tokens
         return (
-            f"Llama of {options.llama} size, random weights, prompts of 128 tokens, {new} new ones, accepted lengths replayed",
+            f"Llama of {options.llama} size, random weights, 128 prompt tokens, {new} new tokens, accepted lengths replayed",
             lambda size: [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)],
             2,
         )
@@ -236,33 +241,33 @@ def prompts(options: argparse.Namespace) -> tuple[str, Callable[[int], list[Enco
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder or Hub id of an adapted model")
-    parser.add_argument("--base", help="what transformers decodes (default: the model itself)")
-    parser.add_argument("--llama", choices=LLAMAS, help="random weights of that size instead")
-    parser.add_argument("--accepted", type=Path, help="JSON list of accepted lengths, replayed in verified decoding")
+    parser.add_argument("--base", help="model that transformers decodes (default: the adapted model)")
+    parser.add_argument("--llama", choices=LLAMAS, help="decode a Llama of this size with random weights instead")
+    parser.add_argument("--accepted", type=Path, help="JSON list of accepted lengths to replay in verified decoding")
     parser.add_argument("--problems", type=int, default=48)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 16])
     parser.add_argument("--max-new-tokens", type=int, default=192)
-    parser.add_argument("--threshold", type=float, default=0.5, help="of verified decoding")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile with static caches too")
+    parser.add_argument("--threshold", type=float, default=0.5, help="threshold of verified decoding")
+    parser.add_argument("--compiled", action="store_true", help="also measure torch.compile with static caches")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     if (options.model is None) == (options.llama is None):
-        parser.error("name a model or a --llama size, one of the two.")
+        parser.error("give either a model or a --llama size.")
     if (options.accepted is None) != (options.llama is None):
-        parser.error("--llama needs --accepted, and a trained model none: its own acceptance counts.")
+        parser.error("--accepted is required with --llama, and not allowed with a trained model, which accepts its own drafts.")
 
     base, student = models(options)
     title, batches_of, pad = prompts(options)
     accepted = None if options.accepted is None else json.loads(options.accepted.read_text(encoding="utf-8"))
     listed = ways(options.threshold, student.config.mtp["k_max"], compiled=options.compiled)
-    if accepted is not None:  # a script says nothing about unverified text, or of blocks behind other ends
+    if accepted is not None:  # replayed lengths make sense only for verified decoding with one block
         listed = [way for way in listed if not way.ours or (way.arguments["verify"] and "mtp_blocks" not in way.arguments)]
     rows: list[Row] = []
     for size in options.batches:
         batches = [{name: ids.to(student.device) for name, ids in batch.items()} for batch in batches_of(size)]
-        fitting = [way for way in listed if size == 1 or not way.once]
+        supported = [way for way in listed if size == 1 or not way.single_row]
         with torch.inference_mode(), replayed(accepted):
-            rows += rows_of(measure(base, student, batches, fitting, new=options.max_new_tokens, pad=pad), size)
+            rows += rows_of(measure(base, student, batches, supported, new=options.max_new_tokens, pad=pad), size)
     results = {"title": title, "accepted": accepted, "rows": [asdict(row) for row in rows], "provenance": run_facts()}
     print(table(results))
     if options.output is not None:

@@ -1,5 +1,5 @@
-"""Is verified decoding of an exact-mode model the base's own text? Compares token by token with transformers' greedy
-decoding of the base; where bfloat16 differs, says how near a tie the first different token was.
+"""Does verified decoding of an exact-mode model return the base's own text? Compares it token by token with transformers'
+greedy decoding of the base. If texts differ in bfloat16, reports how close to a tie the first different tokens are.
 
     python benchmarks/exactness.py demo_out/model mtp_trl/word_problems/base --problems 500 --batches 1,16
     python benchmarks/exactness.py demo_out/model mtp_trl/word_problems/base --data gsm8k/test.jsonl --problems 200 \
@@ -31,7 +31,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two texts part: the gap of the base's logits of the two tokens in float32, and its change in `dtype`."""
+    """The first position at which two texts differ.
+
+    Attributes:
+        problem: index of the problem.
+        token: position in the generated text.
+        gap: difference between the base's float32 logits of the two tokens.
+        rounding: change of that gap in the dtype under test.
+    """
 
     problem: int
     token: int
@@ -53,7 +60,7 @@ class Row:
 
 
 def decode(model: PreTrainedModel, tokenizer: Any, prompts: list[str], new: int, **options: Any) -> tuple[list[list[int]], int]:
-    """Generated tokens of each prompt up to its end of text, and forward passes."""
+    """Return the generated tokens of each prompt, up to and including EOS, and the number of forward passes."""
     encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     output = model.generate(
         **encoded,
@@ -64,27 +71,30 @@ def decode(model: PreTrainedModel, tokenizer: Any, prompts: list[str], new: int,
         **options,
     )
     answers = output.sequences[:, encoded["input_ids"].shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [])
-    lengths = [next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer)) for answer in answers]
+    eos = model.generation_config.eos_token_id
+    eos = {eos} if isinstance(eos, int) else set(eos or [])
+    lengths = [next((i + 1 for i, token in enumerate(answer) if token in eos), len(answer)) for answer in answers]
     texts = [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
     return texts, int(output.forward_passes.sum()) if hasattr(output, "forward_passes") else 0
 
 
 @torch.no_grad()
 def difference(
-    judge: PreTrainedModel, base: PreTrainedModel, ids: list[int], problem: int, own: list[int], other: list[int]
+    float32_base: PreTrainedModel, base: PreTrainedModel, ids: list[int], problem: int, expected: list[int], found: list[int]
 ) -> Difference:
-    """How the base ranks the two tokens at which the texts part, in float32 and in the dtype under test."""
-    place = next(i for i, pair in enumerate(zip([*own, -1], [*other, -1], strict=False)) if pair[0] != pair[1])
-    text = torch.tensor([ids + own[:place]], device=base.device)
-    if place in (len(own), len(other)):  # one text goes on where the other ends at the longest length
-        return Difference(problem, place, float("inf"), 0.0)
+    """Compare the base's logits of the first two tokens that differ, in float32 and in the dtype under test.
+
+    If one text is a prefix of the other, the gap is infinite.
+    """
+    position = next(i for i, pair in enumerate(zip([*expected, -1], [*found, -1], strict=False)) if pair[0] != pair[1])
+    text = torch.tensor([ids + expected[:position]], device=base.device)
+    if position in (len(expected), len(found)):
+        return Difference(problem, position, float("inf"), 0.0)
     gaps = []
-    for model in (judge, base):
+    for model in (float32_base, base):
         logits = model(input_ids=text).logits[0, -1].float()
-        gaps.append((logits[own[place]] - logits[other[place]]).item())
-    return Difference(problem, place, gaps[0], gaps[1] - gaps[0])
+        gaps.append((logits[expected[position]] - logits[found[position]]).item())
+    return Difference(problem, position, gaps[0], gaps[1] - gaps[0])
 
 
 def load(name: str, dtype: str, **options: Any) -> PreTrainedModel:
@@ -93,12 +103,12 @@ def load(name: str, dtype: str, **options: Any) -> PreTrainedModel:
 
 
 def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iterator[Row]:
-    """Verified decoding in every batch size and with every number of blocks, against the base one by one."""
+    """Yield a row for every batch size and number of blocks. The base, with which they are compared, decodes single prompts."""
     tokenizer, new = load_tokenizer(options.model), options.max_new_tokens
-    judge, base = load(options.base, "float32"), load(options.base, dtype)
+    float32_base, base = load(options.base, "float32"), load(options.base, dtype)
     student = load(options.model, dtype, trust_remote_code=True)
     barred = {"suppress_tokens": student.config.mtp["barred_token_ids"]}
-    own = [decode(base, tokenizer, [prompt], new, **barred)[0][0] for prompt in track(prompts, f"base, {dtype}")]
+    expected = [decode(base, tokenizer, [prompt], new, **barred)[0][0] for prompt in track(prompts, f"base, {dtype}")]
     for size, blocks in itertools.product(options.batches, options.blocks):
         texts, passes = [], 0
         settings = {"confadapt": options.threshold, "verify": True, "mtp_blocks": blocks}
@@ -106,18 +116,18 @@ def compare(options: argparse.Namespace, prompts: list[str], dtype: str) -> Iter
             found, count = decode(student, tokenizer, prompts[start : start + size], new, **settings)
             texts, passes = texts + found, passes + count
         differences = [
-            difference(judge, base, tokenizer(prompts[i])["input_ids"], i, own[i], text)
+            difference(float32_base, base, tokenizer(prompts[i])["input_ids"], i, expected[i], text)
             for i, text in enumerate(texts)
-            if text != own[i]
+            if text != expected[i]
         ]
         tokens, same = sum(map(len, texts)), len(texts) - len(differences)
         yield Row(dtype, size, blocks, options.threshold, len(texts), same, tokens, tokens / passes, differences)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     lines = [
-        "| dtype | batch | blocks of masks | tokens per pass | identical texts | gap where they part | changed by rounding |",
+        "| dtype | batch | blocks of masks | tokens per pass | identical texts | gap where they differ | changed by rounding |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in (Row(**values) for values in results["rows"]):
@@ -143,11 +153,11 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("--data", default="word_problems", help="word_problems or a JSON Lines file")
     parser.add_argument("--prompt-column", default="prompt")
-    parser.add_argument("--template", default="{}", help="what a prompt is put into")
+    parser.add_argument("--template", default="{}", help="template of a prompt; {} is replaced by the prompt column")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--batches", type=integers, default=[1, 16])
-    parser.add_argument("--blocks", type=integers, default=[1], help="mtp_blocks")
+    parser.add_argument("--blocks", type=integers, default=[1], help="values of mtp_blocks, separated by commas")
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--output", type=Path, help="JSON")

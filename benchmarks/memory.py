@@ -1,9 +1,9 @@
-"""GPU memory of training, by model and by way of training: what `mtp-trl estimate` says of three sizes of Llama and Qwen.
+"""GPU memory of training: estimates of `mtp-trl estimate` for three sizes of Llama and Qwen and several ways of training.
 
     python benchmarks/memory.py --output docs/results/memory.json
 
-Nothing is trained and nothing downloaded: the models are built on the meta device from the numbers of their configs, which
-are below. `tests/test_estimate.py` compares the estimates with measured peaks.
+Nothing is trained or downloaded. The models are built on the meta device from the config values below.
+`tests/test_estimate.py` compares such estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "tota
 
 
 def rows(processes: list[int], memory: float) -> list[dict[str, Any]]:
-    """Every model in every way: on the smallest number of GPUs that holds it, or on the largest if none does."""
+    """Return a row for every model and way of training, on the smallest number of GPUs that suffices, else on the largest."""
     found = []
     for model, values in CONFIGS.items():
         config = AutoConfig.for_model(**values)
@@ -63,7 +63,7 @@ def rows(processes: list[int], memory: float) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     facts = results["provenance"]
     lines = [
         f"| model | training | GPUs of {results['memory']:g} GB | {' | '.join(PARTS)} |",
@@ -79,8 +79,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--memory", type=float, default=80.0, help="GB of each")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of GPUs to try")
+    parser.add_argument("--memory", type=float, default=80.0, help="GB of each GPU")
     parser.add_argument("--reserve", type=float, default=8.0, help="GB left to CUDA, communication and fragmentation")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Makes the bundled base out of a run of recipes/tiny_base.yaml: bf16 weights, measured accuracy, provenance.
+"""Write the bundled base model from a run of recipes/tiny_base.yaml: bf16 weights, measured accuracy, provenance.
 
 python benchmarks/publish_base.py runs/tiny_base
 """
@@ -25,20 +25,20 @@ MAX_NEW_TOKENS = 160
 
 @torch.inference_mode()
 def greedy_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
-    """Share of problems whose greedy answer ends in the right number."""
-    right = 0
+    """Return the share of problems whose greedy answer ends in the correct number."""
+    correct = 0
     problems = sorted(problems, key=lambda problem: len(problem.prompt))
     for start in range(0, len(problems), BATCH_SIZE):
         batch = problems[start : start + BATCH_SIZE]
         inputs = tokenizer([problem.prompt for problem in batch], return_tensors="pt", padding=True)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(final_answer(text) == problem.result for text, problem in zip(texts, batch, strict=True))
-    return right / len(problems)
+        correct += sum(final_answer(text) == problem.result for text, problem in zip(texts, batch, strict=True))
+    return correct / len(problems)
 
 
 def provenance(run: Path, accuracy: float, problems: int) -> dict[str, Any]:
-    """Everything needed to make this checkpoint again and to measure it again."""
+    """Return everything needed to reproduce this checkpoint and its measurement."""
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe.pop("launch")
@@ -63,9 +63,9 @@ def provenance(run: Path, accuracy: float, problems: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Save the run's weights as bf16, load them back, measure, write the provenance."""
+    """Save the run's weights in bf16, load them again, measure their accuracy, and write the provenance."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a checkpoint folder of the base recipe")
+    parser.add_argument("run", type=Path, help="checkpoint folder of a run of the base recipe")
     parser.add_argument("--problems", type=int, default=1000)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(BASE)

@@ -1,8 +1,8 @@
-"""Makes the bundled adapted models out of runs of their recipes: bf16 weights, provenance, nothing of the run.
+"""Write the bundled adapted models from runs of their recipes: bf16 weights, tokenizer and provenance, no training state.
 
-    python benchmarks/publish_models.py runs/tiny_long runs/tiny_exact_long   # models/tiny_long, models/tiny_exact_long
+    python benchmarks/publish_models.py runs/tiny_long runs/tiny_exact_long   # writes models/tiny_long, models/tiny_exact_long
 
-Their decoder is the installed package's; `mtp-trl export` and `push` write a folder with a decoder of its own.
+These models use the decoder of the installed package. `mtp-trl export` and `push` write a folder that contains the decoder.
 """
 
 import argparse
@@ -24,9 +24,9 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
 def publish(run: Path, folder: Path) -> None:
-    """The model of a run as a folder that `from_pretrained(..., trust_remote_code=True)` loads."""
+    """Write the model of a run to a folder that `from_pretrained(..., trust_remote_code=True)` loads."""
     shutil.rmtree(folder, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16)  # plainly: without the run's decoder
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16)  # without the decoder in the run's folder
     model.config.use_cache = True
     model.save_pretrained(folder)
     load_tokenizer(run).save_pretrained(folder)

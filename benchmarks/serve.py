@@ -1,13 +1,16 @@
-"""What serving several tokens per pass buys: vLLM's OpenAI server under 1 to 32 clients, with and without the plugin.
+"""Measures the speed of vLLM's OpenAI server under 1 to 32 clients, with and without the plugin.
 
     export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
     .venv-vllm/bin/python benchmarks/serve.py models/tiny_exact_long models/tiny_long --confadapt 0.95 \
         --output docs/results/serve.json -- --dtype float32 --enforce-eager --max-model-len 512
 
-Ways: plain vLLM; PARD, vLLM's own parallel drafting with the same folder as drafter (not for exact mode, whose folder has
-nothing to draft with by itself); the plugin, verified; the plugin, ConfAdapt. One server after the other answers the same
-prompts under every number of clients: the bundled word problems, or `--prompts FILE`, one a line. What follows `--` is
-vLLM's. The output is written after every number of clients, and an interrupted run goes on behind what is there.
+It compares four ways of serving: plain vLLM; PARD, which is vLLM's own parallel drafting, with the same folder as drafter; the
+plugin with verified decoding; and the plugin with ConfAdapt. PARD is left out for exact-mode folders, because they cannot draft
+without the plugin.
+
+The servers run one after the other and answer the same prompts under every number of clients: the bundled word problems, or
+`--prompts FILE`, with one prompt per line. Options after `--` are passed to vLLM. The output is written after every number of
+clients, and an interrupted run resumes after its last result.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ NAME = "served"
 
 @dataclass(frozen=True)
 class Row:
-    """Times are medians over requests, in seconds; the speed is against plain vLLM under as many clients."""
+    """A result. Times are medians over requests, in seconds; `speed` is relative to plain vLLM with as many clients."""
 
     model: str
     way: str
@@ -58,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """When a request was sent, its first text came and its last, how many tokens it has and whether it is right."""
+    """The times at which a request was sent and the first and last piece of its answer arrived; whether the answer is right."""
 
     sent: float
     first: float
@@ -68,7 +71,7 @@ class Answer:
 
 
 def commands(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, list[str]]:
-    """The command line of each way's server, without port."""
+    """Return the command line of each way's server, without the port."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     mtp = config["mtp"]
     model = Path(servable(str(folder)))
@@ -86,7 +89,10 @@ def commands(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[s
 
 
 def pard(model: Path, drafter: Path, mtp: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's `speculative_config` for the model as its own drafter: a copy that names its mask token in vLLM's way."""
+    """Return vLLM's `speculative_config` with the model as its own drafter.
+
+    The drafter is a copy in the folder `drafter`, whose config names the mask token as vLLM expects it.
+    """
     shutil.copytree(model, drafter)
     config = json.loads((drafter / "config.json").read_text(encoding="utf-8")) | {"pard_token": mtp["mask_token_id"]}
     write_atomically(drafter / "config.json", json.dumps(config))
@@ -96,7 +102,7 @@ def pard(model: Path, drafter: Path, mtp: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """With the result of the problem, where it is one."""
+    """A prompt, with the problem's result if it is a word problem."""
 
     text: str
     result: str | None
@@ -104,7 +110,7 @@ class Prompt:
 
 @contextmanager
 def running(command: Sequence[str], log: Path) -> Iterator[str]:
-    """A server, up and answering, by its address."""
+    """Run a server, wait until it answers, and yield its address."""
     import httpx
 
     with socket.socket() as probe:
@@ -118,14 +124,14 @@ def running(command: Sequence[str], log: Path) -> Iterator[str]:
         ) as process,
     ):
         try:
-            until = time.monotonic() + 900
+            deadline = time.monotonic() + 900
             while True:
                 try:
                     if httpx.get(f"{address}/health").status_code == 200:
                         break
                 except httpx.HTTPError:
-                    if process.poll() is not None or time.monotonic() > until:
-                        raise SystemExit(f"The server did not come up:\n{log.read_text()[-4000:]}") from None
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise SystemExit(f"The server did not start:\n{log.read_text()[-4000:]}") from None
                     time.sleep(1)
             yield address
         finally:
@@ -155,21 +161,21 @@ async def ask(client: Any, address: str, prompt: Prompt, max_tokens: int) -> Ans
 
 
 async def load(address: str, prompts: Sequence[Prompt], *, clients: int, max_tokens: int) -> list[Answer]:
-    """All prompts, `clients` at a time."""
+    """Send all prompts, with `clients` concurrent requests."""
     import httpx
 
-    turns = asyncio.Semaphore(clients)
+    free_clients = asyncio.Semaphore(clients)
     async with httpx.AsyncClient(timeout=900) as client:
 
         async def one(prompt: Prompt) -> Answer:
-            async with turns:
+            async with free_clients:
                 return await ask(client, address, prompt, max_tokens)
 
         return await asyncio.gather(*map(one, prompts))
 
 
 def counters(address: str) -> tuple[float, float]:
-    """Passes with drafts, and accepted drafts, so far; zeros without speculation."""
+    """Return the number of passes with drafts and of accepted drafts so far; zeros without speculative decoding."""
     import httpx
 
     lines = httpx.get(f"{address}/metrics").text.splitlines()
@@ -185,7 +191,7 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 
 def measure(folder: Path, options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
-    """What `rows` lack of the folder's."""
+    """Yield the rows of the folder that are missing in `rows`."""
     prompts = read_prompts(options)
     with tempfile.TemporaryDirectory() as scratch:
         for way, command in commands(folder, options, Path(scratch)).items():
@@ -194,7 +200,7 @@ def measure(folder: Path, options: argparse.Namespace, rows: list[Row]) -> Itera
             if not missing:
                 continue
             with running(command, Path(scratch) / f"{way}.log") as address:
-                asyncio.run(load(address, prompts[:8], clients=8, max_tokens=32))  # caches and memory are warm from here on
+                asyncio.run(load(address, prompts[:8], clients=8, max_tokens=32))  # warm up caches and memory
                 for clients in missing:
                     print(f"\r{folder.name}, {WAYS[way]}, {clients} clients".ljust(79), end="", file=sys.stderr, flush=True)
                     passes, accepted = counters(address)
@@ -224,10 +230,10 @@ def row(model: str, way: str, clients: int, answers: list[Answer], tokens_per_pa
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
     lines = [
-        "| model | serving | clients | accuracy | tokens/s | against plain | first token, ms | ms per token | tokens/pass |",
+        "| model | serving | clients | accuracy | tokens/s | vs plain vLLM | first token, ms | ms per token | tokens/pass |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
@@ -245,19 +251,23 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    """A dash where most answers came in one piece, so that no time lies between their first token and their last."""
+    """Format a time, or a dash if most answers came in one piece, so that the time between their tokens is unknown."""
     return "-" if seconds < 5e-5 else f"{1000 * seconds:.1f}"
 
 
 def begun(output: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """The results so far, or none yet, with what was asked for."""
+    """Return the results so far; without an output file, results with no rows yet.
+
+    Raises:
+        SystemExit: the output file is of a run with other options.
+    """
     if output is None or not output.is_file():
         facts = run_facts()
         facts["versions"]["vllm"] = installed_version()
         return {"rows": [], "asked": asked, "provenance": facts}
     results: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     if results["asked"] != asked:
-        raise SystemExit(f"{output} holds a run of {results['asked']}, not {asked}: delete it, or name another --output.")
+        raise SystemExit(f"{output} holds a run with {results['asked']}, not {asked}; delete it, or name another --output.")
     return results
 
 
@@ -265,16 +275,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="folders of adapted models")
     parser.add_argument("--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, default=128, help="for each number of clients")
+    parser.add_argument("--requests", type=int, default=128, help="requests for each number of clients (default: 128)")
     parser.add_argument("--max-tokens", type=int, default=192)
-    parser.add_argument("--confadapt", type=float, help="ConfAdapt's threshold (default: the model's, as for verified drafts)")
-    parser.add_argument("--prompts", type=Path, help="a prompt on each line (default: the bundled word problems)")
+    parser.add_argument("--confadapt", type=float, help="threshold of ConfAdapt, not of verified (default: the model's)")
+    parser.add_argument("--prompts", type=Path, help="file with one prompt per line (default: the bundled word problems)")
     parser.add_argument("--output", type=Path, help="JSON")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:end])
     options.vllm = sys.argv[end + 1 :]
     check_version()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `running` stops the server
     asked = {name: getattr(options, name) for name in ("requests", "max_tokens", "confadapt", "vllm")}
     results = begun(options.output, asked | {"prompts": options.prompts and options.prompts.name})
     rows = [Row(**values) for values in results["rows"]]

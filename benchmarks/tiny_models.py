@@ -1,4 +1,4 @@
-"""Tiny random causal LMs of every model type of transformers, for the tests and for `architectures.py`."""
+"""Builds tiny random causal LMs of every model type of transformers, for the tests and for `architectures.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY, PAD, EOS, MASK, BARRED = 64, 0, 1, 60, (60, 61, 62, 63)
 
-LARGEST = 3_000_000  # parameters
+LARGEST = 3_000_000  # largest number of parameters
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
     "tie_word_embeddings": False,
 }
-# Of those names a config gets the ones that it knows, where it has no entry in ARCHITECTURES below.
+# A model type without an entry in ARCHITECTURES gets those of these values that its config has.
 MORE_SIZES: dict[str, Any] = {
     "is_decoder": True,
     "dropout": 0.0,
@@ -174,7 +174,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 ARCHITECTURES["gemma3"] = ARCHITECTURES["gemma3_text"]
-# Where the sizes above do not do, for models that only `architectures.py` builds.
+# Values for model types that only `architectures.py` builds and for which the sizes above do not work.
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 8}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -247,16 +247,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def config_class(model_type: str) -> type[PretrainedConfig]:
-    """That of its causal LM: of its text decoder, where a config is made of several (Emu3, Mllama)."""
-    own = CONFIG_MAPPING[model_type]
+    """Return the config class of the type's causal LM: for a composite config (Emu3, Mllama), that of its text decoder."""
+    config = CONFIG_MAPPING[model_type]
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if name is None or "text_config" not in own.sub_configs:
-        return own
+    if name is None or "text_config" not in config.sub_configs:
+        return config
     return getattr(transformers, name).config_class
 
 
 def options_of(model_type: str) -> dict[str, Any]:
-    """Configuration values of a tiny model."""
+    """Return the config values of a tiny model."""
     known = {}
     if model_type not in ARCHITECTURES:
         default = config_class(model_type)().to_dict()
@@ -269,11 +269,15 @@ def options_of(model_type: str) -> dict[str, Any]:
 def build(
     architecture: str, *, seed: int = 0, logit_scale: float = 3.0, context: float = 1.0, **changes: Any
 ) -> PreTrainedModel:
-    """A random causal LM: two layers, 64 tokens, a `config.mtp`, logits with standard deviation `logit_scale`.
+    """Build a random causal LM with two layers, 64 tokens, a `config.mtp` and logits of standard deviation `logit_scale`.
 
-    `context` below 1 makes all tokens' embeddings alike, so that the next token depends little on the text: then a mask
-    predicts about what the token itself would have, as in a trained model, and drafts are often right. `changes` are
-    configuration values.
+    Args:
+        context: below 1, the embeddings of all tokens become similar, so that the next token depends little on the text. A mask
+            then predicts nearly what the real token would, as in a trained model, and drafts are often accepted.
+        changes: config values.
+
+    Raises:
+        ValueError: the model is not tiny.
     """
     options = {**options_of(architecture), **changes}
     backend = options.pop("attn_implementation", None)
@@ -283,7 +287,7 @@ def build(
     with torch.device("meta"):
         parameters = sum(p.numel() for p in _of_config(config, model_type).parameters())
     if parameters > LARGEST:
-        raise ValueError(f"{parameters:,} parameters are not tiny: name the sizes of {model_type} in tiny_models.py.")
+        raise ValueError(f"{parameters:,} parameters are not tiny; set the sizes of {model_type} in tiny_models.py.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _of_config(config, model_type, attn_implementation=backend).eval()
@@ -310,7 +314,7 @@ def _randomise(model: PreTrainedModel, *, seed: int, logit_scale: float, context
     embeddings = model.get_input_embeddings().weight
     embeddings.normal_(generator=rng)
     embeddings.mul_(context).add_(torch.randn(embeddings.shape[1], generator=rng) * (1 - context))
-    # Heads differ in what they multiply logits by: measured, not computed.
+    # Some models scale their logits, so the factor is measured rather than computed.
     head = model.get_output_embeddings().weight
     ids = torch.randint(2, VOCABULARY, (4, 16), generator=rng)
     head.mul_(logit_scale / model(input_ids=ids, use_cache=False).logits.std())

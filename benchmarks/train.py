@@ -1,15 +1,16 @@
-"""What a training step costs: the paper's interleaved layout, full fine-tuning and exact mode, on one model, side by side.
+"""Cost of a training step with the paper's interleaved layout, with full fine-tuning and in exact mode, on one model.
 
-Each way makes one optimizer step after another on the same texts, in turns, so that the speeds compare on a machine that
-others use too; the table has medians. Peak memory is that of a process of its own for each way.
+The ways of training alternate, one optimizer step each, on the same texts, so that other load on the machine affects all ways
+equally; the table shows medians. Peak memory is measured in a separate process for each way.
 
     python benchmarks/train.py                          # 19M parameters, for a CPU
     python benchmarks/train.py --hidden 2048 --layers 16 --heads 32 --vocabulary 128256 --length 512 --dtype bfloat16
 
-The layouts draw the same number of places for each clean token: the paper's regions stand at an even stride over the
-whole text with one k per step, as many of them as fill the slots; ours anywhere in the completion with a k of their own. The
-paper's layout is there twice: as `model(...).logits` reads it, with logits at every place of student and teacher, and with
-logits at the places read alone, as everywhere in this project.
+All layouts fill the same number of mask slots per clean token. The paper's layout spaces its regions evenly over the whole text
+and uses one k per step. Ours places each region anywhere in the completion and draws a k for each region.
+
+The paper's layout is measured twice: with the logits of `model(...)`, which are computed at every position for the student and
+the teacher, and with logits only at the positions read, as everywhere else in this project.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Row:
-    """`places` are those drawn for the loss; `peak_mb` is memory beyond what the process used before it built anything."""
+    """A result. Positions are those supervised by the loss; `peak_mb` excludes memory used before the model was built."""
 
     way: str
     seconds: float
@@ -60,10 +61,10 @@ class Row:
 
 
 class Way:
-    """One way to train `model`, ready for `step`.
+    """One way to train `model`.
 
     Args:
-        slots: mask slots behind each text, in every way.
+        slots: number of mask slots after each text.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, tokens: Tokens, *, k_max: int, slots: int, rank: int) -> None:
@@ -82,7 +83,7 @@ class Way:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def regions(self, lengths_B: Tensor, prompt_lengths_B: Tensor, step: int) -> Regions:
-        """The paper's, at an even stride with one k; or independent ones. They fill as many slots."""
+        """Return the paper's evenly spaced regions with one k, or independent regions; both fill the same number of slots."""
         rows, k_max, slots = len(lengths_B), self.args.k_max, self.args.slots_per_row
         if self.name in ("full", "exact"):
             generators = [row_generator(0, step, row) for row in range(rows)]
@@ -96,14 +97,14 @@ class Way:
         return Regions(anchor_BR, torch.full_like(anchor_BR, size))
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The mean loss, and the number of places it is taken over (in exact mode not the first of each block)."""
+        """Return the mean loss and the number of positions it averages over, in exact mode without the first of each block."""
         if self.name == "plain":
             return self._plain_loss(batch)
         output = distillation_pass(self.reader, batch, self.tokens, self.args, objective="hard")
         return output.loss / output.weight, int(output.weight)
 
     def _plain_loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Two plain forwards: all the logits of the student, then all those of the teacher."""
+        """Compute the loss from two plain forward passes with logits at every position, of the student and of the teacher."""
         layout = build_layout(self.model, batch, self.tokens, self.args)
         masks = masks_of(self.model, layout)
 
@@ -153,30 +154,30 @@ class Costs:
         self.count = 0
 
     def step(self) -> tuple[float, int]:
-        """Seconds of one optimizer step, and its places."""
+        """Make one optimizer step; return its seconds and its number of supervised positions."""
         generator = torch.Generator().manual_seed(self.count)
         rows, length = self.options.rows, self.options.length
         clean = torch.randint(3, self.options.vocabulary - 1, (rows, length), generator=generator).to(self.way.model.device)
         lengths = torch.full((rows,), length, device=clean.device)
         prompts = lengths // 3
         batch = Batch(clean, prompts, lengths, self.way.regions(lengths, prompts, self.count))
-        self._wait()
+        self._synchronise()
         started = time.perf_counter()
-        loss, places = self.way.loss(batch)
+        loss, positions = self.way.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._wait()
+        self._synchronise()
         self.count += 1
-        return time.perf_counter() - started, places
+        return time.perf_counter() - started, positions
 
-    def _wait(self) -> None:
+    def _synchronise(self) -> None:
         if self.way.model.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def peak_mb(name: str, options: argparse.Namespace) -> float:
-    """Peak memory of three steps in this process, beyond what it used before: allocated on CUDA, resident on a CPU."""
+    """Return the peak memory of three steps, without memory used before: allocated on CUDA, resident on a CPU."""
     before = resident_mb()
     costs = Costs(name, options)
     for _ in range(3):
@@ -187,7 +188,7 @@ def peak_mb(name: str, options: argparse.Namespace) -> float:
 
 
 def resident_mb() -> float:
-    """Peak resident memory of this process. Not getrusage's, which on Linux starts from the parent's."""
+    """Return the peak resident memory of this process. On Linux, the value of getrusage would start from the parent's peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
@@ -195,19 +196,19 @@ def resident_mb() -> float:
 def measure(options: argparse.Namespace) -> list[Row]:
     ways = {name: Costs(name, options) for name in WAYS}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    places: dict[str, list[int]] = {name: [] for name in WAYS}
-    for turn in range(options.steps + 2):
+    positions: dict[str, list[int]] = {name: [] for name in WAYS}
+    for step in range(options.steps + 2):
         for name, costs in ways.items():
             duration, count = costs.step()
-            if turn >= 2:  # the first steps allocate
+            if step >= 2:  # the first steps allocate memory
                 seconds[name].append(duration)
-                places[name].append(count)
-            print(f"\rstep {turn + 1} of {options.steps + 2}, {WAYS[name]:<60}", end="", file=sys.stderr, flush=True)
+                positions[name].append(count)
+            print(f"\rstep {step + 1} of {options.steps + 2}, {WAYS[name]:<60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows = []
     for name, costs in ways.items():
         median = statistics.median(seconds[name])
-        alone = subprocess.run(
+        peak_output = subprocess.run(
             [sys.executable, *sys.argv, "--peak", name], stdout=subprocess.PIPE, text=True, check=True
         ).stdout
         rows.append(
@@ -215,8 +216,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
                 way=WAYS[name],
                 seconds=median,
                 clean_per_second=options.rows * options.length / median,
-                positions_per_second=statistics.median(places[name]) / median,
-                peak_mb=float(alone.split()[-1]),
+                positions_per_second=statistics.median(positions[name]) / median,
+                peak_mb=float(peak_output.split()[-1]),
                 trainable=sum(p.numel() for p in costs.way.parameters),
             )
         )
@@ -224,10 +225,10 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, of what the JSON holds."""
+    """Return the results as a Markdown table."""
     rows, facts = [Row(**values) for values in results["rows"]], results["provenance"]
     lines = [
-        "| training | s per step | clean tokens per s | supervised places per s | speed | peak memory, MB | trainable |",
+        "| training | s per step | clean tokens per s | supervised positions per s | speed | peak memory, MB | trainable |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [

@@ -1,5 +1,6 @@
-"""Prints every table of the documents anew from its results: between `<!-- table:NAME -->` and `<!-- /table:NAME -->`
-goes docs/results/NAME.json, or a folder of such files. A test checks that nothing was forgotten.
+"""Updates the tables of README.md and docs/ from their results. The text between `<!-- table:NAME -->` and
+`<!-- /table:NAME -->` comes from docs/results/NAME.json, or from a folder NAME of such files. A test checks that all tables are
+up to date.
 
     python benchmarks/update_tables.py
 """
@@ -34,7 +35,7 @@ RUNS = {
 
 
 def table(name: str) -> str:
-    """A results file as Markdown, whichever program wrote it."""
+    """Return the results of any of the programs as a Markdown table."""
     if name == "summary":
         return summary()
     if (RESULTS / name).is_dir():
@@ -61,18 +62,18 @@ def table(name: str) -> str:
 
 
 def summary() -> str:
-    """The runs of `RUNS`, a line each, from their results."""
+    """Return a table with a line for each run in `RUNS`."""
     lines = [
         "| run | problems | k=1 vs base, points | verified: tokens per pass | 8 blocks | ConfAdapt within 1 point of k=1 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, label in RUNS.items():
         rows = from_json((RESULTS / f"{name}.json").read_text(encoding="utf-8")).rows
-        kept = [row for row in rows if row.versus_plain is None or row.versus_plain.value >= -0.01]
+        accurate = [row for row in rows if row.versus_plain is None or row.versus_plain.value >= -0.01]
         (plain,) = (row for row in rows if row.setting.kind == "plain")
         assert plain.versus_base is not None
         drift = f"{100 * plain.versus_base.value:+.1f} ± {100 * plain.versus_base.standard_error:.1f}"
-        best = (_fastest(rows, "verified"), _fastest(rows, "tree"), _fastest(kept, "confadapt"))
+        best = (_fastest(rows, "verified"), _fastest(rows, "tree"), _fastest(accurate, "confadapt"))
         lines.append(f"| {label} (`recipes/{name}.yaml`) | {plain.problems} | {drift} | " + " | ".join(best) + " |")
     return "\n".join(lines)
 
@@ -83,13 +84,13 @@ def _fastest(rows: list[TableRow], kind: str) -> str:
 
 
 def updated() -> dict[Path, str]:
-    """Every document that has tables, with its tables as the results have them."""
+    """Return README.md and every document of docs/ with its tables updated."""
     documents = {}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- table:(\w+) -->", text):
-            measured = f"<!-- table:{name} -->\nNot measured yet" not in text or (RESULTS / f"{name}.json").is_file()
-            if measured:
+            is_measured = f"<!-- table:{name} -->\nNot measured yet" not in text or (RESULTS / f"{name}.json").is_file()
+            if is_measured:
                 text = replace_table(text, name, table(name))
         documents[path] = text
     return documents

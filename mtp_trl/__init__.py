@@ -1,4 +1,4 @@
-"""The public names of mtp_trl, loaded on first use so that `import mtp_trl` stays quick."""
+"""Public API of mtp_trl. Each name is imported on first use, so that `import mtp_trl` stays fast."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ __all__ = [
     "attach_decoder",
 ]
 
-_HOME = {
+_MODULES = {
     "ConfAdaptLogitsProcessor": "custom_generate.choice",
     "MTPDistillConfig": "training.config",
     "MTPDistillTrainer": "training.trainer",
@@ -34,9 +34,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mtp_trl' has no attribute {name!r}; it offers {', '.join(__all__)}.")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mtp_trl' has no attribute {name!r}; its public names are {', '.join(__all__)}.")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

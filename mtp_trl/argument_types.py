@@ -1,4 +1,4 @@
-"""What options of the command line may hold: text into values, with errors that argparse shows in one line."""
+"""Types of command-line options: convert text to values, with errors that argparse shows in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def require(package: str, what: str, *, extra: str) -> None:
-    """Raises ValueError where a package of an extra is missing, before any work is done."""
+    """Raise ValueError if a package of an extra is not installed, before any work is done."""
     if find_spec(package) is None:
         raise ValueError(f"{what} needs {package}, which is not installed; pip install 'mtp-trl[{extra}]'.")
 
@@ -27,60 +27,60 @@ def trust_option(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number >= 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
     return int(text)
 
 
 def integers(text: str) -> list[int]:
-    """2,4,8."""
+    """Return the numbers of a list such as 2,4,8."""
     return [positive(part) for part in text.split(",")]
 
 
 def block(text: str) -> int | str:
-    """A block size, or auto."""
+    """Return a block size, or auto."""
     return text if text == "auto" else positive(text)
 
 
 def threshold(text: str) -> float | tuple[float, ...]:
-    """0.9, or 0.99/0.9 by block position."""
+    """Return a threshold such as 0.9, or several by block position such as 0.99/0.9."""
     try:
         positions = tuple(float(part) for part in text.split("/"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a probability, such as 0.9, or several by position, 0.99/0.9"
+            f"{text!r} is neither a probability such as 0.9 nor several by position such as 0.99/0.9"
         ) from None
     return positions if len(positions) > 1 else positions[0]
 
 
 def thresholds(text: str) -> list[float | tuple[float, ...]]:
-    """0.95,0.9,0.99/0.9."""
+    """Return the thresholds of a list such as 0.95,0.9,0.99/0.9."""
     return [threshold(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:
-    """one,two,three."""
+    """Return the names of a list such as one,two,three."""
     return text.split(",")
 
 
 def task_file(text: str) -> tuple[str, Path]:
-    """TASK=FILE, with a file that exists."""
+    """Return the task and the path of TASK=FILE; the file must exist."""
     task, equals, path = text.partition("=")
     if not equals or not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FILE with a file that exists")
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FILE with an existing file")
     return task, Path(path)
 
 
 def new_folder(text: str) -> Path:
-    """A folder that exists, or can be made."""
+    """Return the path of a folder that exists or can be created."""
     if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is needed")
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, but a folder is needed")
     return Path(text)
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written: its folder exists."""
+    """Return the path of a file to write; its folder must exist."""
     if Path(text).is_dir() or not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written as a file: its folder must exist")
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it must be a file in an existing folder")
     return Path(text)

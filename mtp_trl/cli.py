@@ -1,4 +1,4 @@
-"""The console script `mtp-trl`. A subcommand is one function that declares its options and returns what to call."""
+"""The console script `mtp-trl`. Each subcommand is a function that declares its options and returns the function to run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .serving.cli import declare_serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand and return the exit status."""
     parser = argparse.ArgumentParser(prog="mtp-trl", description="Multi-token prediction by online self-distillation.")
     parser.add_argument("--version", action="version", version=f"mtp-trl {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND")
@@ -27,33 +27,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.set_defaults(command=declare(subparser), parser=subparser)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-        parser.error(f"there is no command {arguments[0]!r}{_like(arguments[0], COMMANDS)}; `mtp-trl --help` lists them")
+        parser.error(f"there is no command {arguments[0]!r}{_suggestion(arguments[0], COMMANDS)}; `mtp-trl --help` lists them")
     options, unknown = parser.parse_known_args(arguments)
     if "command" not in options:
         parser.print_help(sys.stderr)
         return 2
     if unknown and "overrides" not in options:
         known = [option for action in options.parser._actions for option in action.option_strings]
-        guess = _like(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{guess}")
+        suggestion = _suggestion(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
     options.overrides = unknown
     command: Command = options.command
     try:
         return command(options)
-    except (ValueError, OSError) as error:  # what the user can mend; the rest is ours and keeps its traceback
+    except (ValueError, OSError) as error:  # the user can fix these; other errors are bugs and keep their traceback
         print(f"mtp-trl: {error}", file=sys.stderr)
         return 2
 
 
-def _like(word: str, known: Iterable[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     close = get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def declare_train(parser: argparse.ArgumentParser) -> Command:
-    """Train as a recipe says, on the devices of one process (`accelerate launch` for more)."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe")
-    parser.epilog = "Any other option is a recipe key with another value: --max_steps 10."
+    """Train a recipe in a single process (use `accelerate launch` for several)."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe to train")
+    parser.epilog = "Any other option overrides a recipe key: --max_steps 10."
     parser.set_defaults(overrides=[])
 
     def command(options: argparse.Namespace) -> int:
@@ -65,13 +65,13 @@ def declare_train(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_estimate(parser: argparse.ArgumentParser) -> Command:
-    """Say how much GPU memory a recipe takes, before anything but the model's config is read."""
+    """Estimate the GPU memory that a recipe needs, from the model's config without its weights."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="processes that share the ZeRO shards (default: 1)"
     )
-    parser.add_argument("--memory", type=float, default=80, metavar="GIB", help="of each GPU (default: 80)")
-    parser.epilog = "Any other option is a recipe key with another value. The exit status is 1 when it does not fit."
+    parser.add_argument("--memory", type=float, default=80, metavar="GIB", help="memory of each GPU (default: 80)")
+    parser.epilog = "Any other option overrides a recipe key. The exit status is 1 if the run does not fit."
     parser.set_defaults(overrides=[])
 
     def command(options: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""GPU memory of a run before it is started: parameters, gradients, optimizer, teacher, activations, on the meta device.
+"""Estimate the GPU memory of a run before it starts: parameters, gradients, optimizer, teacher and activations.
 
-What is counted: tensors that live at the peak of a training step, if gradients and activations peaked together. What is
-not: the CUDA context, fragmentation, and the communication buffers of ZeRO. `tests/test_estimate.py` compares with
-measured peaks.
+The model is built on the meta device. The estimate counts the tensors that are alive at the peak of a training step, as if
+gradients and activations peaked at the same time. It does not count the CUDA context, fragmentation or ZeRO's communication
+buffers. `tests/test_estimate.py` compares it with measured peaks.
 """
 
 # Shapes: B rows of the batch, D features of an attention head, T columns of a forward pass
@@ -30,25 +30,29 @@ from .training.config import MTPDistillConfig
 
 GIB = 2**30
 _FLOAT32 = 4
-# Copies of a chunk's logits, in float32, that exist at once: the model's own, barred, log-softmax, and their gradients.
+# Float32 copies of a chunk's logits that exist at the same time: raw, barred, log-softmax, and gradients.
 _LOGIT_COPIES = 5
-_LORA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for most architectures
+_LORA_TARGETS = ("q_proj", "v_proj")  # PEFT's default for most architectures
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the memory of a run depends on, besides the model.
+    """The settings of a run that determine its memory, besides the model.
 
     Attributes:
         mode: `full`, `lora` or `exact`.
-        weight_bytes: of one parameter as loaded; 0.5 for a base in 4 bits.
-        autocast: weights are kept in float32 and cast to bf16 for every pass.
-        moments: numbers the optimizer keeps for each trainable parameter.
-        master: DeepSpeed's bf16 keeps a float32 copy of trainable parameters and float32 moments.
+        rows, length, slots: rows of a micro-batch, text tokens of a row and mask slots of a row.
+        places: number of positions in a micro-batch whose logits are read.
+        chunk: `logits_chunk_size`.
+        weight_bytes: bytes of one parameter as loaded; 0.5 for a base in 4 bits.
+        autocast: whether weights are kept in float32 and cast to bf16 for every pass.
+        checkpointing: whether gradient checkpointing is on.
+        moments: values that the optimizer keeps for each trainable parameter.
+        master: whether DeepSpeed's bf16 keeps a float32 copy of the trainable parameters and float32 moments.
         zero_stage: 0 (DDP or one process) to 3.
-        offload_optimizer, offload_param: to the CPU's memory.
-        rows, length, slots, chunk: of one micro-batch; `chunk` is `logits_chunk_size`.
-        places: places of the micro-batch whose logits are read.
+        offload_optimizer, offload_param: whether the optimizer states or the parameters are in the CPU's memory.
+        processes: number of GPUs.
+        rank, target_modules: rank and target modules of the adapter.
     """
 
     mode: str
@@ -71,13 +75,13 @@ class Setup:
 
     @property
     def targets(self) -> tuple[str, ...] | None:
-        """The layers adapted, by the last part of their names; None for exact mode's default."""
+        """The last parts of the names of the adapted layers; None for exact mode's default."""
         return self.target_modules or (_LORA_TARGETS if self.mode == "lora" else None)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, and on the host for each GPU where something is offloaded."""
+    """Bytes on one GPU, and on the host for each GPU if anything is offloaded."""
 
     parameters: float
     gradients: float
@@ -88,16 +92,16 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All that is on the GPU."""
+        """All bytes on the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.teacher + self.activations
 
     def in_gib(self) -> dict[str, float]:
-        """By name, for tables."""
+        """Return all values in GiB, by name."""
         return {name: value / GIB for name, value in {**asdict(self), "total": self.total}.items()}
 
 
 def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
-    """Memory of one process of a run. Builds the model of `config` on the meta device: no weights, no downloads."""
+    """Return the memory of one process of a run. The model is built on the meta device: no weights, no downloads."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -106,7 +110,7 @@ def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
     compute_bytes = 2 if setup.autocast else max(2, setup.weight_bytes)
 
     shards = [setup.processes if setup.zero_stage >= stage else 1 for stage in (1, 2, 3)]  # states, gradients, weights
-    # adapters are kept in float32 where no DeepSpeed engine casts them
+    # adapters are in float32 unless DeepSpeed casts them
     gradient_bytes = 2 if setup.master else _FLOAT32 if adapter else setup.weight_bytes
     weights = (base * setup.weight_bytes + adapter * gradient_bytes) / shards[2]
     state_bytes = _FLOAT32 * (setup.moments + 1) if setup.master else gradient_bytes * setup.moments
@@ -124,10 +128,13 @@ def estimate(config: PretrainedConfig, setup: Setup) -> Memory:
 
 
 def adapter_parameters(model: PreTrainedModel, setup: Setup) -> int:
-    """Trainable parameters of LoRA or of exact mode's adapter, with the mask token's row."""
+    """Return the number of trainable parameters of LoRA or exact mode's adapter, including the mask token's row."""
     layers = _adapted(model, setup)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers named {', '.join(setup.targets or ())}; name some to adapt.")
+        raise ValueError(
+            f"{type(model).__name__} has no layers named {', '.join(setup.targets or ())}; set the target modules to layers "
+            "that it has."
+        )
     return setup.rank * sum(sum(features) for features in layers.values()) + int(model.get_input_embeddings().embedding_dim)
 
 
@@ -140,34 +147,38 @@ def _adapted(model: PreTrainedModel, setup: Setup) -> dict[str, tuple[int, int]]
 
 
 def _activations(model: PreTrainedModel, setup: Setup, compute_bytes: float, trainable: int) -> float:
-    """What backward needs, as autograd itself saves it on the meta device; and the logits of a chunk."""
+    """Return the bytes that a step needs besides parameters, gradients, optimizer states and teacher.
+
+    They are those that autograd saves for backward, measured on the meta device, and the logits of a chunk. Exact mode adds the
+    text's keys and values, autocast the weights cast to bf16, and ZeRO-3 the gathered layers.
+    """
     config = model.config.get_text_config()
     exact = setup.mode == "exact"
     columns = setup.slots + (0 if exact else setup.length)  # in exact mode the text is read without gradient
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    if setup.mode != "full":  # a frozen layer needs its input no more, an adapted one does
+    if setup.mode != "full":  # backward needs the input of an adapted layer, but not that of a frozen one
         model.requires_grad_(False)
         for name in _adapted(model, setup):
             model.get_submodule(name).weight.requires_grad_(True)
         model.get_input_embeddings().weight.requires_grad_(True)
     saved = _saved_for_backward(model, setup.rows, columns, setup.slots + setup.length) * compute_bytes / _FLOAT32
     logits = min(setup.chunk, setup.places) * config.vocab_size * _FLOAT32 * _LOGIT_COPIES
-    # with checkpointing, the input of every layer and, once the logits are gone, one layer as it is recomputed
+    # With checkpointing: the input of every layer, and either the logits or, after they are freed, one recomputed layer.
     inputs = layers * setup.rows * columns * hidden * compute_bytes
     saved = inputs + max(logits, saved / layers) if setup.checkpointing else saved + logits
     key_width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     text = layers * 2 * setup.rows * setup.length * config.num_key_value_heads * key_width * compute_bytes if exact else 0
     casts = trainable * 2 if setup.autocast else 0
-    gathered = 2 * _largest_layer(model) * compute_bytes if setup.zero_stage == 3 else 0  # this layer's weights and the next's
+    gathered = 2 * _largest_layer(model) * compute_bytes if setup.zero_stage == 3 else 0  # the current and the next layer
     return float(saved + text + casts + gathered)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: queries, keys and values of all heads, the mask as a bias, the output."""
+    """Saves what a fused attention kernel saves: queries, keys and values of all heads, the mask as a bias, and the output."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int) -> Tensor:
-        """Shapes [B, heads, T, D]; `keys` columns are attended to."""
+        """Return an uninitialised output. Shapes are [B, heads, T, D]; `keys` is the number of columns attended to."""
         rows, heads, columns, _ = query.shape
         kept = [query.new_empty(rows, heads, keys, tensor.shape[-1]) for tensor in (key, value)]
         output = query.new_empty(rows, heads, columns, value.shape[-1])
@@ -176,7 +187,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _saved_for_backward(model: PreTrainedModel, rows: int, columns: int, keys: int) -> float:
-    """Bytes that autograd keeps for backward of one float32 pass over [rows, columns], parameters aside."""
+    """Return the bytes, without parameters, that autograd saves for backward of one float32 pass over [rows, columns]."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -207,15 +218,15 @@ def _largest_layer(model: PreTrainedModel) -> int:
 
 
 def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, processes: int) -> Setup:
-    """From a recipe's training and model arguments and its DeepSpeed configuration."""
+    """Return the setup for a recipe's training and model arguments and its DeepSpeed configuration."""
     zero = (deepspeed or {}).get("zero_optimization", {})
     quantised = 0.5 if model.load_in_4bit else 1.0 if model.load_in_8bit else None
     half = model.dtype in ("bfloat16", "float16")
     with_master = deepspeed is not None and arguments.bf16
     exact = arguments.exact
-    targets = arguments.exact_target_modules if exact else model.lora_target_modules  # TRL makes one name a string
+    targets = arguments.exact_target_modules if exact else model.lora_target_modules  # TRL turns one name into a string
     mode = "exact" if exact else "lora" if model.use_peft else "full"
-    # a region of k places takes k - 1 slots: on average (k_max + k_min) / 2 places
+    # a region of k positions takes k - 1 slots; k is (k_min + k_max) / 2 on average
     per_slot = 1 + 1 / ((arguments.k_min + arguments.k_max) / 2 - 1)
     return Setup(
         mode=mode,
@@ -239,13 +250,13 @@ def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, pr
 
 
 def run_estimate(recipe: Path, overrides: Sequence[str], *, processes: int, memory: float) -> bool:
-    """Print what a recipe takes on each GPU; returns whether it fits into `memory` GiB."""
-    parsed = read_recipe(recipe, [*overrides, "--use_cpu", "true"])  # the machine that estimates may have no GPU
+    """Print the memory of a recipe on each GPU and return whether it fits into `memory` GiB."""
+    parsed = read_recipe(recipe, [*overrides, "--use_cpu", "true"])  # this machine may have no GPU
     arguments, model = parsed.training, parsed.model
     if not isinstance(arguments, MTPDistillConfig):
-        raise ValueError("estimate knows runs of MTPDistillTrainer; this recipe has `trainer: sft`.")
+        raise ValueError("estimate supports only runs of MTPDistillTrainer, but this recipe has `trainer: sft`.")
     zero = getattr(arguments, "hf_deepspeed_config", None)
-    unset_hf_deepspeed_config()  # or the model would be sharded as it is built
+    unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard the model while it is built
     config = AutoConfig.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=arguments.trust_remote_code
     )

@@ -1,12 +1,12 @@
-"""Runs recipes, so that `accelerate launch recipes/llama.yaml` trains.
+"""Run recipes, so that `accelerate launch recipes/llama.yaml` trains.
 
-A recipe is a YAML file that is also a Python program: its first entry is
-`launch: str = __import__("mtp_trl.launch", fromlist=["run"]).run(__file__)`. YAML reads a string there; Python calls
-`run`, which trains and leaves by SystemExit before the lines below, which only have to compile, execute. Options after
-the path override the recipe: `accelerate launch recipes/tiny.yaml --max_steps 10`.
+A recipe is a YAML file that is also a Python program. Its first entry is
+`launch: str = __import__("mtp_trl.launch", fromlist=["run"]).run(__file__)`. YAML reads it as a string. Python calls `run`,
+which trains and raises SystemExit before the lines below are executed; these lines only have to compile. Options after the
+path override the recipe: `accelerate launch recipes/tiny.yaml --max_steps 10`.
 """
 
-# Only the standard library here: the environment has to be set before torch is loaded.
+# Import only the standard library at the top: the environment has to be set before torch is loaded.
 from __future__ import annotations
 
 import atexit
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 1 << 28
-# Exit status of a program ended by SIGTERM, as shells report it.
+# Exit status that shells report for a program ended by SIGTERM.
 _STOPPED = 128 + signal.SIGTERM
 
 
 def run(path: str) -> str:
-    """Train as the recipe at `path` says and exit; the recipe itself calls this in its first line.
+    """Train the recipe at `path` and exit. The first line of the recipe calls this function.
 
-    Data-loader workers started by spawn or forkserver execute the recipe once more, as `__mp_main__`: there it returns,
-    and YAML's constants get a meaning so that the remaining lines can run.
+    Data-loader workers started by spawn or forkserver execute the recipe again, as `__mp_main__`. In a worker this function
+    defines YAML's constants in the recipe's namespace, so that the remaining lines can run, and returns `path`.
     """
     caller = sys._getframe(1).f_globals
     if caller["__name__"] == "__mp_main__":
         caller.update(true=True, false=False, null=None)
         return path
     status: list[int] = []
-    atexit.register(_skip_teardown, status)  # the first to be registered is the last to be called
+    atexit.register(_skip_teardown, status)  # registered first, so called last
     status.append(main(Path(path), sys.argv[1:]))
     raise SystemExit(status[0])
 
 
 def _skip_teardown(status: list[int]) -> None:
-    """Ends one of several processes before its interpreter is taken apart, if the run has come to its end.
+    """Exit before interpreter teardown if the run has finished and is one of several processes.
 
-    A thread of gloo that then lets go of a tensor needs the interpreter, and aborts the process: `accelerate launch` would
-    report a finished run as failed (pytorch issue 190489).
+    A gloo thread that releases a tensor during teardown needs the interpreter and aborts the process. `accelerate launch`
+    would then report a finished run as failed (pytorch issue 190489).
     """
     if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -61,7 +61,7 @@ def _skip_teardown(status: list[int]) -> None:
 
 
 def main(path: Path, overrides: Sequence[str] = ()) -> int:
-    """Train; returns the exit status. A recipe that cannot run as written is refused in one line on stderr."""
+    """Train and return the exit status. If the recipe is invalid, print one line on stderr."""
     _prepare_cpu()
     from .recipe import RecipeError, read_recipe
 
@@ -74,13 +74,14 @@ def main(path: Path, overrides: Sequence[str] = ()) -> int:
 
 
 def train(recipe: Recipe) -> Any:
-    """Load data and tokenizer, then the model, train, save, and push if the recipe says so.
+    """Load the data, the tokenizer and the model, train, save, and push if the recipe sets `push_to_hub`.
 
     Returns:
-        The trainer. One that SIGTERM ended has saved a checkpoint and no model.
+        The trainer. If SIGTERM ended the run, the trainer has saved a checkpoint but no model.
 
     Raises:
-        ValueError: columns that are not there, too few rows for one optimizer step and the like, before weights load.
+        ValueError: the data cannot be used, e.g. columns are missing or there are too few rows for one optimizer step. It is
+            raised before weights are loaded.
     """
     _use_all_cores(recipe)
     from transformers import AutoTokenizer
@@ -110,11 +111,14 @@ def train(recipe: Recipe) -> Any:
 
 
 def _stopped(trainer: Any) -> bool:
-    return getattr(trainer, "stopped_at", None) is not None  # trl.SFTTrainer has no such thing
+    return getattr(trainer, "stopped_at", None) is not None  # trl.SFTTrainer has no `stopped_at`
 
 
 def _show_progress(trainer: Any) -> None:
-    """In a terminal: bars with the time left, and a live table of the last log with acceleration and agreement by place."""
+    """In a terminal, show progress bars with the remaining time and a live table of the last log.
+
+    The table includes acceleration and agreement by position.
+    """
     from transformers import ProgressCallback
     from trl import RichProgressCallback
 
@@ -124,7 +128,10 @@ def _show_progress(trainer: Any) -> None:
 
 
 def _peft_config(model: ModelConfig) -> Any:
-    """TRL makes a string of a list of one target module, which PEFT takes for a pattern of whole names."""
+    """Return the PEFT config with target modules as names.
+
+    TRL turns a list of one target module into a string, which PEFT would read as a pattern for full names.
+    """
     from trl import get_peft_config
 
     config = get_peft_config(model)
@@ -183,7 +190,7 @@ def _sft_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_set: 
 
 
 def _model_for_sft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The named model, or one of `model_config` with random weights."""
+    """Load the named model, or create one of `model_config` with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     model, config = recipe.model, recipe.arguments.model_config
@@ -203,7 +210,7 @@ def _model_for_sft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _load_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
-    """The training set and, if the recipe evaluates, the test set, with columns renamed and formatted."""
+    """Load the training set and, if the recipe evaluates, the test set, with formatted columns."""
     arguments = recipe.arguments
     train_set = _load_split(recipe, arguments.dataset_train_split, arguments.dataset_size)
     if str(recipe.training.eval_strategy.value) == "no":
@@ -222,7 +229,7 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
     name = str(arguments.dataset_name)
     if name == BUNDLED:
         if split == "train" and size is None:
-            raise RecipeError(f"{BUNDLED} is a stream without end; say how many problems to draw: dataset_size.")
+            raise RecipeError(f"{BUNDLED} is an unlimited stream; set dataset_size to the number of problems to draw.")
         dataset = word_problems.load_dataset(split, size or word_problems.TEST_SIZE, arguments.dataset_seed)
     else:
         source: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
@@ -234,7 +241,7 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
         dataset = splits[split]
         if size is not None:
             dataset = dataset.take(size)
-    column_map: Any = recipe.training.column_map  # text from the command line has become a dict
+    column_map: Any = recipe.training.column_map  # TRL parses a string from the command line into a dict
     dataset = format_columns(
         dataset,
         column_map=column_map,
@@ -242,27 +249,30 @@ def _load_split(recipe: Recipe, split: str, size: int | None) -> Any:
         completion_format=arguments.completion_format,
         as_messages=arguments.chat_template,
     )
-    # MTPDistillTrainer renames by itself.
+    # MTPDistillTrainer renames the columns itself.
     return rename_columns(dataset, column_map) if arguments.trainer == "sft" else dataset
 
 
 def _checkpoint(recipe: Recipe) -> str | None:
-    """`resume_from_checkpoint: auto` (or true) is the last checkpoint of output_dir, or a fresh start without one."""
+    """Return the checkpoint to resume from, or None to start from scratch.
+
+    `resume_from_checkpoint: auto` (or true) selects the last checkpoint of output_dir, if there is one.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
-    wanted = recipe.training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    requested = recipe.training.resume_from_checkpoint
+    if requested is None or str(requested).lower() == "false":
         return None
-    if str(wanted).lower() not in ("auto", "true"):
-        return str(wanted)
+    if str(requested).lower() not in ("auto", "true"):
+        return str(requested)
     folder = recipe.training.output_dir
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def _prepare_cpu() -> None:
-    """Keep freed memory in the process: mapping it anew for every tensor took a tenth of the demo's time on 2 cores.
+    """Keep freed memory in the process: mapping it again for every tensor took a tenth of the demo's time on 2 cores.
 
-    With CUDA the tensors live elsewhere and this changes next to nothing.
+    With CUDA the tensors are in GPU memory, and this has almost no effect.
     """
     if sys.platform != "linux":
         return
@@ -274,7 +284,10 @@ def _prepare_cpu() -> None:
 
 
 def _use_all_cores(recipe: Recipe) -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 where nothing is said; one process then leaves other cores idle."""
+    """Set the number of threads of a single CPU process to `cpu_threads` or to the number of cores.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 if it is unset, which would leave all other cores idle.
+    """
     import torch
 
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -286,7 +299,7 @@ def _use_all_cores(recipe: Recipe) -> None:
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system can say so (macOS and Windows cannot)."""
+    """Return the number of cores that this process may use, or all cores if the system cannot tell (macOS and Windows)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

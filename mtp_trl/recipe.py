@@ -1,4 +1,4 @@
-"""Reads recipes: YAML keys to typed arguments, with every mistake found before data or weights are touched."""
+"""Read recipes: convert YAML keys to typed arguments, and report mistakes before data or weights are loaded."""
 
 import argparse
 import dataclasses
@@ -18,26 +18,26 @@ from .training.config import MTPDistillConfig
 
 BUNDLED = "word_problems"
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# Keys whose value may be a path; they are looked up from the current directory, then from the recipe's repository.
+# Keys whose value may be a path, relative to the current directory or to the root of the recipe's repository.
 _MODEL_OR_DATA = ("model_name_or_path", "dataset_name")
 _FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot run as written; the message says what to change."""
+    """A recipe is invalid; the message says what to change."""
 
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """What a recipe says beyond the training and model arguments. Values come from the recipe or the command line."""
+    """The arguments of a recipe besides the training and model arguments. The command line overrides the recipe."""
 
     trainer: str = field(
-        default="mtp", metadata={"help": "MTPDistillTrainer or plain trl.SFTTrainer.", "choices": ["mtp", "sft"]}
+        default="mtp", metadata={"help": "mtp for MTPDistillTrainer, sft for trl.SFTTrainer.", "choices": ["mtp", "sft"]}
     )
     dataset_size: int | None = field(
-        default=None, metadata={"help": "Train on the first n rows; of word_problems any number can be drawn."}
+        default=None, metadata={"help": "Train on the first n rows; word_problems has any number of rows."}
     )
-    dataset_seed: int = field(default=0, metadata={"help": "Which training stream of word_problems."})
+    dataset_seed: int = field(default=0, metadata={"help": "Seed of the training stream of word_problems."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first n rows of the test split."})
     prompt_format: str | None = field(default=None, metadata={"help": "Text around every prompt; {} stands for the prompt."})
     completion_format: str | None = field(
@@ -47,7 +47,7 @@ class RecipeArguments(ScriptArguments):
         default=False, metadata={"help": "Turn text prompts and completions into messages for the chat template."}
     )
     model_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Start from random weights of this config; the tokenizer is the named model's."}
+        default=None, metadata={"help": "Start from random weights of this config, with the tokenizer of model_name_or_path."}
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one optimizer step over all processes; sets the accumulation steps."}
@@ -65,7 +65,7 @@ class RecipeArguments(ScriptArguments):
 
 @dataclass
 class SFTRecipeConfig(SFTConfig):
-    """[`trl.SFTConfig`] with the two fields of [`MTPDistillConfig`] that make sense there."""
+    """[`trl.SFTConfig`] with the two fields of [`MTPDistillConfig`] that also apply to SFT."""
 
     column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
     muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
@@ -86,7 +86,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Parse a recipe and the options that override it, e.g. `["--max_steps", "10"]`.
 
     Raises:
-        RecipeError: no such file, no YAML mapping, unknown keys or options, values of a wrong type, missing files.
+        RecipeError: the file does not exist or is not a YAML mapping, a key or an option is unknown, a value has the wrong
+            type, or a file that the recipe names does not exist.
     """
     values = _load(path)
     kind = _trainer_kind(values, overrides)
@@ -113,32 +114,32 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     options = [text[2:].split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]
     _check_known(options, names, where="the command line")
     if unknown and not options:
-        raise RecipeError(f"{' '.join(unknown)!r} in the command line belongs to no option.")
+        raise RecipeError(f"{' '.join(unknown)!r} on the command line belongs to no option.")
     _check_sources(path, arguments, model)
     return Recipe(arguments, training, model)
 
 
 def accumulation_steps(global_batch_size: int, *, per_device: int, processes: int) -> int:
-    """Micro-batches of one optimizer step.
+    """Return the number of micro-batches in an optimizer step.
 
     Raises:
-        RecipeError: they do not add up to the global batch.
+        RecipeError: the global batch is not a multiple of the rows of one micro-batch on all processes.
     """
     steps, rest = divmod(global_batch_size, per_device * processes)
     if rest or not steps:
         raise RecipeError(
-            f"global_batch_size={global_batch_size} is no multiple of per_device_train_batch_size={per_device} x "
+            f"global_batch_size={global_batch_size} is not a multiple of per_device_train_batch_size={per_device} x "
             f"{processes} processes; change one of these."
         )
     return steps
 
 
 def _set_accumulation(parser: "_Parser", values: argparse.Namespace) -> None:
-    """Derive gradient_accumulation_steps, before the arguments are built: DeepSpeed's batch sizes follow from it."""
+    """Derive gradient_accumulation_steps before the arguments are built, because DeepSpeed derives its batch sizes from it."""
     if values.global_batch_size is None:
         return
     if values.gradient_accumulation_steps != 1:
-        raise RecipeError("Give global_batch_size or gradient_accumulation_steps, not both: one follows from the other.")
+        raise RecipeError("Set global_batch_size or gradient_accumulation_steps, not both: each determines the other.")
     steps = accumulation_steps(
         values.global_batch_size,
         per_device=values.per_device_train_batch_size,
@@ -148,7 +149,10 @@ def _set_accumulation(parser: "_Parser", values: argparse.Namespace) -> None:
 
 
 def locate(name: str, *, recipe: Path) -> str:
-    """A path from the current directory or, failing that, from the root of the recipe's repository; else unchanged."""
+    """Resolve a path against the root of the recipe's repository if it does not exist in the current directory.
+
+    A name that exists in neither is returned unchanged: it may be a Hub id.
+    """
     if Path(name).exists() or Path(name).is_absolute():
         return name
     in_repository = _repository(recipe) / name
@@ -156,7 +160,7 @@ def locate(name: str, *, recipe: Path) -> str:
 
 
 def _repository(recipe: Path) -> Path:
-    """The nearest folder above the recipe with a pyproject.toml or .git, else the recipe's own folder."""
+    """Return the nearest folder above the recipe with a pyproject.toml or .git, otherwise the recipe's own folder."""
     folder = recipe.resolve().parent
     for parent in (folder, *folder.parents):
         if (parent / "pyproject.toml").exists() or (parent / ".git").exists():
@@ -172,7 +176,7 @@ def _load(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
+        raise RecipeError(f"{path} must contain `key: value` lines, got {type(values).__name__}.")
     values.pop("launch", None)
     return values
 
@@ -199,18 +203,18 @@ def _check_known(keys: Iterable[str], names: set[str], *, where: str) -> None:
 
 
 def _check_deepspeed(config: Any) -> None:
-    """Before the arguments are built: their DeepSpeed configuration stays with the whole process."""
+    """Check DeepSpeed before the arguments are built: building them sets the DeepSpeed config of the whole process."""
     if isinstance(config, str) and not config.startswith("{") and not Path(config).is_file():
-        raise RecipeError(f"deepspeed names {config!r}, which is not there.")
+        raise RecipeError(f"deepspeed names {config!r}, which does not exist.")
     if config and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
         raise RecipeError(
-            "ACCELERATE_USE_CPU (`accelerate launch --cpu`) switches DeepSpeed off without a word; leave it out and give "
-            "--use_cpu true after the recipe, or take the line `deepspeed:` out."
+            "ACCELERATE_USE_CPU (`accelerate launch --cpu`) silently switches DeepSpeed off; unset it and pass "
+            "--use_cpu true after the recipe, or remove the line `deepspeed:`."
         )
 
 
 def _check_sources(path: Path, arguments: RecipeArguments, model: ModelConfig) -> None:
-    """Local models and data exist; anything else may be a Hub id, which the Hub will judge."""
+    """Check that local models and data exist. Any other name may be a Hub id, which the Hub checks."""
     if not model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing: a Hub id or a folder.")
     if not arguments.dataset_name:
@@ -221,17 +225,17 @@ def _check_sources(path: Path, arguments: RecipeArguments, model: ModelConfig) -
     if arguments.dataset_name != BUNDLED:
         _check_present("dataset_name", arguments.dataset_name)
     if arguments.model_config and arguments.trainer != "sft":
-        raise RecipeError("model_config (random weights) needs `trainer: sft`: there is nothing to distil from yet.")
+        raise RecipeError("model_config (random weights) needs `trainer: sft`: random weights have nothing to distil.")
 
 
 def _check_present(key: str, name: str) -> None:
     looks_local = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in DATA_FILES
     if looks_local and not Path(name).exists():
-        raise RecipeError(f"{key} names {name!r}: no such file or folder, and no Hub id (owner/name).")
+        raise RecipeError(f"{key} names {name!r}: no such file or folder, and not a Hub id (owner/name).")
 
 
 class _Parser(TrlParser):
-    """Reports a wrong value in one line instead of printing hundreds of options."""
+    """A parser that reports a wrong value in one line instead of printing hundreds of options."""
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)

@@ -1,4 +1,4 @@
-"""Set for every test, before any library reads it: nothing fetched, nothing reported, nothing written outside."""
+"""Fixtures, and settings that libraries read on import: tests download nothing, report nothing and write no shared files."""
 
 import atexit
 import importlib.util
@@ -20,10 +20,10 @@ def _private_folder(variable: str) -> None:
     atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 
 
-# Remote code is copied there when a model loads. One folder per process: parallel workers would write the same files.
+# transformers copies remote code to this folder. Use one per process, since parallel workers would write the same files.
 _private_folder("HF_MODULES_CACHE")
-# DeepSpeed compiles its CPU communication there, behind a lock file. In a folder that outlives the run, one that is
-# killed while it compiles leaves the lock, and every later run waits for it without end. Workers share this process's.
+# DeepSpeed compiles its CPU communication in this folder under a lock file. A run that is killed while compiling leaves the
+# lock behind, so in a persistent folder all later runs would wait forever. Workers use the folder of the main process.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _private_folder("TORCH_EXTENSIONS_DIR")
 
@@ -43,15 +43,15 @@ import tiny_models  # noqa: E402
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Builds a tiny random model: `tiny_model("gemma3")`."""
+    """Return a function that builds a tiny random model: `tiny_model("gemma3")`."""
     return tiny_models.build
 
 
 @pytest.fixture(scope="session")
 def write_student() -> Callable[..., Path]:
-    """Writes a random model that reads text, adapted but untrained: `write_student(folder, confadapt=0.9, verify=False)`.
+    """Return a function that saves an adapted, untrained model: `write_student(folder, confadapt=0.9, verify=False)`.
 
-    The same weights without a mask token go to the folder `base`, where one is named.
+    It also saves the same weights without a mask token to the folder `base`, if given.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,10 +93,10 @@ def write_student() -> Callable[..., Path]:
 
 @pytest.fixture
 def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python with the arguments given, to its end: `run_program(["-m", "accelerate.commands.launch", ...])`.
+    """Return a function that runs Python to completion: `run_program(["-m", "accelerate.commands.launch", ...])`.
 
-    One that hangs is ended with everything it has started. `subprocess.run(timeout=...)` ends the launcher alone: its
-    workers would live on and hold the pipes, for which it waits.
+    After the timeout it kills the program and all its children. `subprocess.run(timeout=...)` would kill only the launcher,
+    and then wait for the pipes that its workers still hold open.
     """
 
     def run(arguments: Sequence[object], *, timeout: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -107,8 +107,8 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 started = psutil.Process(process.pid)
-                for one in [started, *started.children(recursive=True)]:
-                    one.kill()
+                for running in [started, *started.children(recursive=True)]:
+                    running.kill()
                 out, err = process.communicate()
                 pytest.fail(f"{command} did not end within {timeout} s\n{out[-2000:]}\n{err[-6000:]}")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -118,7 +118,7 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def hub_server() -> Iterator[Any]:
-    """The stand-in Hub, its repositories open to the test."""
+    """A running local Hub, whose repositories the test can read."""
     spec = importlib.util.spec_from_file_location("hub_stub", Path(__file__).parent / "hub_stub.py")
     assert spec is not None
     assert spec.loader is not None
@@ -135,11 +135,11 @@ def hub_server() -> Iterator[Any]:
 
 @pytest.fixture
 def online(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """This process talks to the stand-in Hub, with a token that may write."""
+    """Connect this process to the local Hub, with a token that has write access."""
     monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)  # of the functions that need no HfApi
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made with the endpoint of its first call
+    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)  # used by module-level functions
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # created with the endpoint of its first use
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")

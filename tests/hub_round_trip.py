@@ -1,6 +1,8 @@
-"""Train, push, and load back by the Hub's id, in every form a model is saved in.
+"""Train a model, push it and load it from the Hub, in every form in which a model is saved.
 
-Run as a program, with HF_ENDPOINT naming the stand-in for the Hub: python tests/hub_round_trip.py OUTPUT TOKENIZER
+Run as a program, with HF_ENDPOINT set to the address of the local Hub (see hub_stub.py):
+
+    python tests/hub_round_trip.py OUTPUT TOKENIZER
 """
 
 import json
@@ -39,7 +41,7 @@ def make_base(folder, rows=768):
 
 
 def train_and_push(kind, folder, base, tokenizer):
-    """Two steps, a push after each and one at the end."""
+    """Train two steps, with a push after each step and one at the end."""
     args = MTPDistillConfig(
         output_dir=folder,
         use_cpu=True,
@@ -57,7 +59,7 @@ def train_and_push(kind, folder, base, tokenizer):
         confadapt=0.001,
         save_steps=1,
         exact=kind in ("exact", "adapter_only"),
-        adapter_only=kind in ("adapter_only", "lora_alone"),
+        adapter_only=kind in ("adapter_only", "lora_adapter_only"),
         learning_rate=1e-2,
         exact_rank=2,
     )
@@ -78,7 +80,7 @@ def generate(model, **options):
 
 
 def check(model, trained, **options):
-    """A model decodes as the trained one does: with the defaults that travelled, verified, and in whole blocks."""
+    """Check that a model decodes like the trained one: with the saved defaults, verified, and in whole blocks."""
     assert torch.equal(generate(model, **options), generate(trained, confadapt=0.001))
     assert torch.equal(generate(model, confadapt=0.9, verify=True, **options), generate(model, mtp_k=1, **options))
     drafts = generate(trained, confadapt=0.0, verify=False)
@@ -93,28 +95,29 @@ def check_pipeline(repository, trained):
     assert generator("Tom has", max_new_tokens=12, do_sample=False)[0]["generated_text"] == text
 
 
-def check_lora_alone(repository, trained, base, folder):
-    """On a base that knows no mask, whose matrix has no room for it, however the LoRA gets there."""
+def check_lora_adapter_only(repository, trained, base, folder):
+    """Check the LoRA, loaded in several ways, on a base whose vocabulary has no row for the mask."""
     options = {"custom_generate": repository, "trust_remote_code": True}
     plain = LlamaForCausalLM.from_pretrained(base)
-    with pytest.raises(ValueError, match=r"no LoRA at .* put it on first"):
+    with pytest.raises(ValueError, match=r"no LoRA at .* load it first"):
         generate(plain, **options)
-    own = generate(plain)
+    plain_text = generate(plain)
     adapted = PeftModel.from_pretrained(plain, repository)
     check(adapted, trained, **options)
-    check(plain, trained, **options)  # PEFT puts its layers into the base itself
+    check(plain, trained, **options)  # PEFT adds its layers to the base in place
     with adapted.disable_adapter():
-        assert torch.equal(generate(adapted), own)
+        assert torch.equal(generate(adapted), plain_text)
         assert not torch.allclose(adapted(IDS).logits, trained(IDS).logits[..., :766])
     assert torch.allclose(adapted(IDS).logits, trained(IDS).logits[..., :766], atol=1e-5)
-    check(AutoPeftModelForCausalLM.from_pretrained(named_locally(repository, base)), trained, **options)  # grows the matrix
-    for source in (repository, folder, export(folder, f"{folder}_alone", adapter_only=True)):
+    # AutoPeftModel enlarges the embedding matrix to the tokenizer.
+    check(AutoPeftModelForCausalLM.from_pretrained(copy_with_local_base(repository, base)), trained, **options)
+    for source in (repository, folder, export(folder, f"{folder}_adapter", adapter_only=True)):
         check(load_student(source, base=base)[0], trained)
     check(load_student(export(folder, f"{folder}_merged"))[0], trained)
 
 
-def named_locally(repository, base):
-    """A copy that names the base where it lies: a repository names what is on the Hub."""
+def copy_with_local_base(repository, base):
+    """Copy a repository and replace the name of its base, which is one on the Hub, by the local path."""
     copy = f"{base}_adapter"
     shutil.copytree(snapshot_download(repository), copy)
     path = Path(copy) / "adapter_config.json"
@@ -127,8 +130,8 @@ def round_trip(kind, folder, base, tokenizer):
     repository = f"me/{kind}"
     mask_id = AutoTokenizer.from_pretrained(repository).convert_tokens_to_ids("<|mtp|>")
     assert mask_id == (trained.get_base_model() if kind.startswith("lora") else trained).config.mtp["mask_token_id"]
-    if kind == "lora_alone":
-        check_lora_alone(repository, trained, base, folder)
+    if kind == "lora_adapter_only":
+        check_lora_adapter_only(repository, trained, base, folder)
         return
     if kind == "adapter_only":
         plain = LlamaForCausalLM.from_pretrained(base)
@@ -138,11 +141,11 @@ def round_trip(kind, folder, base, tokenizer):
     check_pipeline(repository, trained)
     check(load_student(export(folder, f"{folder}_exported"))[0], trained)
     if kind == "exact":
-        own = LlamaForCausalLM.from_pretrained(base)
-        assert torch.equal(generate(trained, confadapt=0.001), generate(own, suppress_tokens=[mask_id]))
-        alone = export(folder, f"{folder}_alone", adapter_only=True)
-        assert not list(alone.glob("*.safetensors"))
-        check(load_student(alone, base=base)[0], trained)
+        plain = LlamaForCausalLM.from_pretrained(base)
+        assert torch.equal(generate(trained, confadapt=0.001), generate(plain, suppress_tokens=[mask_id]))
+        adapter = export(folder, f"{folder}_adapter", adapter_only=True)
+        assert not list(adapter.glob("*.safetensors"))
+        check(load_student(adapter, base=base)[0], trained)
 
 
 if __name__ == "__main__":
@@ -151,6 +154,6 @@ if __name__ == "__main__":
     make_base(base_folder)
     small_folder = str(Path(output) / "small_base")
     make_base(small_folder, rows=766)
-    round_trip("lora_alone", str(Path(output) / "lora_alone"), small_folder, tokenizer_folder)
+    round_trip("lora_adapter_only", str(Path(output) / "lora_adapter_only"), small_folder, tokenizer_folder)
     for name in ("full", "lora", "exact", "adapter_only"):
         round_trip(name, str(Path(output) / name), base_folder, tokenizer_folder)

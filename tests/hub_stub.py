@@ -1,6 +1,6 @@
-"""A stand-in for the Hub's HTTP API on loopback: what `push_to_hub` and `from_pretrained` use, with regular and LFS files.
+"""A local server with the part of the Hub's HTTP API that `push_to_hub` and `from_pretrained` use, LFS files included.
 
-Run as a program it prints its address and serves until its standard input closes.
+Run as a program, it prints its address and serves until its standard input closes.
 """
 
 import base64
@@ -20,7 +20,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 class Repository:
-    """Files by commit; a file is its bytes, or (sha256, size) of an LFS object."""
+    """The files of each commit. A file is stored as bytes, or as (sha256, size) of an LFS object."""
 
     def __init__(self, name: str) -> None:
         self.branches = {"main": hashlib.sha1(name.encode()).hexdigest()}
@@ -37,24 +37,26 @@ class Repository:
         return commit, self.commits.get(commit)
 
     def write(self, files: dict[str, Any], branch: str = "main") -> str:
-        """A commit that holds these files and nothing else."""
+        """Create a commit with exactly these files."""
         commit = hashlib.sha1(f"{self.branches[branch]} {sorted(files.items())}".encode()).hexdigest()
         self.commits[commit] = files
         self.branches[branch] = commit
         return commit
 
     def names(self) -> set[str]:
-        """Files of the newest commit."""
+        """Names of the files of the newest commit."""
         return set(self.commits[self.head])
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; `repositories` and `objects` may be read by tests.
+    """The server.
 
     Attributes:
-        broken_uploads: how many of the next uploads end in the middle, with the connection closed.
-        uploads: the LFS objects that arrived, in order.
-        before_commit: called with the repository before its next commit: somebody else's push.
+        repositories: repositories by name.
+        objects: contents of LFS objects by SHA-256.
+        broken_uploads: number of next uploads whose connection is closed midway.
+        uploads: SHA-256 of the LFS objects received, in order.
+        before_commit: called once with the repository before its next commit, to simulate a concurrent push.
     """
 
     daemon_threads = True
@@ -62,7 +64,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.storage_url = f"http://localhost:{self.server_port}"  # another host, as the real Hub's: the client drops its token
+        # Another host name, as on the real Hub, so that the client drops its token.
+        self.storage_url = f"http://localhost:{self.server_port}"
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
@@ -72,13 +75,13 @@ class Hub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Requests by pattern, one at a time."""
+    """Dispatches requests by `ROUTES`, one at a time."""
 
     protocol_version = "HTTP/1.1"
     server: Hub
 
     def log_message(self, *_: object) -> None:
-        """Silence."""
+        """Log nothing."""
 
     def reply(self, code: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -104,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def allowed(self, name: str) -> bool:
-        """Whether the token, if one is needed, is right; the Hub answers as if a repository were not there."""
+        """Whether the request needs no token or has the right one. Otherwise the Hub reports that the repository is missing."""
         reading = self.command in ("GET", "HEAD")
         repository = self.server.repositories.get(name)
         return (reading and not (repository and repository.private)) or self.headers.get("authorization") == f"Bearer {TOKEN}"
@@ -130,18 +133,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def create(h: Handler, data: bytes) -> None:
-    asked = json.loads(data)
-    name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    request = json.loads(data)
+    name = f"{request.get('organization') or 'me'}/{request['name']}"
     url = f"{h.server.url}/{name}"
     if name in h.server.repositories:
         return h.reply(409, {"error": "You already created this model repo", "url": url})
     h.server.repositories[name] = Repository(name)
-    h.server.repositories[name].private = asked.get("private") or asked.get("visibility") == "private"
+    h.server.repositories[name].private = request.get("private") or request.get("visibility") == "private"
     return h.reply(200, {"url": url, "id": name})
 
 
 def blob_id(content: bytes) -> str:
-    """What git calls a file."""
+    """The id of a file in git."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -150,8 +153,8 @@ def preupload(h: Handler, data: bytes, name: str, revision: str) -> None:
     _sha, files = h.server.repositories[name].at(unquote(revision))
     for file in json.loads(data)["files"]:
         mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
-        there = (files or {}).get(file["path"])
-        oid = None if there is None else blob_id(there) if isinstance(there, bytes) else there[0]
+        existing = (files or {}).get(file["path"])
+        oid = None if existing is None else blob_id(existing) if isinstance(existing, bytes) else existing[0]
         answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     h.reply(200, {"files": answers})
 

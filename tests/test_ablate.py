@@ -1,4 +1,4 @@
-"""The ablations' state: finished cells survive a kill, the running one alone is lost, and the table reads what is there."""
+"""The ablation program: finished cells survive a kill, only the running cell is lost, and the table shows finished cells."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Stands in for training: every cell takes a moment, the last one for ever.
+# Replaces training: every cell finishes at once, except the last one, which never finishes.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -37,7 +37,7 @@ ablate.run_missing(ablate.cells(only=["objective"], seeds=[0], changes={{}}), fo
 def ablate():
     spec = importlib.util.spec_from_file_location("ablate", ROOT / "benchmarks" / "ablate.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["ablate"] = module  # dataclasses look their module up
+    sys.modules["ablate"] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     yield module
     del sys.modules["ablate"]
@@ -47,12 +47,12 @@ def finished(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
-def test_a_killed_run_loses_the_running_cell_alone(tmp_path):
+def test_a_killed_run_loses_only_the_running_cell(tmp_path):
     program = [sys.executable, "-c", PROGRAM.format(benchmarks=str(ROOT / "benchmarks")), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(program, env=environment, stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 300
-        while not (tmp_path / "running").exists() and process.poll() is None and time.monotonic() < until:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "running").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -64,21 +64,21 @@ def test_a_killed_run_loses_the_running_cell_alone(tmp_path):
     assert "1 of 1: objective=reward_literal" in again.stderr  # progress
     after = finished(tmp_path)
     assert len(after) == 4
-    assert before.items() <= after.items()  # not made anew
+    assert before.items() <= after.items()  # finished cells are not run again
 
 
-def test_cells_made_otherwise_are_refused_before_anything_runs(tmp_path, ablate):
+def test_cells_made_with_other_options_are_refused_before_anything_runs(tmp_path, ablate):
     (path, *_) = sorted(ablate.RESULTS.glob("*.json"))
     done = ablate.read(path)
     (tmp_path / path.name).write_text(done.to_json())
     other = replace(done.cell, options=done.cell.options | {"max_steps": "7"})
     with pytest.raises(ValueError, match=r"'max_steps': '7'.*name another --output"):
         ablate.run_missing([other], tmp_path, lambda cell: pytest.fail("measured"))
-    with pytest.raises(ValueError, match="There is no factor colour; there are default"):
+    with pytest.raises(ValueError, match="Unknown factor or level colour; the factors are default"):
         ablate.cells(only=["colour"], seeds=[0], changes={})
 
 
-def test_every_committed_cell_is_one_of_the_program_with_its_options(ablate):
+def test_every_committed_cell_has_the_options_that_the_program_would_use(ablate):
     paths = sorted(ablate.RESULTS.glob("*.json"))
     assert len(paths) >= 10
     for path in paths:
@@ -91,7 +91,7 @@ def test_every_committed_cell_is_one_of_the_program_with_its_options(ablate):
 
 
 def test_one_option_differs_from_the_default(ablate):
-    """Apart from another kind of adapter, and AdamW, which wants a learning rate of its own."""
+    """Exceptions: another kind of adapter, and AdamW, which needs its own learning rate."""
     (default,) = ablate.cells(only=["default"], seeds=[0], changes={})
     for cell in ablate.cells(only=[], seeds=[0], changes={}):
         base = default.options | (ablate.FULL if cell.factor.startswith("full ") else {})
@@ -113,10 +113,10 @@ def test_seeds_of_a_level_share_a_line(tmp_path, ablate):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_thresholds_by_place_are_printed_as_the_command_line_takes_them(tmp_path, ablate):
+def test_thresholds_by_position_are_printed_as_the_command_line_takes_them(tmp_path, ablate):
     (path, *_) = sorted(ablate.RESULTS.glob("default-*-0.json"))
     done = ablate.read(path)
-    by_place = replace(done.row("verified"), setting=replace(done.row("verified").setting, threshold=(0.9, 0.5)))
-    report = replace(done.report, rows=[row for row in done.report.rows if row.setting.kind != "verified"] + [by_place])
+    by_position = replace(done.row("verified"), setting=replace(done.row("verified").setting, threshold=(0.9, 0.5)))
+    report = replace(done.report, rows=[row for row in done.report.rows if row.setting.kind != "verified"] + [by_position])
     (tmp_path / path.name).write_text(replace(done, report=report).to_json())
     assert "| 0.9/0.5 |" in ablate.table(tmp_path)

@@ -1,4 +1,4 @@
-"""The page shows what the model decodes, escaped; tried in a browser by hand."""
+"""The page shows what the model decodes, escaped. Its layout is tested by hand in a browser."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mtp_trl.custom_generate.generate import attach_decoder
 
 
 class Tokenizer:
-    """One character per token, from the tiny model's 64."""
+    """A tokenizer with one character per token, for the tiny model's vocabulary of 64."""
 
     pad_token_id = 0
 
@@ -62,7 +62,7 @@ print(*(block.value for block in page.blocks.values() if getattr(block, "label",
 
 def test_the_page_has_its_controls_with_the_models_defaults(run_program):
     pytest.importorskip("gradio")
-    done = run_program(["-c", PAGE])  # gradio leaves an event loop open behind it
+    done = run_program(["-c", PAGE])  # in a subprocess, because gradio leaves an event loop open
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"Textbox", "Slider", "Checkbox", "Button", "HTML"} <= set(done.stdout.split())
     assert done.stdout.split()[-1] == "0.3"

@@ -1,4 +1,4 @@
-"""The rules of the tree, checked on the source: who imports whom, and nothing of one machine in a tracked file."""
+"""Check rules on the source files: import order, file lengths, shape letters, and no local paths in tracked files."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mtp_trl"
 
-# Lower layers know nothing of higher ones. A name stands for a folder or a file directly under mtp_trl.
+# A layer imports only from earlier layers in this list. A name is a folder or a file directly under mtp_trl.
 LAYERS = (
     ("custom_generate", "word_problems", "argument_types"),
     ("modeling",),
@@ -26,7 +26,7 @@ LAYERS = (
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 PURE = ("regions", "objective")
-LONGEST = 350  # lines of a file; nobody should have to scroll to see what it is about
+MAX_LINES = 350  # per file
 
 
 def source_files() -> list[Path]:
@@ -38,7 +38,7 @@ def package_of(path: Path) -> list[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Absolute names of everything the file imports, at the top or inside functions."""
+    """Return the absolute names of everything that a file imports, at the top or inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -55,8 +55,8 @@ def unit_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
-def test_imports_go_one_way():
-    wrong = []
+def test_imports_go_in_one_direction():
+    violations = []
     for path in source_files():
         unit = unit_of(path)
         if unit == "__init__":
@@ -64,28 +64,28 @@ def test_imports_go_one_way():
         assert unit in LAYER, f"{path.name}: give mtp_trl.{unit} a layer in this test"
         for name in imported_modules(path):
             parts = name.split(".")
-            # `from mtp_trl import x` goes through the lazy names: the module itself must be named instead.
+            # `from mtp_trl import x` of a public name is a violation too: it must be imported from its module.
             if parts[0] != "mtp_trl" or parts[1] in {unit, "__version__"}:
                 continue
             if parts[1] not in LAYER or LAYER[parts[1]] >= LAYER[unit]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong
+                violations.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not violations
 
 
 DECODER = sorted(path for path in (PACKAGE / "custom_generate").glob("*.py") if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize("path", DECODER, ids=lambda path: path.stem)
-def test_the_decoder_stands_alone(path):
-    """It is uploaded by itself: torch, transformers, safetensors, the standard library and its siblings are all it may use."""
+def test_the_decoder_is_self_contained(path):
+    """The decoder may import only torch, transformers, safetensors, the standard library and its own files."""
     allowed = {"torch", "transformers", "safetensors", *sys.stdlib_module_names}  # transformers brings safetensors
     siblings = {f"mtp_trl.custom_generate.{sibling.stem}" for sibling in DECODER}
     for name in imported_modules(path):
         assert name.split(".")[0] in allowed or name.rpartition(".")[0] in siblings, name
 
 
-def test_the_decoder_names_all_of_its_files_and_has_no_cycles():
-    """transformers copies what `generate.py` imports by `from .name import ...`, and not what `from . import name` does."""
+def test_generate_imports_all_files_of_the_decoder_and_there_are_no_cycles():
+    """Transformers copies the files that `generate.py` imports by `from .name import ...`, but not by `from . import name`."""
     needs = {path.stem: relative_imports(path) for path in DECODER}
     assert needs["generate"] == needs.keys() - {"generate"}
     while needs:
@@ -102,17 +102,17 @@ def relative_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 def legend() -> dict[str, str]:
-    """The one page that says what a letter at the end of a tensor's name means."""
+    """Return the meaning of each shape letter, from the table in mtp_trl/README.md."""
     page = (PACKAGE / "README.md").read_text(encoding="utf-8").partition("## Shapes")[2]
     return dict(re.findall(r"^\| (\w) \| (.+) \|$", page, re.MULTILINE))
 
 
 def shape_letters(source: str) -> set[str]:
-    """Those at the ends of tensors' names, and between the brackets of shapes in docstrings and comments."""
+    """Return the shape letters in tensor names, and in the shapes in brackets in docstrings and comments."""
     letters: set[str] = set()
     axis = r"[A-Za-z0-9.]+(?: [*+-] [A-Z0-9]+)*"
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -127,35 +127,35 @@ def shape_letters(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_shape_letter_means_the_same_everywhere(path):
-    source, meaning = path.read_text(encoding="utf-8"), legend()
+    source, meanings = path.read_text(encoding="utf-8"), legend()
     comment = re.search(r"^# Shapes: (.+(?:\n# .+)*)", source, re.MULTILINE)
     stated = dict(entry.split(" ", 1) for entry in comment.group(1).replace("\n#", "").split(", ")) if comment else {}
-    assert stated == {letter: meaning.get(letter) for letter in sorted(shape_letters(source), key=lambda x: (x.islower(), x))}
+    assert stated == {letter: meanings.get(letter) for letter in sorted(shape_letters(source), key=lambda x: (x.islower(), x))}
 
 
-def test_every_folder_says_what_it_is_for():
+def test_every_folder_has_a_short_readme():
     for folder in {path.parent for path in source_files()} - {PACKAGE}:
         lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
         assert 3 <= len(lines) <= 25, folder
 
 
 @pytest.mark.parametrize("module", PURE)
-def test_pure_modules_know_no_model_and_no_disk(module):
+def test_pure_modules_import_no_model_and_no_file_code(module):
     forbidden = {"transformers", "trl", "tokenizers", "datasets", "pathlib", "os", "io", "json", "mtp_trl"}
     names = imported_modules(PACKAGE / "training" / f"{module}.py")
     assert not {name.split(".")[0] for name in names} & forbidden
 
 
-def test_no_path_of_one_machine_in_tracked_files():
+def test_tracked_files_contain_no_local_paths():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    machine = re.compile(r"(?<![\w.~-])/(?:work|home|root|Users)/[\w.-]+/")
+    local_path = re.compile(r"(?<![\w.~-])/(?:work|home|root|Users)/[\w.-]+/")
     found = []
     for name in filter(None, listed.stdout.split("\0")):
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except (UnicodeDecodeError, FileNotFoundError):
             continue
-        found += [f"{name}: {match.group()}" for match in machine.finditer(text)]
+        found += [f"{name}: {match.group()}" for match in local_path.finditer(text)]
     assert not found

@@ -1,7 +1,7 @@
-"""Kinds of architecture, each trained: 50 steps with falling loss, in full and in exact mode.
+"""50 training steps lower the loss with each kind of architecture, in full fine-tuning and in exact mode.
 
-That one packed pass equals separate passes, in value and gradient, is tested for each of them in
-`test_self_distillation.py` (full) and `test_gated_adapter.py` (exact).
+`test_step.py` (full) and `test_exact.py` (exact) test for each of them that one packed pass equals separate passes, in value
+and gradient.
 """
 
 import copy
@@ -21,7 +21,7 @@ KINDS = {"experts": "mixtral", "sliding": "mistral", "mixed": "gpt_oss", "hybrid
 
 
 def batch(step: int, rows: int) -> Batch:
-    """Texts that repeat, so that there is something to learn in 50 steps."""
+    """Return texts that repeat every two steps, so that 50 steps are enough to learn them."""
     generators = [row_generator(0, step, row) for row in range(rows)]
     clean = torch.randint(3, 60, (rows, LENGTH), generator=torch.Generator().manual_seed(step % 2))
     regions = sample_regions([3] * rows, [LENGTH - 2] * rows, k_min=2, k_max=4, slots=8, generators=generators)

@@ -1,4 +1,4 @@
-"""Packed and suffix layouts: the same logits as separate forward passes, on every supported architecture."""
+"""Packed and suffix layouts give the same logits as separate forward passes, on every supported architecture."""
 
 import logging
 
@@ -46,7 +46,7 @@ def layout_for(model) -> Layout:
 
 @torch.no_grad()
 def largest_gap(model, layout: Layout) -> float:
-    """Between the layout's logits and one forward pass per region."""
+    """Return the largest difference between the layout's logits and those of one forward pass per region."""
     clean_BN, _, regions = texts_and_regions()
     hidden = read_rows(model, layout, layout.ids_XT)
     logits = output_logits(model, hidden[layout.read_BRK.flatten()]).view(*layout.read_BRK.shape, -1)
@@ -54,8 +54,8 @@ def largest_gap(model, layout: Layout) -> float:
     for row, region in (regions.size_BR > 0).nonzero().tolist():
         anchor, size = int(regions.anchor_BR[row, region]), int(regions.size_BR[row, region])
         ids = torch.cat([clean_BN[row, : anchor + 1], torch.full((size - 1,), MASK)])
-        alone = model(input_ids=ids[None]).logits[0, anchor:]
-        gap = max(gap, (alone - logits[row, region, :size]).abs().max().item())
+        separate = model(input_ids=ids[None]).logits[0, anchor:]
+        gap = max(gap, (separate - logits[row, region, :size]).abs().max().item())
     return gap
 
 
@@ -69,7 +69,7 @@ def test_layout_equals_separate_forward_passes(tiny_model, architecture):
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt_oss"])
 def test_the_comparison_notices_a_wrong_mask(tiny_model, architecture):
-    """Plain causal attention over the packed row lets regions see each other, and the invariant above must break."""
+    """Plain causal attention over the packed row lets regions see each other, so the logits must differ."""
     model = tiny_model(architecture)
     layout = layout_for(model)
     causal = torch.ones_like(layout.allowed_XTT).tril()
@@ -78,7 +78,7 @@ def test_the_comparison_notices_a_wrong_mask(tiny_model, architecture):
 
 
 @pytest.mark.parametrize("architecture", PACKED + RECURRENT)
-def test_output_logits_are_the_models_own(tiny_model, architecture):
+def test_output_logits_equal_those_of_the_model(tiny_model, architecture):
     model = tiny_model(architecture)
     check_output_logits(model)
     assert not model.training
@@ -91,8 +91,8 @@ def test_unknown_logit_rules_are_refused(tiny_model):
         check_output_logits(model)
 
 
-def test_a_table_of_positions_that_slots_would_leave_is_refused(tiny_model):
-    """The last block fits into it at the largest length allowed, and not at one more."""
+def test_a_table_of_positions_that_slots_would_exceed_is_refused(tiny_model):
+    """The last block fits into the table at the largest allowed length, but not at a length of one more."""
     longest = 32 - K + 2
     small_opt = OPTConfig(
         vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32
@@ -112,20 +112,20 @@ def test_a_table_of_positions_that_slots_would_leave_is_refused(tiny_model):
 def test_packed_rows_are_compared_with_separate_passes_before_training(tiny_model, monkeypatch, name):
     model = tiny_model(name)
     check_layout(model, MASK)
-    if name == "falcon_h1":  # a row per region
+    if name == "falcon_h1":  # it uses one row per region
         return
     build = readers.attention_masks
     monkeypatch.setattr(readers, "attention_masks", lambda config, allowed, *rest: build(config, unmasked(allowed), *rest))
-    with pytest.raises(ValueError, match="does not read several blocks in one row as it reads them in separate passes"):
+    with pytest.raises(ValueError, match="computes different hidden states for blocks that share a row"):
         check_layout(model, MASK)
 
 
 def unmasked(allowed):
-    """Where every slot sees all of the text."""
+    """Return a plain causal mask, with which every slot sees the whole text."""
     return torch.ones_like(allowed).tril()
 
 
-def test_positions_that_are_computed_have_no_end(tiny_model):
+def test_computed_positions_have_no_limit(tiny_model):
     check_positions(tiny_model("llama"), max_length=10_000, k_max=K)
 
 
@@ -136,7 +136,7 @@ def test_flash_attention_is_refused_with_the_remedy(tiny_model):
         check_attention_backend(model)
 
 
-def test_eager_and_sdpa_read_the_same_layout_alike(tiny_model):
+def test_eager_and_sdpa_give_equal_hidden_states(tiny_model):
     model = tiny_model("llama")
     layout = layout_for(model)
     outputs = []
@@ -147,11 +147,11 @@ def test_eager_and_sdpa_read_the_same_layout_alike(tiny_model):
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # which takes a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch deprecates what transformers calls
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # compiling takes a minute
 @torch.no_grad()
-def test_block_masks_of_flex_attention_mean_the_same(tiny_model):
-    """Windows in positions and regions included. Forward alone: FlexAttention has no backward on CPUs."""
+def test_flex_attention_with_block_masks_equals_sdpa(tiny_model):
+    """The masks include regions and windows in positions. FlexAttention has no backward on CPUs, so only forward is tested."""
     model = tiny_model("mistral")
     layout = layout_for(model)
     read = layout.read_BRK[layout.drawn_BRK]
@@ -164,7 +164,7 @@ def test_block_masks_of_flex_attention_mean_the_same(tiny_model):
     torch.testing.assert_close(hidden["flex_attention"], hidden["sdpa"], atol=2e-5, rtol=1e-4)
 
 
-CUDA = torch.device("cuda")  # named alone: no test needs one
+CUDA = torch.device("cuda")  # only a name; no test needs the device
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ CUDA = torch.device("cuda")  # named alone: no test needs one
         ("gemma2", 512, CUDA, None, False),  # eager by choice
     ],
 )  # fmt: skip
-def test_long_rows_on_cuda_take_flex_attention(tiny_model, monkeypatch, name, tokens, device, fault, taken):
+def test_long_rows_on_cuda_use_flex_attention(tiny_model, monkeypatch, name, tokens, device, fault, taken):
     model = tiny_model(name)
     before = model.config._attn_implementation
     monkeypatch.setattr(attention, "flex_attention_fault", lambda *shape: fault)
@@ -184,10 +184,10 @@ def test_long_rows_on_cuda_take_flex_attention(tiny_model, monkeypatch, name, to
     assert model.config._attn_implementation == ("flex_attention" if taken else before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch deprecates what transformers calls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trial_tells_whether_flex_attention_does(tiny_model, monkeypatch, dtype):
-    """Three backends in its place: the one it is compared with, the same on another mask, and itself without a backward."""
+def test_a_trial_detects_whether_flex_attention_works(tiny_model, monkeypatch, dtype):
+    """FlexAttention is replaced by SDPA with the same mask, which must pass, and by SDPA without a mask, which must fail."""
     config = tiny_model("mistral").config
     cpu, sdpa = torch.device("cpu"), ALL_ATTENTION_FUNCTIONS["sdpa"]
     build = attention._backend_mask
@@ -198,9 +198,9 @@ def test_a_trial_tells_whether_flex_attention_does(tiny_model, monkeypatch, dtyp
     assert "its output is off by" in str(flex_attention_fault(config, dtype, cpu))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch deprecates what transformers calls
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_device_that_cannot_is_told_in_one_line(tiny_model):
+def test_the_fault_of_a_device_without_backward_is_one_line(tiny_model):
     with torch.compiler.set_stance("force_eager"):
         fault = flex_attention_fault(tiny_model("mistral").config, torch.float32, torch.device("cpu"))
     assert fault is not None

@@ -1,4 +1,4 @@
-"""The bundled adapted models: small, loaded as any user loads them, exact where they say so, with the package's decoder."""
+"""Test that the bundled adapted models are small, load in transformers and decode exactly."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def decode(model, count=16, **options):
     return model.generate(**inputs, do_sample=False, max_new_tokens=192, return_dict_in_generate=True, **options)
 
 
-def test_every_long_recipe_has_one():
+def test_every_long_recipe_has_a_bundled_model():
     assert {path.name for path in MODELS} == {path.stem for path in (ROOT / "recipes").glob("*_long.yaml")}
 
 
@@ -34,16 +34,16 @@ def test_a_bundled_model_is_small(folder):
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
-def test_its_decoder_is_the_installed_packages(folder):
-    """Written by `python benchmarks/publish_models.py`."""
+def test_a_bundled_model_uses_the_decoder_of_the_installed_package(folder):
+    """If this fails, run `python benchmarks/publish_models.py`."""
     assert is_linked_decoder(folder)
     assert {path.suffix for path in (folder / "custom_generate").iterdir()} <= {".py", ".safetensors"}
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
-def test_plain_transformers_decodes_it_in_blocks(folder):
+def test_plain_transformers_decodes_a_bundled_model_in_blocks(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    fast = decode(model)  # its own defaults: verified
+    fast = decode(model)  # the model's defaults: verified
     plain = decode(model, mtp_k=1)
     assert torch.equal(fast.sequences, plain.sequences)
     assert fast.acceleration > 3.5
@@ -55,8 +55,12 @@ def test_plain_transformers_decodes_it_in_blocks(folder):
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
-def test_trained_weights_decode_alike_in_every_way(folder, monkeypatch):
-    """What holds on random weights: ragged rows, padded on the left, against single rows, no cache, transformers itself."""
+def test_equivalent_ways_of_decoding_give_the_same_text_with_trained_weights(folder, monkeypatch):
+    """Other tests check these properties with random weights.
+
+    Verified greedy text equals that of transformers' own `generate`, with every option. Verified sampling equals sampling one
+    token per pass with the same seed. Unverified text is the same for a padded batch, for single rows and without a cache.
+    """
     model = attach_decoder(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     prompts = [problem.prompt for problem in test_problems(6)]
@@ -73,10 +77,10 @@ def test_trained_weights_decode_alike_in_every_way(folder, monkeypatch):
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     barred = model.config.mtp["barred_token_ids"]
     greedy = GenerationMixin.generate(model, **inputs, **plain, suppress_tokens=barred)[:, inputs["input_ids"].shape[1] :]
-    own = tokenizer.batch_decode(greedy, skip_special_tokens=True)
-    assert texts(prompts, mtp_k=1, verify=False)[0] == own
+    expected = tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    assert texts(prompts, mtp_k=1, verify=False)[0] == expected
     for options in ({"mtp_k": 4}, {"confadapt": 0.9}, {"mtp_blocks": 8}, {"mtp_k": "auto"}, {"cache_implementation": "static"}):
-        assert texts(prompts, verify=True, **options)[0] == own
+        assert texts(prompts, verify=True, **options)[0] == expected
     confident = texts(prompts, confadapt=0.8, verify=False)
     sampled = texts(prompts, seed=3, mtp_k=1, verify=False)[0]
     assert texts(prompts, seed=3, verify=True, mtp_k=8)[0] == texts(prompts, seed=3, verify=True, confadapt=0.9)[0] == sampled

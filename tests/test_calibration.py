@@ -1,4 +1,4 @@
-"""The tests behind a calibrated threshold are exact, its search keeps the promise, and `mtp-trl calibrate` writes it down."""
+"""Calibration: the statistical tests are exact, the search keeps the bound, and `mtp-trl calibrate` writes the result."""
 
 import importlib.util
 import itertools
@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("bound", [0.05, 0.2])
-def test_the_paired_test_is_wrong_no_more_often_than_it_says(bound):
-    """By summing over every outcome, at losses of exactly the bound: P(p <= level) <= level."""
+def test_the_paired_test_is_wrong_no_more_often_than_its_level(bound):
+    """Sum over every outcome, at a loss of exactly the bound: P(p <= level) <= level."""
     problems = 24
     outcomes = [
         (lost, gained) for lost, gained in itertools.product(range(problems + 1), repeat=2) if lost + gained <= problems
@@ -56,11 +56,11 @@ def test_the_paired_test_is_wrong_no_more_often_than_it_says(bound):
             assert probabilities[p_values <= level].sum() <= level + 1e-6
 
 
-def test_the_paired_test_against_a_naive_maximum():
-    """The largest probability, over the unknown rate of gains, of an outcome whose score is at most that seen."""
+def test_the_paired_test_equals_a_naive_maximum():
+    """The maximum, over the unknown rate of gains, of the probability of an outcome whose score is at most the observed one."""
 
     def score(lost, gained, n, bound):
-        # the rate of gains that makes the counts likeliest where the net loss is the bound, by search
+        # search for the most likely rate of gains, given a net loss of exactly the bound
         rates = np.linspace(1e-9, (1 - bound) / 2 - 1e-9, 40001)
         likelihood = lost * np.log(rates + bound) + gained * np.log(rates) + (n - lost - gained) * np.log(1 - bound - 2 * rates)
         rate = rates[likelihood.argmax()]
@@ -77,8 +77,8 @@ def test_the_paired_test_against_a_naive_maximum():
 
 
 @pytest.mark.parametrize(("lost", "gained", "problems"), [(0, 3, 100), (0, 8, 100), (4, 16, 50)])
-def test_the_maximum_of_the_paired_test_is_that_of_a_grid_a_hundred_times_as_fine(lost, gained, problems):
-    """Cases in which a coarse grid of rates missed 5 to 11 percent of the p-value."""
+def test_the_paired_test_equals_the_maximum_on_a_grid_a_hundred_times_as_fine(lost, gained, problems):
+    """In these cases, a coarse grid of rates missed 5 to 11 percent of the p-value."""
     bound, most_lost = 0.01, []
     seen = _score(lost, gained, problems, bound)
     for count in range(problems + 1):
@@ -90,14 +90,14 @@ def test_the_maximum_of_the_paired_test_is_that_of_a_grid_a_hundred_times_as_fin
     assert net_loss_p_value(lost, gained, problems, bound=bound) == pytest.approx(chances.sum(1).max(), rel=1e-5)
 
 
-def test_without_an_answer_key_the_test_is_the_binomial():
+def test_without_an_answer_key_the_test_is_binomial():
     counts = Counts(problems=300, lost=4, gained=0, tokens_per_pass=2.0)
     assert loss_p_value(counts, bound=0.05, measure="agreement") == pytest.approx(binom.cdf(4, 300, 0.05))
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "agreement"])
 @pytest.mark.parametrize(("max_drop", "confidence"), [(0.01, 0.95), (0.05, 0.9), (0.3, 0.99)])
-def test_the_number_needed_is_the_smallest(measure, max_drop, confidence):
+def test_problems_needed_is_the_smallest_number_accepted(measure, max_drop, confidence):
     needed = problems_needed(max_drop=max_drop, confidence=confidence, measure=measure)
     options = {"max_drop": max_drop, "confidence": confidence, "measure": measure}
     check_size(needed, **options)
@@ -109,28 +109,28 @@ def test_the_number_needed_is_the_smallest(measure, max_drop, confidence):
 
 @pytest.mark.parametrize(("name", "value"), [("max_drop", 0.0), ("max_drop", 1.0), ("confidence", 1.0), ("confidence", -1)])
 def test_numbers_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is a share in"):
+    with pytest.raises(ValueError, match=f"{name} must be a fraction in"):
         check_size(1000, **{"max_drop": 0.1, "confidence": 0.9, "measure": "accuracy"} | {name: value})
 
 
 def test_the_search_goes_from_strict_to_loose_and_stops_at_the_first_that_fails():
     lost = {0.99: 0, 0.9: 2, 0.8: 60, 0.5: 0}
-    asked = []
+    tested = []
 
     def count(threshold):
-        asked.append(threshold)
+        tested.append(threshold)
         return Counts(1000, lost[threshold], 0, 2.0)
 
     options = {"measure": "accuracy", "max_drop": 0.02, "confidence": 0.95}
     chosen, steps = calibrate(count, thresholds=[0.5, 0.9, 0.99, 0.8], **options)
-    assert asked == [0.99, 0.9, 0.8]  # 0.5 would pass, and is not looked at
+    assert tested == [0.99, 0.9, 0.8]  # 0.5 would pass, but is not tested
     assert chosen == 0.9
     assert [step.accepted for step in steps] == [True, True, False]
     assert calibrate(count, thresholds=[0.8], **options)[0] is None
 
 
-def test_the_promise_is_broken_no_more_often_than_stated():
-    """Known losses, drawn again and again; the bound lies between the third threshold's loss and the fourth's."""
+def test_the_bound_is_broken_no_more_often_than_stated():
+    """Draw losses repeatedly with known rates. The bound is between the losses of the third and the fourth threshold."""
     rng = np.random.default_rng(0)
     rates = {0.99: (0.002, 0.001), 0.95: (0.01, 0.004), 0.9: (0.06, 0.02), 0.8: (0.125, 0.02)}
     problems, repetitions, broken, chosen_at_all = 100, 150, 0, 0
@@ -149,28 +149,28 @@ def test_the_promise_is_broken_no_more_often_than_stated():
     assert chosen_at_all > 0.9 * repetitions
 
 
-def test_of_several_shapes_the_fastest_that_passed_is_taken_each_tested_at_its_share():
+def test_the_fastest_accepted_shape_is_chosen_and_each_shape_is_tested_at_its_share():
     lost = {0.9: 0, 0.5: 3, (0.0, 0.9): 3, (0.0, 0.5): 60}
     speed = {0.9: 2.0, 0.5: 2.5, (0.0, 0.9): 4.0, (0.0, 0.5): 5.0}
 
-    def found(shapes, problems):
+    def calibrated(shapes, problems):
         return calibrate(
             lambda threshold: Counts(problems, lost[threshold], 0, speed[threshold]),
             measure="agreement", max_drop=0.02, confidence=0.95, thresholds=[0.5, 0.9], shapes=shapes,
         )  # fmt: skip
 
-    chosen, steps = found(BY_POSITION, 600)
+    chosen, steps = calibrated(BY_POSITION, 600)
     assert chosen == (0.0, 0.9)
     assert [(step.threshold, step.accepted) for step in steps] == [
         (0.9, True), (0.5, True), ((0.0, 0.9), True), ((0.0, 0.5), False)
     ]  # fmt: skip
-    problems = next(n for n in range(100, 600) if binom.cdf(3, n, 0.02) <= 0.05)  # enough for one search, not for two
-    assert found([even], problems)[0] == 0.5
-    assert found(BY_POSITION, problems)[0] == 0.9
+    problems = next(n for n in range(100, 600) if binom.cdf(3, n, 0.02) <= 0.05)  # enough for one shape, but not for two
+    assert calibrated([even], problems)[0] == 0.5
+    assert calibrated(BY_POSITION, problems)[0] == 0.9
 
 
-def test_the_promise_holds_for_the_fastest_of_several_shapes():
-    """Losses of exactly the bound at the loosest threshold of every shape, all of them fast: the worst case for a search."""
+def test_the_bound_holds_for_the_fastest_of_several_shapes():
+    """The worst case for a search: the loosest threshold of every shape loses exactly the bound and is fast."""
     rng = np.random.default_rng(1)
     shapes = [lambda t, tail=tail: (0.0, t, tail) for tail in (0.1, 0.2, 0.3, 0.4)]
     problems, bound, confidence, repetitions = 150, 0.1, 0.9, 300
@@ -187,7 +187,7 @@ def test_the_promise_holds_for_the_fastest_of_several_shapes():
         naive += any(calibrate(count, confidence=confidence, shapes=[one], **options)[0][1] == 0.5 for one in shapes)
     error = 3 * math.sqrt(0.1 * 0.9 / repetitions)
     assert broken / repetitions <= 1 - confidence + error
-    assert naive / repetitions > 1 - confidence + error  # without each one's share the promise would be broken
+    assert naive / repetitions > 1 - confidence + error  # without the Bonferroni shares, the bound is broken too often
 
 
 def record(ids, *, correct, passes=1):
@@ -204,7 +204,7 @@ def test_answers_are_compared_problem_by_problem():
 
 @pytest.fixture
 def folder(tmp_path, write_student):
-    """A random model: it is never sure, so that strict thresholds decode as it does by itself and whole blocks do not."""
+    """A random model. It is never confident, so strict thresholds give the same text as k=1, and whole blocks do not."""
     facts = {"base_model": "org/base", "mask_token": "<|mtp|>", "objective": "hard", "k_min": 2, "k_max": 4, "settings": {}}
     return write_student(tmp_path / "model", confadapt=0.25, verify=True, provenance=facts | run_facts())
 
@@ -234,7 +234,7 @@ def test_calibrate_writes_the_threshold_into_the_folder_and_the_evidence_onto_th
     assert f"{found.threshold:g}" in capsys.readouterr().out
 
 
-def test_thresholds_by_place_reach_generation_config_and_card_and_decode_so(folder, tmp_path):
+def test_thresholds_by_position_are_written_to_generation_config_and_card_and_used_by_generate(folder, tmp_path):
     write_prompts(tmp_path / "data.jsonl", 40)
     assert calibrate_command(folder, tmp_path / "data.jsonl", "--per-place") == 0
     found = Calibration.read(folder / CALIBRATION_FILE)
@@ -251,18 +251,18 @@ def test_thresholds_by_place_reach_generation_config_and_card_and_decode_so(fold
     assert torch.equal(model.generate(ids, max_new_tokens=12), model.generate(ids, max_new_tokens=12, confadapt=[0.0, 0.5]))
     card = render_card(json.loads((folder / PROVENANCE_FILE).read_text()), model_name="x", evidence=read_evidence(folder))
     assert "confadapt=[0, 0.5], max_new_tokens" in card
-    assert "At confadapt=[0, 0.5] the loss of agreement" in card
+    assert "With confadapt=[0, 0.5], the loss of agreement" in card
     assert "| 0.99/0.999 |" in card
 
 
-def test_a_folder_that_verified_is_said_to_do_so_no_more(folder, tmp_path, capsys):
+def test_calibrate_reports_that_a_folder_no_longer_verifies(folder, tmp_path, capsys):
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mtp_k": "auto"}))
     write_prompts(tmp_path / "data.jsonl", 40)
     assert calibrate_command(folder, tmp_path / "data.jsonl") == 0
-    assert "verified its text by default and does so no more" in " ".join(capsys.readouterr().out.split())
+    assert "no longer verifies by default" in " ".join(capsys.readouterr().out.split())
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)  # mtp_k="auto" would be refused without verification
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)  # raises if mtp_k is still "auto"
     assert calibrate_command(folder, tmp_path / "data.jsonl") == 0
     assert "by default" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -270,28 +270,28 @@ def test_a_folder_that_verified_is_said_to_do_so_no_more(folder, tmp_path, capsy
     assert "verify=False becomes the folder's default" in " ".join(capsys.readouterr().out.split())
 
 
-def test_too_few_problems_or_a_threshold_that_cannot_be_found_change_nothing(folder, tmp_path, capsys):
+def test_too_few_problems_or_no_accepted_threshold_leave_the_folder_unchanged(folder, tmp_path, capsys):
     before = (folder / "generation_config.json").read_text()
     data = tmp_path / "data.jsonl"
     write_prompts(data, 7)
     assert calibrate_command(folder, data) == 2
     assert "at least 8 are needed" in capsys.readouterr().err
-    data.write_text(data.read_text() * 20)  # the same problems over and over
+    data.write_text(data.read_text() * 20)  # the same 7 problems, repeated
     assert calibrate_command(folder, data) == 2
     assert "7 different problems" in capsys.readouterr().err
     assert calibrate_command(tmp_path / "nowhere", data) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     write_prompts(data, 20)
     options = {"max_drop": 0.2, "confidence": 0.8, "batch_size": 20, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="is left as it was: even 0 loses too much"):
+    with pytest.raises(ValueError, match="is unchanged: even threshold 0 loses too much"):
         run_calibrate(str(folder), load_task(str(data)), thresholds=[0.0], **options)
     assert (folder / "generation_config.json").read_text() == before
     assert not (folder / CALIBRATION_FILE).exists()
 
 
 @pytest.mark.parametrize("name", ["calibration", "calibration_by_position"])
-def test_the_experiment_on_fresh_problems_kept_its_promise(name):
-    """The committed result: at least 34 of 40 repetitions for a confidence of 95 %."""
+def test_the_published_thresholds_keep_the_bound_on_fresh_problems(name):
+    """In the committed results, at least 34 of 40 repetitions keep the bound at a confidence of 95 %."""
     results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert {row["measure"] for row in results["rows"]} == {"accuracy", "agreement"}
     for row in results["rows"]:
@@ -302,7 +302,7 @@ def test_the_experiment_on_fresh_problems_kept_its_promise(name):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """`benchmarks/calibration.py` with a stand-in for decoding, which lists the prompts that it gets in `decoded`."""
+    """`benchmarks/calibration.py`, with decoding replaced by a stand-in that appends its prompts to `decoded`."""
     spec = importlib.util.spec_from_file_location("calibration_benchmark", ROOT / "benchmarks" / "calibration.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -319,18 +319,18 @@ def benchmark(monkeypatch):
     return module
 
 
-def test_the_benchmarks_pool_goes_on_and_holds_no_problem_twice(benchmark, write_student, tmp_path):
+def test_the_benchmarks_pool_resumes_and_has_no_duplicate_problems(benchmark, write_student, tmp_path):
     problems = [SimpleNamespace(prompt=f"{i}", result=i) for i in range(10)]
     settings = benchmark.decodings((even,), (0.9,))
     student = str(write_student(tmp_path / "student", confadapt=0.9, verify=False))
     for count in (6, 6, 10):
         benchmark.decode_pool(student, tmp_path / "pool", problems[:count], settings)
-    assert [int(prompt) for prompt in benchmark.decoded] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9]  # the short chunk anew
+    assert [int(prompt) for prompt in benchmark.decoded] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9]  # the short chunk (4, 5) again
     assert len(benchmark.read_pool(tmp_path / "pool", 10, settings)["ConfAdapt 0.9"]["tokens"]) == 10
     assert len(benchmark.read_pool(tmp_path / "pool", 5, settings)["ConfAdapt 0.9"]["tokens"]) == 5
 
 
-def test_another_pool_is_refused_before_anything_is_decoded(benchmark, write_student, tmp_path, monkeypatch):
+def test_a_pool_with_other_settings_is_refused_before_anything_is_decoded(benchmark, write_student, tmp_path, monkeypatch):
     problems = [SimpleNamespace(prompt=f"{i}", result=i) for i in range(6)]
     settings = benchmark.decodings((even,), (0.9,))
     student = write_student(tmp_path / "student", confadapt=0.9, verify=False)
@@ -344,7 +344,7 @@ def test_another_pool_is_refused_before_anything_is_decoded(benchmark, write_stu
     monkeypatch.setattr(benchmark, "CHUNK", 3)
     with pytest.raises(ValueError, match="with another chunk size;"):
         benchmark.decode_pool(str(student), tmp_path / "pool", problems, settings)
-    (tmp_path / "pool" / "000000.json").write_text("{}")  # of before there was anything to tell them by
+    (tmp_path / "pool" / "000000.json").write_text("{}")  # a pool from before its settings were recorded
     with pytest.raises(ValueError, match="with another model, list of settings, chunk size;"):
         benchmark.decode_pool(str(student), tmp_path / "pool", problems, settings)
     assert benchmark.decoded == []

@@ -1,4 +1,4 @@
-"""A card says what its model is, what was measured and what was not; what data and people named is shown literally."""
+"""Test that a card describes its model and results correctly, and shows untrusted text literally."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ def test_a_card_names_its_base_and_its_limits(tmp_path):
     assert "base_model: org/base" in text
     assert "base_model_relation: finetune" in text
     assert "trust_remote_code=True" in text
-    assert "## Limits" in text
+    assert "## Limitations" in text
     assert '"ntp_coef": 0.5' in text
     assert not list(tmp_path.glob("*.partial"))
 
@@ -38,7 +38,7 @@ def test_a_card_names_its_base_and_its_limits(tmp_path):
 def test_a_card_of_exact_mode_says_what_is_exact_and_how_to_use_it(tmp_path, adapter_only):
     facts = provenance("org/base", tmp_path, exact=True, adapter_only=adapter_only)
     text = write_card(tmp_path, model_name="exact", provenance=facts, repo_id="me/exact").read_text()
-    assert "every word of it remains the base" in text
+    assert "Verified decoding returns exactly the\nbase model's text" in text
     assert "confadapt=0.5" in text
     assert "Training changes the model" not in text
     assert ("base_model_relation: adapter" in text) == adapter_only
@@ -54,20 +54,20 @@ def test_a_base_in_a_folder_is_not_presented_as_a_hub_model(tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_a_card_shows_what_lies_in_the_folder_and_says_where_nothing_was_measured(tmp_path):
+def test_a_card_shows_the_results_in_its_folder_or_says_that_there_are_none(tmp_path):
     facts = provenance("org/base", tmp_path)
-    assert "Not yet run." in render_card(facts, model_name="small")
+    assert "Not measured yet." in render_card(facts, model_name="small")
     (tmp_path / RESULTS_FOLDER).mkdir()
     (tmp_path / RESULTS_FOLDER / "words.json").write_text(to_json(REPORT))
     text = write_card(tmp_path, model_name="small", provenance=facts).read_text()
     assert markdown(REPORT).strip() in text
-    assert "Not yet run" not in text
+    assert "Not measured yet" not in text
     assert "words.png" not in text  # there is no such plot
     (tmp_path / RESULTS_FOLDER / "words.png").touch()
     assert "](mtp_results/words.png)" in write_card(tmp_path, model_name="small", provenance=facts).read_text()
 
 
-def test_equal_facts_give_equal_text_and_a_second_writing_changes_nothing(tmp_path):
+def test_the_same_facts_give_the_same_card(tmp_path):
     facts = provenance("org/base", tmp_path)
     first = write_card(tmp_path, model_name="small", provenance=facts).read_text()
     assert write_card(tmp_path, model_name="small", provenance=json.loads(json.dumps(facts))).read_text() == first
@@ -77,7 +77,7 @@ def test_equal_facts_give_equal_text_and_a_second_writing_changes_nothing(tmp_pa
 HOSTILE = "</td><script>alert(1)</script> | [x](javascript:alert(1)) ![](http://evil/x.png) `code`\n# heading\n---\n"
 
 
-def test_text_of_data_and_people_cannot_become_markup(tmp_path):
+def test_untrusted_text_cannot_become_markup(tmp_path):
     facts = provenance("org/base", tmp_path) | {"command": "mtp-trl ` x", "dataset": "a`b<script>"}
     (tmp_path / RESULTS_FOLDER).mkdir()
     hostile = dataclasses.replace(REPORT, title=HOSTILE, provenance=REPORT.provenance | {"command": f"x {HOSTILE}"})
@@ -91,7 +91,7 @@ def test_text_of_data_and_people_cannot_become_markup(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"ntp_coef": 0.5}, {"exact": True}, {"exact": True, "adapter_only": True}], ids=str)
-def test_names_and_settings_cannot_leave_their_code_blocks(tmp_path, changes):
+def test_names_and_settings_cannot_escape_their_code_blocks(tmp_path, changes):
     hostile = 'me/x"); import os #`\n```\n<script>'
     facts = provenance("org/base", tmp_path, **changes) | {"mask_token": "<b>`x`", "base_model": hostile}
     facts["objective"] = facts["hardware"] = "`<script>`"
@@ -107,17 +107,18 @@ def test_names_and_settings_cannot_leave_their_code_blocks(tmp_path, changes):
     assert json.loads(re.search(r"(?s)\n(````+)json\n(.*?)\n\1\n", text)[2]) == facts["settings"]
 
 
-def test_the_limits_claim_no_measurement_that_was_not_made(tmp_path):
-    assert "CPU" not in render_card(provenance("org/base", tmp_path), model_name="x").split("## Limits")[1].split("## How")[0]
+def test_the_limitations_mention_no_hardware_that_was_not_measured(tmp_path):
+    text = render_card(provenance("org/base", tmp_path), model_name="x")
+    assert "CPU" not in text.split("## Limitations")[1].split("## Training")[0]
 
 
 @pytest.mark.parametrize("text", ["plain words, 1.5 %", "snake_case_name"])
-def test_harmless_text_stays_as_it_is(text):
+def test_harmless_text_is_not_escaped(text):
     assert escape_markdown(text) == text
 
 
 @pytest.mark.parametrize("adapter_only", [False, True])
-def test_the_code_of_a_card_is_code(tmp_path, adapter_only):
+def test_the_code_blocks_of_a_card_compile(tmp_path, adapter_only):
     text = render_card(provenance("org/base", tmp_path, exact=True, adapter_only=adapter_only), model_name="x", repo_id="me/x")
     blocks = [part.partition("\n")[2] for part in text.split("```")[1::2] if part.startswith("python")]
     assert len(blocks) == (1 if adapter_only else 2)
@@ -125,8 +126,8 @@ def test_the_code_of_a_card_is_code(tmp_path, adapter_only):
         compile(block, "card", "exec")
 
 
-def test_the_cards_in_the_repository_are_those_of_the_renderer():
-    """Mended by `python benchmarks/render_cards.py`."""
+def test_the_committed_cards_are_up_to_date():
+    """If this fails, run `python benchmarks/render_cards.py`."""
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("render_cards", root / "benchmarks" / "render_cards.py")
     module = importlib.util.module_from_spec(spec)
@@ -135,24 +136,24 @@ def test_the_cards_in_the_repository_are_those_of_the_renderer():
     assert set(cards) == set((root / "model_cards").glob("*.md"))
     for path, text in cards.items():
         assert path.read_text(encoding="utf-8") == text, path.name
-    drawn = module.plots()
-    assert set(drawn) == set((root / "model_cards").rglob("*.png"))
-    for path, report in drawn.items():
-        assert module.is_drawn(path, report), f"{path.name} shows other results"
+    plots = module.plots()
+    assert set(plots) == set((root / "model_cards").rglob("*.png"))
+    for path, report in plots.items():
+        assert module.is_up_to_date(path, report), f"{path.name} shows outdated results"
     for path, text in cards.items():
         pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-        assert [path.parent / picture for picture in pictures] == [plot for plot in drawn if plot.stem == path.stem]
+        assert [path.parent / picture for picture in pictures] == [plot for plot in plots if plot.stem == path.stem]
     planned = cards[root / "model_cards" / "llama_exact.md"]
     assert "has not been run yet" in planned
-    assert "Not yet run." in planned
+    assert "Not measured yet." in planned
     assert not [line for line in planned.splitlines() if line.startswith("| ")]  # no table without results
 
 
 HOSTILE_LINE = "2026 <script>x</script> [a](javascript:b) | `c` **d**"
 
 
-def test_dates_versions_and_hardware_of_files_are_shown_literally(tmp_path):
-    """They come with a folder, from anybody, as results do."""
+def test_dates_versions_and_hardware_from_files_are_shown_literally(tmp_path):
+    """Like results, they may come from a folder of unknown origin."""
     hostile = {
         "date": HOSTILE_LINE,
         "hardware": HOSTILE_LINE,
@@ -170,17 +171,17 @@ def test_dates_versions_and_hardware_of_files_are_shown_literally(tmp_path):
 
 
 @pytest.mark.parametrize("change", [("batch_size", "1 <b>"), ("problems", "<b>"), ("k", "<b>"), ("max_new_tokens", "<b>")])
-def test_text_where_a_results_file_has_numbers_is_refused(change):
+def test_a_results_file_with_text_instead_of_a_number_is_refused(change):
     name, value = change
     content = json.loads(to_json(REPORT))
-    where = {"problems": content["rows"][0], "k": content["rows"][2]["setting"]}.get(name, content)
-    where[name] = value
+    parent = {"problems": content["rows"][0], "k": content["rows"][2]["setting"]}.get(name, content)
+    parent[name] = value
     with pytest.raises(TypeError, match="is not a whole number"):
         from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize("change", [{"measure": "<b>"}, {"lost": "<b>"}, {"problems": "<b>"}])
-def test_text_where_a_calibration_has_numbers_is_refused(tmp_path, change):
+def test_a_calibration_file_with_text_instead_of_a_number_is_refused(tmp_path, change):
     calibration = Calibration("accuracy", 0.01, 0.95, 0.7, [Step(0.7, Counts(100, 0, 0, 2.0), 0.001, True)], {})
     calibration.write(tmp_path / "c.json")
     content = json.loads((tmp_path / "c.json").read_text())

@@ -1,4 +1,4 @@
-"""Nothing lost: killed at any moment, told to stop, out of disk, with NaN in it, a run goes on as if nothing had been."""
+"""Fault tolerance: a run that is killed, stopped, out of disk or has produced NaN resumes like an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -24,7 +24,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def processes():
-    """Real processes that start in a moment: each is forked from one that has imported everything and computed nothing."""
+    """Processes that start quickly: each is forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mtp_trl.training.trainer", "mtp_trl.launch", "mtp_trl.recipe", "peft"])
     return context
@@ -45,7 +45,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path, base):
-    """Writes a recipe that saves every two steps and goes on from the last checkpoint."""
+    """Write a recipe that saves every two steps and resumes from the last checkpoint."""
 
     def write(folder: str, **changes) -> Path:
         values = {
@@ -72,9 +72,9 @@ def _main(path: Path) -> None:
     raise SystemExit(launch.main(path))
 
 
-def wait(process, happened) -> None:
-    """Until something has happened, which must be before the process ends."""
-    while not happened():
+def wait(process, condition) -> None:
+    """Wait until a condition holds; the process must not end before."""
+    while not condition():
         assert process.is_alive(), "the run ended before it could be interrupted"
         time.sleep(0.001)
 
@@ -90,8 +90,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["full", "exact", "adapters on policy"])
-def test_killed_at_any_moment_and_started_again_it_is_the_uninterrupted_run(processes, recipe, tmp_path, mode):
-    """kill -9 between checkpoints, in the middle of one, and just after one; losses and weights are equal, not close."""
+def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_one(processes, recipe, tmp_path, mode):
+    """SIGKILL comes between checkpoints, while one is written and just after one. Losses and weights are bitwise equal."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Tom has {n} apples and"}) + "\n" for n in range(40)))
     changes = {
@@ -107,12 +107,12 @@ def test_killed_at_any_moment_and_started_again_it_is_the_uninterrupted_run(proc
     moments = [
         lambda: (folder / PARTIAL / "checkpoint-2").exists(),  # nothing saved yet
         lambda: (folder / "checkpoint-4").exists(),
-        # half of it written, or on a fast machine just all of it
+        # partly written or, on a fast machine, just completed
         lambda: (folder / PARTIAL / "checkpoint-6" / "optimizer.pt").exists() or (folder / "checkpoint-6").exists(),
     ]
-    for happened in moments:
+    for moment in moments:
         process = start(processes, path)
-        wait(process, happened)
+        wait(process, moment)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -128,8 +128,8 @@ def test_killed_at_any_moment_and_started_again_it_is_the_uninterrupted_run(proc
     assert not (folder / PARTIAL).exists()
 
 
-def test_sigterm_saves_and_ends_and_the_same_command_goes_on(processes, recipe, tmp_path):
-    """After the step it arrives in, whatever the save interval; the exit status is a shell's for SIGTERM."""
+def test_sigterm_saves_and_stops_and_the_same_command_resumes(processes, recipe, tmp_path):
+    """The run stops after the current step, regardless of the save interval. The exit status is a shell's for SIGTERM."""
     path, folder = recipe("stopped"), tmp_path / "stopped"
     process = start(processes, path)
     wait(process, lambda: (folder / "checkpoint-2").exists())
@@ -138,7 +138,7 @@ def test_sigterm_saves_and_ends_and_the_same_command_goes_on(processes, recipe, 
     assert process.exitcode == 128 + signal.SIGTERM
     stopped = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     assert 2 < stopped < STEPS
-    assert not (folder / "model.safetensors").exists()  # what is not finished does not look so
+    assert not (folder / "model.safetensors").exists()  # an unfinished run saves no final model
     again, whole = start(processes, path), start(processes, recipe("whole"))
     for one in (again, whole):
         one.join()
@@ -146,8 +146,8 @@ def test_sigterm_saves_and_ends_and_the_same_command_goes_on(processes, recipe, 
     assert losses(folder) == losses(tmp_path / "whole")
 
 
-class At(TrainerCallback):
-    """Does something once a step has been saved."""
+class AfterSave(TrainerCallback):
+    """Call a function once a given step has been saved."""
 
     def __init__(self, step: int, act) -> None:
         self.step, self.act = step, act
@@ -157,7 +157,7 @@ class At(TrainerCallback):
             self.act(kwargs["model"])
 
 
-def trainer(base: Path, folder: Path, callback: At) -> MTPDistillTrainer:
+def trainer(base: Path, folder: Path, callback: AfterSave) -> MTPDistillTrainer:
     args = MTPDistillConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=16, max_steps=6, save_steps=2,
         per_device_train_batch_size=4, learning_rate=1e-3, disable_tqdm=True, num_eval_prompts=0,
@@ -165,21 +165,21 @@ def trainer(base: Path, folder: Path, callback: At) -> MTPDistillTrainer:
     return MTPDistillTrainer(str(base), args, load_dataset("train", 32, 0), callbacks=[callback])
 
 
-def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(base, tmp_path):
-    """A limit on the size of files stands for the disk: the weights fit, the optimizer's state no longer does."""
+def test_a_full_disk_raises_and_keeps_the_last_checkpoint(base, tmp_path):
+    """A limit on file size simulates the full disk: the weights still fit, the optimizer's state does not."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limit(model) -> None:
+    def limit_file_size(model) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3 * sum(p.numel() for p in model.parameters()) * 4 // 2, before[1]))
 
-    run = trainer(base, tmp_path, At(2, limit))
+    run = trainer(base, tmp_path, AfterSave(2, limit_file_size))
     try:
-        with pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*checkpoint-2 is whole"):
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*checkpoint-2 is complete"):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-2"]
-    run = trainer(base, tmp_path, At(0, None))
+    run = trainer(base, tmp_path, AfterSave(0, None))
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
 
@@ -187,8 +187,8 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(base, tmp_path)
 @pytest.mark.parametrize(
     ("where", "message"), [("weights", "loss of step 5 is not finite"), ("gradients", "gradient norm of step 5")]
 )
-def test_nan_ends_the_run_before_a_checkpoint_sees_it(base, tmp_path, where, message):
-    def spoil(model) -> None:
+def test_nan_ends_the_run_before_a_checkpoint_contains_it(base, tmp_path, where, message):
+    def insert_nan(model) -> None:
         parameter = model.get_input_embeddings().weight
         if where == "weights":
             parameter.data[:, 3] = torch.nan
@@ -196,15 +196,15 @@ def test_nan_ends_the_run_before_a_checkpoint_sees_it(base, tmp_path, where, mes
             parameter.register_hook(lambda gradient: gradient * torch.nan)
 
     with pytest.raises(FloatingPointError, match=rf"{message}.*checkpoint-4 is the last"):
-        trainer(base, tmp_path, At(4, spoil)).train()
+        trainer(base, tmp_path, AfterSave(4, insert_nan)).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", trust_remote_code=True)
     assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
     assert saved.generate(torch.tensor([[0, 5, 6]]), confadapt=0.9, max_new_tokens=4).shape[1] <= 7
 
 
-def test_the_best_checkpoint_is_named_by_its_place(base, tmp_path):
-    run = trainer(base, tmp_path, At(0, None))
+def test_the_best_checkpoint_is_recorded_by_its_final_path(base, tmp_path):
+    run = trainer(base, tmp_path, AfterSave(0, None))
     run.eval_dataset = run.train_dataset.select(range(4))
     run.args.eval_strategy, run.args.eval_steps, run.args.metric_for_best_model = IntervalStrategy.STEPS, 2, "eval_loss"
     run.train()
@@ -213,31 +213,31 @@ def test_the_best_checkpoint_is_named_by_its_place(base, tmp_path):
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 
-class Asked(TrainerCallback):
-    """What SIGTERM does in the last step of an epoch, where a checkpoint is due anyway."""
+class SaveEveryStep(TrainerCallback):
+    """Save at every step, as SIGTERM does in the last step of an epoch, at which a checkpoint is due anyway."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_save = True
 
 
-def test_a_step_that_is_saved_twice_is_written_once_and_its_record_brought_up_to_date(base, tmp_path, monkeypatch):
-    places = []
+def test_a_step_that_is_saved_twice_is_written_once_and_its_state_updated(base, tmp_path, monkeypatch):
+    written = []
     publish = checkpointing._publish
-    monkeypatch.setattr(checkpointing, "_publish", lambda partial, place: places.append(place.name) or publish(partial, place))
-    run = trainer(base, tmp_path, Asked())
+    monkeypatch.setattr(checkpointing, "_publish", lambda part, target: written.append(target.name) or publish(part, target))
+    run = trainer(base, tmp_path, SaveEveryStep())
     run.eval_dataset = run.train_dataset.select(range(4))
     run.args.eval_strategy = run.args.save_strategy = IntervalStrategy.EPOCH
     run.args.metric_for_best_model, run.args.greater_is_better = "eval_loss", False
     run.train()
-    assert places == [f"checkpoint-{step}" for step in range(1, 7)]
-    record = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert "eval_loss" in record["log_history"][-1]  # measured at the epoch's end, after the step had been saved
+    assert written == [f"checkpoint-{step}" for step in range(1, 7)]
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert "eval_loss" in state["log_history"][-1]  # measured at the end of the epoch, after the step was first saved
 
 
-def test_a_checkpoint_of_another_run_gives_way(base, tmp_path):
+def test_a_checkpoint_of_another_run_is_replaced(base, tmp_path):
     saved = []
     for learning_rate in (1e-3, 2e-3):
-        run = trainer(base, tmp_path, At(0, None))
+        run = trainer(base, tmp_path, AfterSave(0, None))
         run.args.learning_rate = learning_rate
         run.train()
         saved.append(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
@@ -245,8 +245,8 @@ def test_a_checkpoint_of_another_run_gives_way(base, tmp_path):
     assert not list(tmp_path.glob(".*checkpoint*"))
 
 
-def test_a_trainer_that_trains_once_more_writes_the_same_step_anew(base, tmp_path):
-    run = trainer(base, tmp_path, At(0, None))
+def test_a_second_train_call_writes_the_same_step_again(base, tmp_path):
+    run = trainer(base, tmp_path, AfterSave(0, None))
     run.args.max_steps = 2
     saved = []
     for _ in range(2):

@@ -25,9 +25,9 @@ def test_help_loads_no_torch():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         cli.main([name, "--help"])
-    assert left.value.code == 0
+    assert exited.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 3
 
 
@@ -41,16 +41,16 @@ def test_a_missing_extra_is_named_before_anything_else(package, arguments, monke
     assert f"needs {package}, which is not installed; pip install 'mtp-trl[eval]'." in capsys.readouterr().err
 
 
-def test_without_a_command_it_says_what_there_is(capsys):
+def test_without_a_command_it_lists_all_commands(capsys):
     assert cli.main([]) == 2
     shown = capsys.readouterr().err
     assert all(name in shown for name in cli.COMMANDS)
 
 
-def test_the_version_is_the_packages(capsys):
-    with pytest.raises(SystemExit) as left:
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as exited:
         cli.main(["--version"])
-    assert left.value.code == 0
+    assert exited.value.code == 0
     assert mtp_trl.__version__ in capsys.readouterr().out
 
 
@@ -62,34 +62,34 @@ MODEL = str(ROOT / "models" / "tiny_exact_long")
     [
         (["evl", "x"], "there is no command 'evl' (did you mean eval?)"),
         (["eval", "x", "--tresholds", "0.9"], "unrecognized arguments: --tresholds 0.9 (did you mean --thresholds?)"),
-        (["eval", "x", "--thresholds", "high"], "'high' is not a probability, such as 0.9"),
-        (["eval", "x", "--static", "2,x"], "'x' is not a whole number from 1 on"),
-        (["eval", "x", "--batch-size", "0"], "'0' is not a whole number from 1 on"),
-        (["eval", "x", "--blocks", "0"], "'0' is not a whole number from 1 on"),
+        (["eval", "x", "--thresholds", "high"], "'high' is neither a probability such as 0.9"),
+        (["eval", "x", "--static", "2,x"], "'x' is not a whole number >= 1"),
+        (["eval", "x", "--batch-size", "0"], "'0' is not a whole number >= 1"),
+        (["eval", "x", "--blocks", "0"], "'0' is not a whole number >= 1"),
         (["eval", "x", "--blocks", "8"], "--blocks needs --verify"),
-        (["eval", "x", "--output", __file__], "is a file, and a folder is needed"),
+        (["eval", "x", "--output", __file__], "is a file, but a folder is needed"),
         (["eval", "x", "--task-data", "gsm8k_cot"], "is not TASK=FILE"),
-        (["show", "x", "y", "--k", "few"], "'few' is not a whole number from 1 on"),
-        (["show", "x", "y", "--html", "/no/such/folder/page.html"], "its folder must exist"),
+        (["show", "x", "y", "--k", "few"], "'few' is not a whole number >= 1"),
+        (["show", "x", "y", "--html", "/no/such/folder/page.html"], "it must be a file in an existing folder"),
     ],
 )
-def test_what_was_typed_wrongly_is_named_before_anything_loads(arguments, message, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_invalid_arguments_are_reported_before_anything_loads(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exited:
         cli.main(arguments)
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "no_such_folder"], "There is no folder 'no_such_folder' here, and as a name on the Hub it cannot be read"),
-        (["eval", str(ROOT / "docs")], "holds no model (no config.json)"),
-        (["eval", MODEL, "--base", "no_such_folder"], "There is no folder 'no_such_folder' here"),
+        (["eval", "no_such_folder"], "There is no folder 'no_such_folder', and it cannot be read as a Hub id"),
+        (["eval", str(ROOT / "docs")], "has no model (no config.json)"),
+        (["eval", MODEL, "--base", "no_such_folder"], "There is no folder 'no_such_folder'"),
         (["eval", MODEL, "--thresholds", "1.5"], "must be a probability in [0, 1], got 1.5"),
         (["eval", MODEL, "--data", "no_such.jsonl"], "There is no file 'no_such.jsonl'"),
-        (["show", "no_such_folder", "Hello"], "There is no folder 'no_such_folder' here"),
-        (["calibrate", "no_such_folder"], "no_such_folder is no folder"),
+        (["show", "no_such_folder", "Hello"], "There is no folder 'no_such_folder'"),
+        (["calibrate", "no_such_folder"], "no_such_folder is not a folder"),
         (["push", "no_such_folder", "me/model"], "There is no folder 'no_such_folder'"),
         (["export", "no_such_folder", "out"], "There is no folder 'no_such_folder'"),
         (["export", MODEL, "out", "--results", "no_such.json"], "There is no file 'no_such.json'"),
@@ -100,7 +100,7 @@ def test_what_was_typed_wrongly_is_named_before_anything_loads(arguments, messag
         ),
     ],
 )
-def test_what_is_not_there_is_named_with_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
+def test_missing_inputs_and_invalid_values_are_reported_with_a_remedy(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_what_is_not_there_is_named_with_what_to_do(arguments, message, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_train_hands_the_recipe_and_its_overrides_on(monkeypatch):
+def test_train_passes_the_recipe_and_its_overrides_on(monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "main", lambda path, overrides: seen.append((path, overrides)) or 7)
     assert cli.main(["train", "--config", "a.yaml", "--max_steps", "3", "--bf16=false"]) == 7
@@ -130,9 +130,9 @@ def test_a_recipe_without_the_launch_line_is_read(tmp_path, capsys):
 
 
 def test_other_commands_take_no_unknown_options(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         cli.main(["env", "--verbose"])
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert "unrecognized arguments: --verbose" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""`eval` and `show` on an adapted folder: what they decode is what a naive loop over the model decodes."""
+"""`eval` and `show` on an adapted folder decode the same text as a naive loop over the model."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, write_student):
-    """A random tiny base and the same weights with a mask token and the decoder."""
+    """A random tiny base, and a student with the same weights, a mask token and the decoder."""
     root = tmp_path_factory.mktemp("models")
     write_student(root / "student", base=root / "base", confadapt=0.9, verify=False)
     return root
@@ -42,7 +42,7 @@ def evaluate(folders, output, **changes):
 
 
 def naive_greedy(folder, prompt, *, barred):
-    """One token per pass, the whole text every time."""
+    """Decode one token per pass and read the whole text in every pass."""
     model, tokenizer = load_base(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     start = ids.shape[1]
@@ -68,7 +68,7 @@ def test_every_exact_decoding_equals_a_naive_greedy_loop(folders, tmp_path):
         assert answer["token_ids"] == reference, answer["decoding"]
 
 
-def test_defaults_of_the_folder_change_no_row(folders, tmp_path):
+def test_defaults_of_the_folder_do_not_change_any_row(folders, tmp_path):
     evaluate(folders, tmp_path / "without", blocks=3)
     student = shutil.copytree(folders / "student", tmp_path / "student")
     for name, value in (("mtp_blocks", 3), ("mtp_k", 2), ("mtp_k", "auto")):
@@ -101,37 +101,37 @@ def test_eval_prints_and_writes_one_table(folders, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pareto.png", "results.json", "results.md"]
 
 
-def test_without_matplotlib_the_picture_is_left_out_and_a_line_says_so(folders, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_plot_is_omitted_and_a_message_is_printed(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     evaluate(folders, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "results.json", "results.md"]
     assert "no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[eval]'" in capsys.readouterr().err
 
 
-def test_what_was_finished_counts_for_the_same_weights_alone(folders, tmp_path, monkeypatch):
-    """An evaluation is interrupted, the model trained anew into the same folder: nothing of the old one may be left."""
+def test_finished_parts_are_used_only_for_the_same_model(folders, tmp_path, monkeypatch):
+    """If a model is retrained into the same folder after an interrupted evaluation, parts of the old model must not be used."""
     student = tmp_path / "student"
     shutil.copytree(folders / "student", student)
-    parts = [commands._parts(tmp_path, str(student), None, asked) for asked in ([1], [1], [2])]
+    parts = [commands._parts_folder(tmp_path, str(student), None, asked) for asked in ([1], [1], [2])]
     os.utime(student / "model.safetensors", ns=(1, 1))
-    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    parts.append(commands._parts_folder(tmp_path, str(student), None, [1]))
     (student / "custom_generate" / "generate.py").write_text("# another decoder\n")
-    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    parts.append(commands._parts_folder(tmp_path, str(student), None, [1]))
     adapter, tokenizer = student / "custom_generate" / "mtp_adapter.safetensors", student / "tokenizer.json"
     adapter.write_bytes(b"")
-    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    parts.append(commands._parts_folder(tmp_path, str(student), None, [1]))
     for file in (adapter, tokenizer):
         os.utime(file, ns=(1, 1))
-        parts.append(commands._parts(tmp_path, str(student), None, [1]))
+        parts.append(commands._parts_folder(tmp_path, str(student), None, [1]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    parts.append(commands._parts(tmp_path, str(student), None, [1]))
+    parts.append(commands._parts_folder(tmp_path, str(student), None, [1]))
     assert parts[0] == parts[1]
     assert len(set(parts)) == len(parts) - 1
     assert {path.parent for path in parts} == {tmp_path / "parts"}
 
 
-def test_a_repository_with_another_commit_is_another_model(tmp_path, monkeypatch):
-    """An adapter on the Hub, and the base that it names: a push to either makes finished answers those of another model."""
+def test_a_repository_at_another_commit_is_another_model(tmp_path, monkeypatch):
+    """A push to an adapter on the Hub, or to the base that it names, must not reuse parts finished before."""
     commits = {"me/adapter": "1", "org/base": "1"}
     files = {"me/adapter": {LORA_CONFIG: '{"base_model_name_or_path": "org/base"}'}, "org/base": {"config.json": "{}"}}
 
@@ -145,15 +145,15 @@ def test_a_repository_with_another_commit_is_another_model(tmp_path, monkeypatch
     monkeypatch.setattr("mtp_trl.evaluation.loading.repository_file", cached)
     monkeypatch.setattr("mtp_trl.modeling.lora.repository_file", cached)
     monkeypatch.setattr("mtp_trl.publishing.decoder_check.repository_file", cached)
-    parts = [commands._parts(tmp_path, "me/adapter", None, []) for _ in range(2)]
+    parts = [commands._parts_folder(tmp_path, "me/adapter", None, []) for _ in range(2)]
     for name in commits:
         commits[name] = "2"
-        parts.append(commands._parts(tmp_path, "me/adapter", None, []))
+        parts.append(commands._parts_folder(tmp_path, "me/adapter", None, []))
     assert parts[0] == parts[1]
     assert len(set(parts)) == 3
 
 
-def test_what_other_evaluations_have_finished_stays(folders, tmp_path):
+def test_parts_of_other_evaluations_are_kept(folders, tmp_path):
     (tmp_path / "parts" / "other").mkdir(parents=True)
     (tmp_path / "parts" / "other" / "0.json").write_text("{}")
     evaluate(folders, tmp_path)
@@ -192,7 +192,7 @@ def test_show_prints_the_answer_and_writes_it_as_html(folders, tmp_path, capsys)
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_the_command_line_decodes_what_its_options_say(folders, tmp_path, capsys):
+def test_the_command_line_options_select_the_decodings(folders, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"q": "3 + 4 =", "a": "7"}\n{"q": "5 + 4 ="}\n')
     options = ["--data", str(data), "--prompt-column", "q", "--completion-column", "a", "--thresholds", "0.5,0"]
@@ -206,6 +206,6 @@ def test_the_command_line_decodes_what_its_options_say(folders, tmp_path, capsys
     assert "data.jsonl" in capsys.readouterr().out
 
 
-def test_the_command_line_reports_what_the_user_can_mend_without_a_traceback(capsys):
+def test_the_command_line_reports_user_errors_without_a_traceback(capsys):
     assert main(["eval", "nowhere", "--data", "no_such_file.jsonl"]) == 2
     assert "no_such_file.jsonl" in capsys.readouterr().err

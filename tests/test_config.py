@@ -1,4 +1,4 @@
-"""The training configuration: fields that are described once, for readers and for the command line."""
+"""MTPDistillConfig: the docstring describes each field for readers and for the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_field_without_an_entry_is_refused():
             b: int = 2
 
 
-def test_a_percent_sign_and_names_that_share_an_entry():
+def test_percent_signs_are_escaped_and_names_can_share_an_entry():
     @described_once
     @dataclass
     class Config:

@@ -1,4 +1,4 @@
-"""prepare_dataset: TRL's conventions for ids, the forms it accepts, and what it says about data that cannot be used."""
+"""`prepare_dataset`: TRL's conventions for ids, the supported columns, and errors for data that cannot be used."""
 
 import logging
 
@@ -17,7 +17,7 @@ CHATML = (
 
 
 def make_tokenizer(*, bos=True, template=None, adds_eos=False, merges=()):
-    """Byte-level; ids of `merges` join two characters, so that a token can span prompt and completion."""
+    """Make a byte-level tokenizer. `merges` adds tokens of two characters, which can span prompt and completion."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<bos>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>", *alphabet, *("".join(m) for m in merges)]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
@@ -56,13 +56,13 @@ def test_text_pairs_have_bos_once_and_end_in_eos():
 
 
 @pytest.mark.parametrize("completion", [" 2", " 2<eos>"])
-def test_an_eos_that_is_there_is_not_doubled(completion):
+def test_an_existing_eos_is_not_doubled(completion):
     tokenizer = make_tokenizer()
     (row,) = prepare_dataset(rows(prompt=["a"], completion=[completion]), tokenizer)
     assert texts(tokenizer, row)[1] == " 2<eos>"
 
 
-def test_a_tokenizer_that_adds_eos_everywhere_puts_none_behind_the_prompt():
+def test_the_eos_that_a_tokenizer_appends_to_the_prompt_is_removed():
     tokenizer = make_tokenizer(adds_eos=True)
     (row,) = prepare_dataset(rows(prompt=["a"], completion=["b"]), tokenizer)
     assert texts(tokenizer, row) == ("<bos>a", "b<eos>")
@@ -77,7 +77,7 @@ def test_no_token_spans_prompt_and_completion():
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_ids_are_those_of_sft(template, tmp_path):
-    """What trl.SFTTrainer trains on, except for white space it keeps behind a turn's last token."""
+    """The ids are those that trl.SFTTrainer trains on, except for white space that it keeps after a turn's last token."""
     import transformers
 
     tokenizer = make_tokenizer(template=template)
@@ -120,7 +120,7 @@ def test_messages_are_the_same_as_prompt_and_completion():
 
 
 @pytest.mark.parametrize(("bos", "first"), [(True, "<bos>"), (False, "o")])
-def test_of_plain_text_the_first_token_is_the_prompt(bos, first):
+def test_the_first_token_of_plain_text_is_the_prompt(bos, first):
     tokenizer = make_tokenizer(bos=bos)
     (row,) = prepare_dataset(rows(text=["once"]), tokenizer)
     assert texts(tokenizer, row) == (first, "once<eos>" if bos else "nce<eos>")
@@ -171,19 +171,19 @@ def test_the_mask_token_in_the_text_is_refused():
         prepare_dataset(rows(prompt=["a", "b"], completion=["c", "d <|mtp|>"]), make_tokenizer(), mask_token="<|mtp|>")
 
 
-def test_left_out_and_cut_rows_are_counted(caplog):
+def test_dropped_and_truncated_rows_are_counted(caplog):
     tokenizer = make_tokenizer()
     dataset = rows(prompt=["a", "b", "long prompt", "c"], completion=["x", " ", "y", "0123456789"])
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prepared = prepare_dataset(dataset, tokenizer, max_length=6)
     assert [texts(tokenizer, row) for row in prepared] == [("<bos>a", "x<eos>"), ("<bos>c", "0123")]
-    assert "1 rows without a completion left out" in caplog.text
-    assert "1 rows with a prompt of max_length=6 tokens or more left out" in caplog.text
-    assert "1 rows cut to max_length=6 tokens; 2 rows remain" in caplog.text
+    assert "1 rows dropped for an empty completion" in caplog.text
+    assert "1 rows dropped for a prompt of max_length=6 tokens or more" in caplog.text
+    assert "1 rows truncated to max_length=6 tokens; 2 rows remain" in caplog.text
 
 
-def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="No row of the eval set is left to train on: 2 rows without a completion"):
+def test_a_dataset_without_usable_rows_is_refused():
+    with pytest.raises(ValueError, match="No row of the eval set is left to train on: 2 rows dropped for an empty completion"):
         prepare_dataset(rows(prompt=["a", "b"], completion=["", "\n"]), make_tokenizer(), desc="eval")
 
 
@@ -215,7 +215,7 @@ def test_conversations_need_a_chat_template():
 def test_a_template_that_rewrites_the_prompt_is_refused():
     template = "{{ messages | length }}" + CHATML
     prompt, completion = chat("a", "b")
-    with pytest.raises(ValueError, match="renders the prompt alone differently"):
+    with pytest.raises(ValueError, match="renders the prompt on its own differently"):
         prepare_dataset(rows(prompt=[prompt], completion=[completion]), make_tokenizer(template=template))
 
 
@@ -240,43 +240,43 @@ def test_streamed_data_gives_the_same_rows():
 
 
 @pytest.mark.parametrize("first", [0, 100])
-def test_a_few_nulls_are_left_out_and_counted(caplog, first):
+def test_a_few_rows_with_nulls_are_dropped_and_counted(caplog, first):
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prompts = ["a"] * first + [None, "b"] + ["a"] * (100 - first)
         dataset = rows(prompt=prompts, completion=["x"] * (first + 1) + [None] + ["x"] * (100 - first))
-        framed = format_columns(dataset, prompt_format="Q: {}", as_messages=True)
-        prepared = prepare_dataset(framed, make_tokenizer(template=CHATML))
+        formatted = format_columns(dataset, prompt_format="Q: {}", as_messages=True)
+        prepared = prepare_dataset(formatted, make_tokenizer(template=CHATML))
     assert len(prepared) == 100
-    assert "2 rows with a null left out; 100 rows remain" in caplog.text
+    assert "2 rows dropped for a null value; 100 rows remain" in caplog.text
 
 
 def test_a_malformed_row_does_not_end_a_stream(caplog):
-    """Unless it is the first: then no row may be right."""
+    """Unless it is the first row, since then all rows may be malformed."""
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     conversations = {"messages": [good, good[:1], good]}
     tokenizer = make_tokenizer(template=CHATML)
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         assert len(list(prepare_dataset(rows(**conversations).to_iterable_dataset(), tokenizer))) == 2
-    assert r"Row 1 of the train set is left out (1 rows malformed left out): `messages` must" in caplog.text
+    assert r"Row 1 of the train set is malformed and dropped (1 rows dropped as malformed): `messages` must" in caplog.text
     wrong = rows(messages=[good[:1], good]).to_iterable_dataset()
     with pytest.raises(ValueError, match="Row 0 of the train set"):
         list(prepare_dataset(wrong, tokenizer))
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-def test_prompts_without_text_or_room_are_left_out_and_counted(caplog, conversational):
+def test_empty_and_too_long_prompts_are_dropped_and_counted(caplog, conversational):
     prompts = ["a", "", "long prompt" * 9, "b"]
     if conversational:
         prompts = [[{"role": "user", "content": text}] if text else [] for text in prompts]
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.encoding"):
         prepared = prepare_dataset(rows(prompt=prompts), make_tokenizer(template=CHATML), max_length=60)
     assert prepared["prompt"] == [prompts[0], prompts[3]]
-    assert "1 rows without a prompt left out, 1 rows with a prompt of max_length=60 tokens or more left out" in caplog.text
+    assert "1 rows dropped for an empty prompt, 1 rows dropped for a prompt of max_length=60 tokens or more" in caplog.text
     with pytest.raises(ValueError, match="mask token"):
         prepare_dataset(rows(prompt=["<|mtp|>"]), make_tokenizer(), mask_token="<|mtp|>")
 
 
-def test_formats_frame_text_with_braces_in_it():
+def test_formats_accept_text_that_contains_braces():
     dataset = rows(prompt=["{x} + 1"], completion=["{y}"], id=[0])
     (row,) = format_columns(dataset, prompt_format="Question: {}\nAnswer:", completion_format=" {}")
     assert row == {"prompt": "Question: {x} + 1\nAnswer:", "completion": " {y}", "id": 0}
@@ -297,7 +297,7 @@ def test_columns_are_formatted_under_their_own_names():
     assert row == {"q": [{"role": "user", "content": "a"}], "r": [{"role": "assistant", "content": " b"}]}
 
 
-def test_without_formats_a_dataset_stays_as_it_is():
+def test_without_formats_the_dataset_is_returned_unchanged():
     dataset = rows(text=["a"])
     assert format_columns(dataset) is dataset
 
@@ -305,11 +305,11 @@ def test_without_formats_a_dataset_stays_as_it_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_format": "no place"}, r"prompt_format needs one \{\}"),
+        ({"prompt_format": "no braces"}, r"prompt_format must contain exactly one \{\}"),
         ({"completion_format": " {}"}, "formatted from 'completion', but the dataset has the columns 'prompt'"),
         ({"as_messages": True, "column_map": {"promt": "prompt"}}, "from 'promt'.*; did you mean 'prompt'"),
     ],
 )
-def test_formats_that_do_not_fit_are_refused(options, message):
+def test_invalid_formats_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         format_columns(rows(prompt=["a"]), **options)

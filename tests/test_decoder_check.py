@@ -1,4 +1,4 @@
-"""Whose code a repository runs is known before anybody trusts it."""
+"""Test that `check-decoder` recognises the code in a repository before it runs."""
 
 import json
 
@@ -22,56 +22,56 @@ def student(write_student, tmp_path):
     return write_student(tmp_path / "student", confadapt=0.5, verify=True)
 
 
-def test_a_decoder_as_it_was_written_is_ours(student, capsys):
+def test_an_unmodified_decoder_is_recognised(student, capsys):
     check = check_decoder(student)
     assert (check.version, check.is_safe, check.commit) == (__version__, True, None)
     assert main(["check-decoder", str(student)]) == 0
-    assert f"has the decoder of mtp-trl {__version__}, unchanged" in capsys.readouterr().out
+    assert f"has the unmodified decoder of mtp-trl {__version__}" in capsys.readouterr().out
 
 
-def test_line_ends_of_windows_change_nothing(student):
+def test_windows_line_endings_are_ignored(student):
     for name in decoder_files():
         path = student / "custom_generate" / name
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert check_decoder(student).is_safe
 
 
-def test_a_decoder_that_names_the_installed_package_is_ours(student):
+def test_a_link_to_the_installed_decoder_is_recognised(student):
     for path in (student / "custom_generate").glob("*.py"):
         path.unlink()
     link_decoder(student)
     assert check_decoder(student).version == __version__
 
 
-def test_a_decoder_of_an_earlier_version_is_ours(student, monkeypatch):
+def test_a_decoder_of_an_earlier_version_is_recognised(student, monkeypatch):
     for path in (student / "custom_generate").glob("*.py"):
         path.unlink()
-    (student / DECODER_FILE).write_text("# as it was")
-    monkeypatch.setitem(decoder_check._EARLIER, "0.0.1", digest({"generate.py": "# as it was"}))
+    (student / DECODER_FILE).write_text("# earlier version")
+    monkeypatch.setitem(decoder_check._EARLIER_DIGESTS, "0.0.1", digest({"generate.py": "# earlier version"}))
     assert check_decoder(student).version == "0.0.1"
 
 
 @pytest.mark.parametrize("name", ["generate.py", "rows.py", "sampling.py"])
-def test_a_changed_file_is_noticed_wherever_it_is(student, name, capsys):
+def test_a_change_in_any_decoder_file_is_detected(student, name, capsys):
     path = student / "custom_generate" / name
     path.write_text(path.read_text() + "\nimport os\n")
     assert not check_decoder(student).is_safe
     assert main(["check-decoder", str(student)]) == 1
-    assert "has a decoder that is none of mtp-trl's" in capsys.readouterr().out
+    assert "has a decoder that differs from mtp-trl's" in capsys.readouterr().out
 
 
-def test_a_file_that_is_imported_and_missing_is_noticed(student):
+def test_a_missing_imported_file_is_detected(student):
     (student / "custom_generate" / "pace.py").unlink()
     assert not check_decoder(student).is_safe
 
 
-def test_a_file_that_nothing_imports_is_not_run(student):
+def test_a_file_that_nothing_imports_is_ignored(student):
     (student / "custom_generate" / "other.py").write_text("import os")
     assert check_decoder(student).is_safe
 
 
 @pytest.mark.parametrize(("file", "key"), [("config.json", "auto_map"), ("config.json", "custom_pipelines")])
-def test_code_beside_the_decoder_is_named(student, file, key, capsys):
+def test_other_code_in_the_repository_is_named(student, file, key, capsys):
     config = json.loads((student / file).read_text())
     (student / file).write_text(json.dumps(config | {key: {"AutoModelForCausalLM": "modeling_evil.Evil"}}))
     assert not check_decoder(student).is_safe
@@ -79,7 +79,7 @@ def test_code_beside_the_decoder_is_named(student, file, key, capsys):
     assert "modeling_evil.Evil" in capsys.readouterr().out
 
 
-def test_without_a_decoder_there_is_nothing_to_trust(student):
+def test_a_repository_without_a_decoder_is_safe(student):
     for path in (student / "custom_generate").glob("*.py"):
         path.unlink()
     check = check_decoder(student)
@@ -87,12 +87,12 @@ def test_without_a_decoder_there_is_nothing_to_trust(student):
     assert "decodes one token per pass" in check.sentence
 
 
-def test_a_repository_that_is_not_there_is_an_error(online, capsys):
+def test_a_missing_repository_is_an_error(online, capsys):
     assert main(["check-decoder", "nobody/nothing"]) == 2
     assert "nobody/nothing" in capsys.readouterr().err
 
 
-# ---- before a model of the Hub is evaluated ----
+# ---- checks before a model from the Hub is loaded ----
 
 
 def upload(folder, name):
@@ -103,20 +103,20 @@ def upload(folder, name):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Files of the Hub go to a folder of this test's own."""
+    """Use a temporary folder as the Hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def test_our_own_decoder_runs_unasked_at_the_commit_that_was_looked_at(online, student, cache, monkeypatch):
+def test_an_unmodified_decoder_is_loaded_at_the_checked_commit_without_trust_remote_code(online, student, cache, monkeypatch):
     upload(student, "me/ours")
-    asked = []
+    revisions = []
     load = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k.get("revision")) or load(*a, **k)
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: revisions.append(k.get("revision")) or load(*a, **k)
     )
     model, _ = load_student("me/ours")
-    assert asked == [online.repositories["me/ours"].head]
+    assert revisions == [online.repositories["me/ours"].head]
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape[1] <= 4
 
 
@@ -125,10 +125,10 @@ def test_our_own_decoder_runs_unasked_at_the_commit_that_was_looked_at(online, s
     [["eval", "me/evaluated", "--limit", "1"], ["show", "me/shown", "x"], ["app", "me/served"]],
     ids=lambda command: command[0],
 )
-def test_other_code_asks_for_a_word(online, student, cache, command, capsys, monkeypatch, tmp_path):
+def test_other_code_runs_only_with_trust_remote_code(online, student, cache, command, capsys, monkeypatch, tmp_path):
     evil = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\ndef generate(*args, **kwargs): ...\n"
     (student / DECODER_FILE).write_text(evil)
-    name = command[1]  # another one each time: the client remembers commits
+    name = command[1]  # a different name for each command, because the client caches commits
     upload(student, name)
     monkeypatch.setattr("mtp_trl.argument_types.find_spec", lambda name: name)
     assert main(command) == 2

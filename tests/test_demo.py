@@ -1,4 +1,4 @@
-"""The demo's flow with training scripted away: what it prints, writes, and says when training fails."""
+"""The demo with a scripted training run: what it prints, and how it reports a failed run."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """`accelerate` replaced by a program that prints a trainer's log and ends with the status it is given."""
+    """Replace `accelerate` by a program that prints a trainer's log and exits with the given status."""
 
     def install(status):
         program = tmp_path / "accelerate"
@@ -34,16 +34,16 @@ def launcher(tmp_path, monkeypatch):
     return install
 
 
-def test_training_is_shown_in_short(recipe, launcher, tmp_path, capsys):
+def test_training_logs_are_shortened(recipe, launcher, tmp_path, capsys):
     launcher(0)
     demo._train(recipe, tmp_path / "model", demo.Console())
     printed = capsys.readouterr().out
     assert "$ accelerate launch" in printed
     assert "hello" in printed
-    assert "agreement by place 1.00 0.64  tokens per pass 2.46 at 0.5" in printed
+    assert "agreement by position 1.00 0.64  tokens per pass 2.46 at 0.5" in printed
 
 
-def test_failed_training_is_said_with_its_command(recipe, launcher, tmp_path):
+def test_failed_training_is_reported_with_its_command(recipe, launcher, tmp_path):
     launcher(3)
     with pytest.raises(ChildProcessError, match=r"exit status 3.*accelerate launch"):
         demo.run_demo(recipe=recipe, output=tmp_path / "out")
@@ -61,6 +61,6 @@ def test_the_answer_shown_is_the_first_right_one():
     assert demo._answer_to_show(answers[:1]) == (0, answers[0])
 
 
-def test_the_setting_that_is_shown_is_in_the_table():
+def test_the_setting_of_the_answer_shown_is_in_the_table():
     assert demo.SHOWN in demo.SETTINGS
     assert Setting("base") in demo.SETTINGS

@@ -1,4 +1,4 @@
-"""DDP, every ZeRO stage and FSDP2 in two real processes on CPU: losses and the saved model are those of one process."""
+"""DDP, every ZeRO stage and FSDP2 in two CPU processes give the same losses and saved model as one process."""
 
 import functools
 import json
@@ -41,20 +41,20 @@ if lora:
     from peft import LoraConfig
     from peft.tuners.trainable_tokens import layer
 
-    def gathered_rows(self, weight, rows, embed_dim):  # PEFT's own asks for a CUDA device
+    def gathered_rows(self, weight, rows, embed_dim):  # PEFT's method requires a CUDA device
         with layer.gather_params_ctx([weight], modifier_rank=None):
             return weight[rows].clone()
 
     layer.TrainableTokensLayer._collect_token_weights = gathered_rows
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate leaves FSDP out on CPUs, and says nothing about it
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate silently turns FSDP off on CPUs
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 rows = load_dataset("train", 32, 0)
 trainer = MTPDistillTrainer(
     options["source"], args, rows.select_columns(["prompt"]) if prompts_only else rows,
     processing_class=AutoTokenizer.from_pretrained(options["tokenizer"]), peft_config=peft_config,
 )
-# ACCELERATE_USE_CPU, or `accelerate launch --cpu`, would switch DeepSpeed off without a word
+# ACCELERATE_USE_CPU or `accelerate launch --cpu` would silently turn DeepSpeed off
 assert trainer.is_deepspeed_enabled == bool(args.deepspeed)
 assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
 if options["poison"]:
@@ -76,7 +76,7 @@ trainer.train(resume_from_checkpoint=options.get("resume"))
 trainer.save_model()
 if options["push"]:
     trainer.push_to_hub()
-if options["decode"]:  # each process another prompt and another length: one of them is done long before the other
+if options["decode"]:  # prompts and lengths differ, so one process finishes long before the other
     rank = trainer.accelerator.process_index
     ids = torch.arange(5, 9 + 2 * rank, device=trainer.accelerator.device)[None]
     limits = {"max_new_tokens": 3 + 20 * rank, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
@@ -84,7 +84,7 @@ if options["decode"]:  # each process another prompt and another length: one of 
     Path(args.output_dir, f"texts_{rank}.json").write_text(json.dumps([text[0].tolist() for text in texts]))
 if trainer.is_world_process_zero():
     print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), flush=True)
-if torch.distributed.is_initialized():  # as mtp_trl.launch: the interpreter's end may abort the process
+if torch.distributed.is_initialized():  # as in mtp_trl.launch: normal interpreter shutdown may abort
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)
@@ -93,7 +93,7 @@ if torch.distributed.is_initialized():  # as mtp_trl.launch: the interpreter's e
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Saves a model whose matrix has as many rows: with a spare one for the mask token, or without."""
+    """Save a model with the given number of embedding rows, with or without a spare one for the mask token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     @functools.cache
@@ -112,7 +112,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def train(run_program, source, tmp_path):
-    """Runs the script in so many processes; returns its losses and what it saved."""
+    """Run the script in the given number of processes; return its losses and the saved tensors."""
 
     def run(processes: int, name: str, *, rows: int = 768, launch: tuple = (), resume: str | None = None, lora=False,
             prompts_only=False, decode=False, push=None, poison=False, **arguments):  # fmt: skip
@@ -142,11 +142,11 @@ FSDP2 = (
     "--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type",
     "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true",
 )  # fmt: skip
-_alone: dict[str, tuple] = {}
+_single_process: dict[str, tuple] = {}
 
 
 def deepspeed(name: str, folder: Path) -> str:
-    """The published configuration, with the optimizer it is given where its own would take minutes to compile."""
+    """Copy a published configuration, but disable DeepSpeed's own optimizer, which would take minutes to compile."""
     config = json.loads((ROOT / "recipes" / "deepspeed" / f"{name}.json").read_text())
     config["zero_force_ds_cpu_optimizer"] = False
     path = folder / f"{name}.json"
@@ -163,9 +163,9 @@ def deepspeed(name: str, folder: Path) -> str:
     ids=str,
 )  # fmt: skip
 def test_two_processes_equal_one(train, tmp_path, mode, how):
-    if str(mode) not in _alone:
-        _alone[str(mode)] = train(1, "one", **mode)
-    losses, weights = _alone[str(mode)]
+    if str(mode) not in _single_process:
+        _single_process[str(mode)] = train(1, "one", **mode)
+    losses, weights = _single_process[str(mode)]
     if how == "fsdp2":
         two = train(2, "two", **mode, launch=FSDP2)
     else:
@@ -179,16 +179,16 @@ def test_two_processes_equal_one(train, tmp_path, mode, how):
 
 
 @pytest.mark.parametrize("how", ["zero3", "fsdp2"])
-def test_what_is_sharded_is_resumed(train, tmp_path, how):
-    """With bare prompts completed meanwhile, by ranks whose texts differ in length; exact mode under FSDP2."""
+def test_sharded_runs_resume_exactly(train, tmp_path, how):
+    """The ranks complete bare prompts to texts of different lengths. FSDP2 runs in exact mode."""
     options = {"save_strategy": "steps", "save_steps": 2, "prompts_only": True}
     if how == "zero3":
         options |= {"deepspeed": deepspeed("zero3", tmp_path)}
     else:
         options |= {"exact": True, "launch": FSDP2, "optim": "adamw_torch", "learning_rate": 0.01}
     losses, weights = train(2, "whole", **options)
-    again, resumed = train(2, "resumed", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
-    assert again == losses
+    resumed_losses, resumed = train(2, "resumed", **options, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed_losses == losses
     assert weights
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
@@ -196,7 +196,7 @@ def test_what_is_sharded_is_resumed(train, tmp_path, how):
 @pytest.mark.parametrize("how", ["zero3", "fsdp2"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact, how):
-    """Each process its own prompt: the one that is done first goes on making passes, or the other would wait for ever."""
+    """Each process has its own prompt. The one that finishes first must continue its passes, or the other waits forever."""
     options = {"deepspeed": deepspeed("zero3", tmp_path)} if how == "zero3" else {"launch": FSDP2}
     train(2, "two", exact=exact, decode=True, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True, dtype=torch.float32)
@@ -208,8 +208,8 @@ def test_sharded_weights_decode_rows_of_different_length(train, tmp_path, exact,
 
 
 @pytest.mark.parametrize("how", ["zero3", "fsdp2"])
-def test_lora_on_a_sharded_base_is_pushed_whole(train, source, hub_server, tmp_path, how):
-    """Merged by one process into the base as it was loaded, after a checkpoint and at the end; the others do not wait."""
+def test_lora_on_a_sharded_base_is_pushed_merged(train, source, hub_server, tmp_path, how):
+    """After a checkpoint and at the end, one process merges the adapters into the base; the other does not wait for it."""
     options = {"deepspeed": deepspeed("zero3", tmp_path)} if how == "zero3" else {"launch": FSDP2}
     online = {
         "HF_ENDPOINT": hub_server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
@@ -218,7 +218,7 @@ def test_lora_on_a_sharded_base_is_pushed_whole(train, source, hub_server, tmp_p
     hub = {"push_to_hub": True, "hub_model_id": "me/lora", "save_strategy": "steps", "save_steps": 2}
     train(2, "two", lora=True, push=online, **hub, **options)
     repository = hub_server.repositories["me/lora"]
-    assert len(repository.commits) == 3  # the Hub's own, the second step's and the last
+    assert len(repository.commits) == 3  # repository creation, second step, end of training
     sha256, size = repository.commits[repository.head]["model.safetensors"]
     assert len(hub_server.objects[sha256]) == size
     pushed, trained = load(hub_server.objects[sha256]), load_file(tmp_path / "two" / "adapter_model.safetensors")
@@ -229,8 +229,8 @@ def test_lora_on_a_sharded_base_is_pushed_whole(train, source, hub_server, tmp_p
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_that_are_not_finite_change_no_weight_under_deepspeed(train, tmp_path, stage):
-    """DeepSpeed steps within backward; without ZeRO it would step on NaN, and a checkpoint would be saved of it."""
+def test_non_finite_gradients_change_no_weight_under_deepspeed(train, tmp_path, stage):
+    """DeepSpeed steps within backward. Without ZeRO it would step on NaN, and a checkpoint would contain it."""
     config = {
         "train_micro_batch_size_per_gpu": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage},

@@ -1,4 +1,4 @@
-"""Every code block of docs/ and of README runs, in order, on the bundled model with fewer steps."""
+"""Runs every code block of docs/ and README.md, in order, on the bundled model with fewer steps."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from mtp_trl.recipe import read_recipe
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What makes an example worth running takes too long for a test, or needs the model that comes of it.
+# Replacements that make the examples fast enough for a test, or independent of how well the model was trained.
 SHORTER = {
     "max_steps=500": "max_steps=1",
     "max_steps=400": "max_steps=1",
@@ -29,7 +29,7 @@ SHORTER = {
     "--max_steps 10": "--max_steps 1 --dataset_size 32 --use_cpu true",
     "--verify --output": "--verify --max-new-tokens 8 --output",
 }
-PARSED_ONLY = {"push", "train"}  # the one needs a Hub (tests/test_publish.py), the other a process (tests/test_launch.py)
+PARSED_ONLY = {"push", "train"}  # push needs a Hub (tests/test_push.py), train its own process (tests/test_launch.py)
 
 
 def blocks(document):
@@ -37,8 +37,8 @@ def blocks(document):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder that looks like a checkout, with the files that the examples take from the reader."""
+def checkout(tmp_path, monkeypatch):
+    """A folder that looks like a checkout, with the files that the examples expect the reader to have."""
     (tmp_path / "mtp_trl").symlink_to(ROOT / "mtp_trl")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     prompts = [f"Question: Nora has {n} pens.\nAnswer:" for n in range(60)]
@@ -55,34 +55,34 @@ def shortened(code):
 
 
 def run(document, *, namespace=None):
-    """Python in one namespace, commands through the command line's own function."""
+    """Run a document: Python blocks in one namespace, commands through `mtp_trl.cli.main`."""
     namespace = {} if namespace is None else namespace
     for language, code in blocks(document):
         if language == "python":
             exec(compile(shortened(code), document, "exec"), namespace)
         elif language == "sh":
             for line in shortened(code).strip().splitlines():
-                tool, command, *arguments = shlex.split(line)
-                assert tool == "mtp-trl"
+                program, command, *arguments = shlex.split(line)
+                assert program == "mtp-trl"
                 assert command in COMMANDS
                 if command not in PARSED_ONLY:
                     assert main([command, *arguments]) == 0, line
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_every_block_of_the_documents_runs(place, capsys):
+def test_every_code_block_in_docs_runs(checkout, capsys):
     torch.manual_seed(0)
     run("quickstart.md")
-    assert (place / "my_export" / "README.md").is_file()
+    assert (checkout / "my_export" / "README.md").is_file()
     assert "tokens per forward pass" in capsys.readouterr().out
     run("choosing_a_threshold.md")
-    assert (place / "my_model" / "mtp_calibration.json").is_file()
+    assert (checkout / "my_model" / "mtp_calibration.json").is_file()
     for document in ("your_own_domain.md", "recipes.md", "faq.md", "troubleshooting.md"):
         run(document)
 
 
 CPU = ("--use_cpu", "true", "--bf16", "false")
-README_HERE = {  # a model and data that are there, and a run that is over in a moment
+README_REPLACEMENTS = {  # a bundled model, local data and a run of one step
     '"Qwen/Qwen3-4B-Instruct-2507"': '"mtp_trl/word_problems/base"',
     '"openai/gsm8k", "main", split="train"': '"json", data_files="gsm8k.jsonl", split="train"',
     "k_max=16": 'k_max=4, max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True',
@@ -91,50 +91,50 @@ README_HERE = {  # a model and data that are there, and a run that is over in a 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_blocks_of_the_readme_run(place, monkeypatch, capsys):
-    """Its Python as it stands but for `README_HERE`; of its commands, recipes and options are read."""
-    (place / "demo_out").mkdir()
-    (place / "demo_out" / "model").symlink_to(ROOT / "models" / "tiny_exact_long")
+def test_every_code_block_in_the_readme_runs(checkout, monkeypatch, capsys):
+    """Python blocks run with `README_REPLACEMENTS`. Of the commands, only the recipes and their options are read."""
+    (checkout / "demo_out").mkdir()
+    (checkout / "demo_out" / "model").symlink_to(ROOT / "models" / "tiny_exact_long")
     row = json.dumps({"question": "Tom has 3 pens and buys 4. How many?", "answer": "3 + 4 = 7 #### 7"}) + "\n"
-    (place / "gsm8k.jsonl").write_text(row * 8)
+    (checkout / "gsm8k.jsonl").write_text(row * 8)
     pushed = []
     monkeypatch.setattr(mtp_trl.MTPDistillTrainer, "push_to_hub", lambda self: pushed.append(self.args.output_dir))
     namespace, launched = {}, []
     for language, code in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")):
         if language == "python":
-            for as_printed, here in README_HERE.items():
-                code = code.replace(as_printed, here)
+            for printed, replacement in README_REPLACEMENTS.items():
+                code = code.replace(printed, replacement)
             exec(compile(code, "README.md", "exec"), namespace)
         for line in code.splitlines():
             words = shlex.split(line, comments=True) if language == "" else []
             if words[:2] in (["accelerate", "launch"], ["mtp-trl", "train"]):
                 (recipe,) = (word for word in words if word.endswith(".yaml"))
-                read_recipe(place / recipe, [*CPU, *words[words.index(recipe) + 1 :]])
+                read_recipe(checkout / recipe, [*CPU, *words[words.index(recipe) + 1 :]])
                 launched.append(recipe)
     assert "Answer: " in capsys.readouterr().out
     assert pushed == ["qwen3-mtp"]
-    assert (place / "qwen3-mtp" / "custom_generate" / "mtp_adapter.safetensors").is_file()
+    assert (checkout / "qwen3-mtp" / "custom_generate" / "mtp_adapter.safetensors").is_file()
     assert len(launched) == 3
 
 
-# Generated, or for clusters and for vLLM's server: the latter's commands are those that tests/test_serving_vllm.py builds.
-ELSEWHERE = ("api.md", "multi_node.md", "serving.md")
+# Not run here: api.md is generated, multi_node.md needs a cluster, and serving.md needs vLLM (tests/test_serving_vllm.py).
+NOT_RUN = ("api.md", "multi_node.md", "serving.md")
 
 
-def test_every_language_of_a_block_is_one_that_the_test_above_knows():
+def test_docs_contain_only_code_blocks_that_the_tests_run():
     for path in sorted(DOCS.glob("*.md")):
-        if path.name not in ELSEWHERE:
+        if path.name not in NOT_RUN:
             assert {language for language, _ in blocks(path.name)} <= {"python", "sh"}, path.name
 
 
-def test_links_between_documents_lead_somewhere():
+def test_links_between_documents_resolve():
     for path in sorted(DOCS.glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (DOCS / target).exists(), f"{path.name}: {target}"
 
 
-def test_the_api_reference_is_that_of_the_docstrings():
-    """Mended by `python benchmarks/api_reference.py`."""
+def test_the_api_reference_matches_the_docstrings():
+    """If this fails, run `python benchmarks/api_reference.py`."""
     spec = importlib.util.spec_from_file_location("api_reference", ROOT / "benchmarks" / "api_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The guard: what a run does when the model's own text drifts from the base's."""
+"""DriftGuard: what a run does when single-token prediction drifts from the base."""
 
 import json
 import logging
@@ -49,12 +49,12 @@ def test_it_stops_with_a_checkpoint(tmp_path, caplog):
     run = trainer(tmp_path, drift_limit=1e-3, drift_action="stop")
     run.train()
     stopped = run.state.global_step
-    assert 1 < stopped < 6  # before the first step nothing has moved
+    assert 1 < stopped < 6  # there is no drift before the first step
     assert (tmp_path / f"checkpoint-{stopped}" / "model.safetensors").is_file()
     assert run.state.log_history[-1].get("drift/kl", 1) > 1e-3
 
 
-def test_it_raises_ntp_coef_which_holds_the_text_and_survives_a_resume(tmp_path):
+def test_it_raises_ntp_coef_which_limits_drift_and_survives_a_resume(tmp_path):
     options = {"drift_limit": 1e-3, "max_steps": 12, "save_strategy": "steps", "save_steps": 6}
     free = trainer(tmp_path / "free", **options)
     free.train()
@@ -73,13 +73,13 @@ def test_it_raises_ntp_coef_which_holds_the_text_and_survives_a_resume(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"ground_truth_warmup": 1.0}, {"objective": "ground_truth"}], ids=str)
-def test_it_watches_while_the_text_itself_is_the_teacher(tmp_path, options):
+def test_it_measures_drift_while_the_text_is_the_target(tmp_path, options):
     run = trainer(tmp_path, drift_limit=1e-3, drift_action="stop", **options)
     run.train()
     assert 1 < run.state.global_step < 6
 
 
-def test_verified_decoding_that_slows_down_is_warned_about(tmp_path, caplog):
+def test_it_warns_when_verified_decoding_slows_down(tmp_path, caplog):
     args, state, control = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False), TrainerState(), TrainerControl()
     guard = DriftGuard(held_out=True)
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.drift_guard"):
@@ -94,6 +94,6 @@ def test_verified_decoding_that_slows_down_is_warned_about(tmp_path, caplog):
     [({"drift_action": "wran"}, "drift_action"), ({"drift_limit": -1.0}, "drift_limit"),
      ({"drift_limit": 0.1, "exact": True}, "unset in exact mode")],
 )  # fmt: skip
-def test_bad_values_are_refused(tmp_path, wrong, message):
+def test_invalid_options_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **wrong)

@@ -1,4 +1,4 @@
-"""estimate: against the peaks of real training steps, tensor by tensor, and against counts made by hand."""
+"""Estimates are compared with the memory peaks of real training steps and with counts by hand."""
 
 import copy
 import weakref
@@ -27,7 +27,7 @@ LLAMA_8B = LlamaConfig(
 
 
 class PeakOfTensors(TorchDispatchMode):
-    """Bytes of all tensors alive at one time, forward and backward; what an allocator without waste would report."""
+    """Measures the peak of the bytes of all live tensors in forward and backward, as an allocator without waste would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PeakOfTensors(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["full", "lora", "exact"])
 def test_estimates_are_above_measured_peaks_by_less_than_30_percent(tmp_path, mode, checkpointing):
-    """Two optimizer steps of the trainer on rows that fill max_length."""
+    """Run two optimizer steps of the trainer on rows that fill max_length."""
     from peft import LoraConfig
 
     args = MTPDistillConfig(
@@ -80,7 +80,7 @@ def test_estimates_are_above_measured_peaks_by_less_than_30_percent(tmp_path, mo
 
 
 def test_parameters_gradients_and_states_of_8b_by_hand():
-    """ZeRO-3 on 8 GPUs in bf16: 2 bytes each for weights, gradients and teacher, 12 for master copy and moments."""
+    """With ZeRO-3 on 8 GPUs in bf16, weights, gradients and teacher take 2 bytes each, master copy and moments 12."""
     setup = Setup(mode="full", rows=16, length=160, slots=40, places=720, master=True, zero_stage=3, processes=8)
     memory, billion = estimate(LLAMA_8B, setup), 8.030261248
     assert memory.parameters == memory.teacher == memory.gradients == pytest.approx(2e9 * billion / 8, rel=1e-6)
@@ -90,7 +90,7 @@ def test_parameters_gradients_and_states_of_8b_by_hand():
     assert (offloaded.optimizer, offloaded.host) == (0, memory.optimizer)
 
 
-def test_exact_mode_keeps_no_state_of_the_base():
+def test_exact_mode_keeps_no_optimizer_state_for_the_base():
     setup = Setup(mode="exact", rows=16, length=160, slots=128, places=1000, master=True, zero_stage=2, processes=8, rank=64)
     memory = estimate(LLAMA_8B, setup)
     adapter = 64 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) + 4096
@@ -105,7 +105,7 @@ def test_exact_mode_keeps_no_state_of_the_base():
 )
 def test_lora_targets_are_names_or_one_name_or_all_linear_layers(tmp_path, targets, per_layer):
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False)
-    named = ModelConfig(use_peft=True, lora_r=8, lora_target_modules=targets)  # TRL makes a list of one name a string
+    named = ModelConfig(use_peft=True, lora_r=8, lora_target_modules=targets)  # TRL turns one name into a string
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG)
     assert adapter_parameters(model, setup_of(args, named, None, 1)) == 8 * 4 * per_layer + 128

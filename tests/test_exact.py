@@ -1,4 +1,4 @@
-"""Exact mode: the base's own text, an adapter at the masks alone."""
+"""Exact mode: the base's text is unchanged, and an adapter acts at mask positions only."""
 
 import copy
 import hashlib
@@ -37,7 +37,7 @@ RECURRENT = ["falcon_h1", "qwen3_next"]
 
 
 def adapted(model, *, scale: float = 0.3):
-    """With an adapter that does something."""
+    """Attach an adapter with random weights, so that it changes the output at masks."""
     adapter = add_gated_adapter(model, rank=4, alpha=8)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def layout_of(model):
 
 
 def naive_hidden(model, ids, *, masks: int):
-    """One unpacked pass with the adapter at the last `masks` columns."""
+    """Run one unpacked pass with the adapter at the last `masks` columns."""
     with model.mtp_adapter.acting_on(masks):
         return backbone(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
@@ -103,7 +103,7 @@ def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, ar
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_text_is_read_bitwise_as_the_base_reads_it(tiny_model, dtype):
+def test_logits_of_the_text_are_bitwise_those_of_the_base(tiny_model, dtype):
     base = tiny_model("llama").to(dtype)
     ids = torch.randint(3, 60, (2, 12))
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_text_is_read_bitwise_as_the_base_reads_it(tiny_model, dtype):
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.filterwarnings("ignore:.*decoded correctly but without a cache")
 def test_decoding_in_one_pass_equals_two(tiny_model, architecture, verify):
-    """Against a loop that reads the text and the masks in separate, uncached passes."""
+    """The reference is a loop that reads the text and the masks in separate, uncached passes."""
     base = tiny_model(architecture, context=0.2)
     model = attach_decoder(copy.deepcopy(base))
     adapted(model, scale=0.05)
@@ -141,9 +141,9 @@ def test_decoding_in_one_pass_equals_two(tiny_model, architecture, verify):
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     together = model.generate(padded, attention_mask=mask, **options)
     for row, output in enumerate(outputs):
-        alone = output.sequences[0].tolist()
+        single = output.sequences[0].tolist()
         start = 4 - len(prompts[row])
-        assert together[row, start : start + len(alone)].tolist() == alone
+        assert together[row, start : start + len(single)].tolist() == single
 
 
 @torch.no_grad()
@@ -164,11 +164,11 @@ def two_pass_decoding(model, prompt, *, threshold, verify, tokens):
         while length < 8 and probs[: length + 1].max(-1).values.min() >= threshold:
             length += 1
         for token in block[:length]:
-            own = int(predictions(text, 0)[-1].argmax())
-            text.append(own if verify else token)
+            greedy = int(predictions(text, 0)[-1].argmax())
+            text.append(greedy if verify else token)
             if text[-1] == 1 or len(text) - len(prompt) == tokens:
                 return text[len(prompt) :]
-            if verify and own != token:
+            if verify and greedy != token:
                 break
     return text[len(prompt) :]
 
@@ -180,7 +180,7 @@ def digest(model) -> str:
     return joined.hexdigest()
 
 
-def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
+def test_training_changes_neither_the_base_nor_its_text(tmp_path):
     folder = BASE
     tokenizer = AutoTokenizer.from_pretrained(folder)
     args = MTPDistillConfig(
@@ -190,9 +190,9 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     )  # fmt: skip
     trainer = MTPDistillTrainer(folder, args, load_dataset("train", 32, 0), processing_class=tokenizer)
     before = digest(trainer.model)
-    some = torch.tensor([[0, 25, 31, 42, 17]])
+    text = torch.tensor([[0, 25, 31, 42, 17]])
     with torch.no_grad():
-        logits = trainer.model(some).logits
+        logits = trainer.model(text).logits
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert trainable
     assert all(name.startswith("mtp_adapter.") for name in trainable)
@@ -202,7 +202,7 @@ def test_training_leaves_the_base_and_its_text_as_they_were(tmp_path):
     assert losses[-1] < losses[0]
     assert digest(trainer.model) == before
     with torch.no_grad():
-        assert torch.equal(trainer.model(some).logits, logits)  # nothing of the adapter acts outside the decoder
+        assert torch.equal(trainer.model(text).logits, logits)  # the adapter is inactive outside the decoder
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
     assert digest(again) == before
     assert again.generation_config.verify is True
@@ -241,7 +241,7 @@ def trained(model, folder, **changes) -> MTPDistillTrainer:
 
 @pytest.fixture
 def without_spare_rows(tmp_path):
-    """A base whose matrix ends with the tokenizer's last token, so that training has to enlarge it."""
+    """A base whose embedding has no row after the tokenizer's last token, so that training has to enlarge it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=766, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -252,7 +252,7 @@ def without_spare_rows(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["bundled", "enlarged"])
-def test_an_adapter_alone_decodes_on_the_base_as_it_is(tmp_path, base, request):
+def test_an_adapter_only_folder_decodes_on_the_unmodified_base(tmp_path, base, request):
     folder = BASE if base == "bundled" else str(request.getfixturevalue("without_spare_rows"))
     trainer = trained(folder, tmp_path / "adapter", adapter_only=True, save_steps=1)
     for saved in (tmp_path / "adapter", tmp_path / "adapter" / "checkpoint-1"):
@@ -265,11 +265,11 @@ def test_an_adapter_alone_decodes_on_the_base_as_it_is(tmp_path, base, request):
     options = {"custom_generate": str(tmp_path / "adapter"), "trust_remote_code": True}
     plain = model.generate(**inputs)
     output = model.generate(**inputs, **options, confadapt=0.0, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, plain)  # verified without being asked
+    assert torch.equal(output.sequences, plain)  # verified by default
     for confadapt in (0.0, 0.5):
         expected = trainer.model.generate(**inputs, confadapt=confadapt, verify=False)
         assert torch.equal(model.generate(**inputs, **options, confadapt=confadapt, verify=False), expected)
-    assert torch.equal(model.generate(**inputs), plain)  # the base's own decoding is as it was
+    assert torch.equal(model.generate(**inputs), plain)  # plain decoding of the base is unchanged
 
     resumed = trainer_for(folder, tmp_path / "resumed", adapter_only=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "adapter" / "checkpoint-1"))
@@ -290,12 +290,12 @@ def test_a_second_adapter_replaces_the_first(tmp_path):
         return model.generate(ids, max_new_tokens=16, **options).tolist()
 
     both = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    alone = [drafts(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), name) for name in ("one", "two")]
-    assert alone[0] != alone[1]
-    assert [drafts(both, name) for name in ("one", "two", "one")] == [alone[0], alone[1], alone[0]]
+    single = [drafts(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), name) for name in ("one", "two")]
+    assert single[0] != single[1]
+    assert [drafts(both, name) for name in ("one", "two", "one")] == [single[0], single[1], single[0]]
 
 
-def test_an_adapter_written_anew_is_read_anew(tmp_path):
+def test_an_adapter_that_is_written_again_is_read_again(tmp_path):
     ids, texts = torch.tensor([[0, 25, 31, 42]]), []
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     options = {"custom_generate": str(tmp_path), "trust_remote_code": True, "confadapt": 0.0, "verify": False}
@@ -306,7 +306,7 @@ def test_an_adapter_written_anew_is_read_anew(tmp_path):
 
 
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
-    """By the highest and by the lowest loss, of which one at most is the last checkpoint."""
+    """Select by the highest and by the lowest loss, so that at least one of the two is not the last checkpoint."""
     steps = set()
     for highest in (True, False):
         trainer = trainer_for(
@@ -324,18 +324,18 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     assert steps - {"checkpoint-3"}
 
 
-def test_an_adapter_alone_is_evaluated_and_shown_on_its_base(tmp_path, capsys, monkeypatch):
+def test_an_adapter_only_folder_is_evaluated_and_shown_on_its_base(tmp_path, capsys, monkeypatch):
     trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
     student, _ = load_student(tmp_path / "adapter", base=BASE)
     ids = torch.tensor([[0, 25, 31, 42]])
-    own = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).generate(ids, max_new_tokens=12)
-    assert torch.equal(student.generate(ids, max_new_tokens=12), own)
+    greedy = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).generate(ids, max_new_tokens=12)
+    assert torch.equal(student.generate(ids, max_new_tokens=12), greedy)
     assert student.config.mtp["k_max"] == 6
     assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?", "--base", BASE, "--max-new-tokens", "8"]) == 0
     assert "forward passes" in capsys.readouterr().out
-    monkeypatch.chdir(tmp_path)  # where the base's path inside a checkout leads nowhere
+    monkeypatch.chdir(tmp_path)  # here, the base's path relative to the checkout does not exist
     assert main(["show", str(tmp_path / "adapter"), "Question: 1 + 1?"]) == 2
-    assert "name it with --base" in capsys.readouterr().err
+    assert "pass its base with --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -366,11 +366,11 @@ def test_a_base_whose_weights_cannot_be_compared_is_used_with_a_warning(tmp_path
     trained(BASE, tmp_path / "adapter", adapter_only=True, max_steps=1)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float16)
     options = {"custom_generate": str(tmp_path / "adapter"), "trust_remote_code": True}
-    with pytest.warns(UserWarning, match="whether these weights are the same cannot be told"):
+    with pytest.warns(UserWarning, match="these weights cannot be compared with it"):
         assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, **options).shape[1] <= 6
 
 
-def test_a_mask_of_another_id_is_refused(tmp_path):
+def test_a_model_with_another_mask_token_id_is_refused(tmp_path):
     trained(BASE, tmp_path / "out", max_steps=1)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["mtp"]["mask_token_id"] = 700
@@ -383,7 +383,7 @@ def test_a_mask_of_another_id_is_refused(tmp_path):
 def test_resuming_with_another_shape_is_refused(tmp_path):
     trained(BASE, tmp_path / "out", save_steps=1)
     trainer = trainer_for(BASE, tmp_path / "other", exact_rank=8)
-    with pytest.raises(ValueError, match=r"has rank 4, .* this run 8"):
+    with pytest.raises(ValueError, match=r"has rank 4, alpha 128 and .* this run has rank 8"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
@@ -395,14 +395,14 @@ def test_resuming_with_another_shape_is_refused(tmp_path):
         ({"deepspeed_plugin": SimpleNamespace(hf_ds_config=ZERO_3)}, "set stage3_gather_16bit_weights_on_model_save to true"),
     ],
 )
-def test_shards_that_would_not_be_saved_whole_are_refused(tiny_model, changes, message):
+def test_sharding_that_would_not_gather_the_adapter_is_refused(tiny_model, changes, message):
     arguments = SimpleNamespace(**{"fsdp_plugin_args": None, "deepspeed_plugin": None} | changes)
     with pytest.raises(ValueError, match=message):
         make_exact(tiny_model("llama"), None, arguments)
 
 
 def test_nothing_changes_before_training(tiny_model):
-    """B is zero and the mask's row is the embedding's: at the masks, too, the model is the base."""
+    """B is zero and the mask row is the embedding's, so the model equals the base at masks too."""
     model = tiny_model("llama")
     ids = torch.tensor([[5, 6, MASK, MASK]])
     with torch.no_grad():
@@ -412,17 +412,17 @@ def test_nothing_changes_before_training(tiny_model):
             torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
-def test_experts_are_left_alone_by_default(tiny_model):
+def test_experts_are_not_adapted_by_default(tiny_model):
     assert all("self_attn" in name for name in add_gated_adapter(tiny_model("mixtral"), rank=2, alpha=2).names)
     assert any("mlp" in name for name in add_gated_adapter(tiny_model("llama"), rank=2, alpha=2).names)
 
 
-def test_layers_that_see_the_whole_cache_are_left_alone_and_refused(tiny_model):
+def test_layers_that_read_the_whole_cache_are_skipped_or_refused(tiny_model):
     model = tiny_model("deepseek_v3")
     assert not any("kv_b_proj" in name for name in add_gated_adapter(model, rank=2, alpha=2).names)
     model = tiny_model("deepseek_v3")
     add_gated_adapter(model, rank=2, alpha=2, target_modules=["kv_b_proj"])
-    with model.mtp_adapter.acting_on(2), pytest.raises(ValueError, match=r"kv_b_proj gives .*adapt other modules"):
+    with model.mtp_adapter.acting_on(2), pytest.raises(ValueError, match=r"kv_b_proj returns .*adapt other modules"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
@@ -444,7 +444,7 @@ def test_every_objective_trains_the_adapter(tmp_path, objective):
     assert trainer.evaluate()["eval_loss"] < before
 
 
-def test_a_string_is_one_name_and_all_linear_the_default_layers(tiny_model):
+def test_target_modules_can_be_one_name_or_all_linear(tiny_model):
     def names(target_modules):
         return add_gated_adapter(tiny_model("llama"), rank=2, alpha=2, target_modules=target_modules).names
 
@@ -455,7 +455,7 @@ def test_a_string_is_one_name_and_all_linear_the_default_layers(tiny_model):
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj", "v_proj"], "all-linear", None])
-def test_a_lora_configuration_gives_the_adapters_shape(tiny_model, targets):
+def test_a_lora_configuration_sets_the_shape_of_the_adapter(tiny_model, targets):
     model = tiny_model("llama")
     arguments = SimpleNamespace(fsdp_plugin_args=None, deepspeed_plugin=None, exact_rank=8, exact_alpha=8, seed=0)
     arguments.exact_target_modules = None
@@ -473,7 +473,7 @@ def test_a_lora_configuration_gives_the_adapters_shape(tiny_model, targets):
      {"rank_pattern": {"q_proj": 4}}, {"layers_to_transform": [0]}, {"init_lora_weights": "gaussian"}],
     ids=str,
 )  # fmt: skip
-def test_what_exact_mode_would_ignore_of_a_lora_configuration_is_refused(tiny_model, ignored):
+def test_lora_options_that_exact_mode_would_ignore_are_refused(tiny_model, ignored):
     arguments = SimpleNamespace(fsdp_plugin_args=None, deepspeed_plugin=None, exact_rank=8, exact_alpha=8, seed=0)
     arguments.exact_target_modules = None
     with pytest.raises(ValueError, match=f"would ignore {next(iter(ignored))}=.*leave it at"):
@@ -482,22 +482,22 @@ def test_what_exact_mode_would_ignore_of_a_lora_configuration_is_refused(tiny_mo
         make_exact(tiny_model("llama"), IA3Config(target_modules=["q_proj"], feedforward_modules=[]), arguments)
 
 
-def test_target_modules_that_are_not_there_are_refused(tiny_model):
+def test_missing_target_modules_are_refused(tiny_model):
     with pytest.raises(ValueError, match="no linear layer among query"):
         add_gated_adapter(tiny_model("llama"), rank=2, alpha=2, target_modules=["query"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("moment", ["forward", "backward"])
-def test_an_interrupted_step_leaves_the_base_as_it_is(tmp_path, checkpointing, moment):
-    """Ctrl-C in the middle of a pass, or of backward, which recomputes layers with the adapter on."""
+def test_an_interrupted_step_leaves_the_base_unchanged(tmp_path, checkpointing, moment):
+    """KeyboardInterrupt comes during forward, or during backward, which recomputes layers with the adapter active."""
     trainer = trainer_for(BASE, tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
     model, ids = trainer.model, torch.tensor([[0, 5, 6, 7]])
     for update in model.mtp_adapter.updates:
         torch.nn.init.normal_(update.lora_B, std=0.3)
     model.mtp_adapter.mask_row.weight.data.add_(1.0)
     with torch.no_grad():
-        resting = model.eval()(input_ids=ids).logits
+        before = model.eval()(input_ids=ids).logits
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -511,11 +511,11 @@ def test_an_interrupted_step_leaves_the_base_as_it_is(tmp_path, checkpointing, m
         trainer.train()
     handle.remove()
     with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=ids).logits, resting)
+        assert torch.equal(model.eval()(input_ids=ids).logits, before)
 
 
-def test_layers_are_recomputed_as_they_ran_whatever_came_between(tiny_model):
-    """Two passes of other slots before one backward: each layer is recomputed with the gate of its own pass."""
+def test_layers_are_recomputed_with_the_gate_of_their_pass(tiny_model):
+    """Two passes with different slots run before one backward; each layer is recomputed with the gate of its own pass."""
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model("llama")

@@ -1,4 +1,4 @@
-"""The decoder equals a naive loop without a cache, transformers' greedy decoding, and itself called in other ways."""
+"""The decoder equals a naive loop without a cache, transformers' greedy decoding, and other ways to call the decoder."""
 
 import copy
 import functools
@@ -64,11 +64,11 @@ CACHED = [
     "deepseek_v3",
 ]
 RECURRENT = ["falcon_h1", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "bamba", "lfm2", "mamba2"]
-# Layers that count windows in columns, start anew in each pass, or see no mask; a list that slopes; keys chosen by an index.
+# In this order: windows by column, states that start over in each pass, no attention mask, ALiBi, keys selected by an indexer.
 UNCACHED = ["gpt_neo", "jamba", "rwkv", "bloom", "deepseek_v32"]
 
 
-# --- what everything is compared with ---------------------------------------------------------------------------------
+# --- references -------------------------------------------------------------------------------------------------------
 
 
 def prompts(rows: int = 4, *, seed: int = 1) -> list[list[int]]:
@@ -92,14 +92,14 @@ def decode(model, rows: list[list[int]], **kwargs) -> MTPGenerateOutput:
 
 
 def texts(output: MTPGenerateOutput, rows: list[list[int]]) -> list[list[int]]:
-    """Generated tokens of each row without the padding behind its end."""
+    """Generated tokens of each row without the padding after its end."""
     width = max(map(len, rows))
     lengths = [sum(blocks) for blocks in output.block_lengths]
     return [ids[width : width + n] for ids, n in zip(output.sequences.tolist(), lengths, strict=True)]
 
 
 def greedy(model, rows: list[list[int]], **kwargs) -> torch.Tensor:
-    """transformers' own, with the barred ids suppressed."""
+    """transformers' greedy decoding with the barred ids suppressed."""
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": BARRED, **kwargs}
     return GenerationMixin.generate(model, **padded(rows), **options)
 
@@ -114,19 +114,22 @@ def block_logits(model, ids: list[int], k: int) -> torch.Tensor:
 
 
 def naive_loop(model, prompt: list[int], *, k: int, threshold, new: int = NEW, eos=(EOS,), processors=()):
-    """Section by section what the method says: (generated tokens, block lengths). Of a list of thresholds the last lasts."""
+    """Decode as the method is defined. Return (generated tokens, block lengths).
+
+    The last one of a list of thresholds holds for all later positions.
+    """
     thresholds = threshold if isinstance(threshold, list) else [threshold]
     ids, blocks = list(prompt), []
     while True:
         logits = block_logits(model, ids, k)
         block, accepting = [], True
-        for place in range(k):
-            scores = logits[place][None].clone()
+        for position in range(k):
+            scores = logits[position][None].clone()
             for processor in processors:
                 scores = processor(torch.tensor([ids + block]), scores)
             token = int(scores.argmax())
-            confident = logits[place].softmax(-1)[token] >= thresholds[min(place, len(thresholds) - 1)]
-            if place > 0 and not (accepting and confident):
+            confident = logits[position].softmax(-1)[token] >= thresholds[min(position, len(thresholds) - 1)]
+            if position > 0 and not (accepting and confident):
                 break
             accepting = accepting and bool(confident)
             block.append(token)
@@ -141,9 +144,9 @@ def naive_loop(model, prompt: list[int], *, k: int, threshold, new: int = NEW, e
 
 @torch.no_grad()
 def naive_verified_loop(model, prompt: list[int], *, k: int, threshold, new: int, branches: int = 1):
-    """Drafts are kept as far as they are what one token per pass gives; of each step, the tokens that it made certain.
+    """Decode as verified decoding is defined. Return (generated tokens, number of tokens that each step confirms).
 
-    `branches`: where fewer drafts than that are rejected, the masks stand behind those that were kept all the same.
+    `branches` is the number of rejection points with a block of masks: a step gets new drafts if it rejects fewer drafts.
     """
     ids, drafts, blocks = list(prompt), [], []
     while len(ids) - len(prompt) < new and ids[-1] != EOS:
@@ -179,13 +182,13 @@ def test_decoding_equals_the_naive_loop(tiny_model, k, threshold):
     expected = [naive_loop(model, row, k=k, threshold=threshold) for row in rows]
     batched = decode(model, rows, mtp_k=k, confadapt=threshold)
     assert list(zip(texts(batched, rows), batched.block_lengths, strict=True)) == expected
-    for row, want in zip(rows[:3], expected, strict=False):
+    for row, expected_row in zip(rows[:3], expected, strict=False):
         single = decode(model, [row], mtp_k=k, confadapt=threshold)
-        assert (texts(single, [row])[0], single.block_lengths[0]) == want
+        assert (texts(single, [row])[0], single.block_lengths[0]) == expected_row
 
 
-def test_the_comparisons_see_blocks_of_every_length(tiny_model):
-    """Without this the tests around it could pass on blocks of one token."""
+def test_the_comparisons_cover_blocks_of_every_length(tiny_model):
+    """Otherwise the other tests could pass with blocks of one token only."""
     options = {"max_new_tokens": 60, "eos_token_id": None}
     plain = decode(tiny_model("mistral"), prompts(8), mtp_k=8, confadapt=0.4, **options)
     assert set(lengths_of(plain)) >= set(range(1, 9))
@@ -201,16 +204,16 @@ def test_every_architecture_equals_the_naive_loop_and_greedy(tiny_model, archite
     blocks = [[length for length in lengths if length] for lengths in batched.block_lengths]
     assert list(zip(texts(batched, rows), blocks, strict=True)) == expected
 
-    own = greedy(model, rows, max_new_tokens=new)
-    assert torch.equal(decode(model, rows, mtp_k=1, max_new_tokens=new).sequences, own)
-    assert torch.equal(decode(model, rows, mtp_k=5, verify=True, max_new_tokens=new).sequences, own)
+    reference = greedy(model, rows, max_new_tokens=new)
+    assert torch.equal(decode(model, rows, mtp_k=1, max_new_tokens=new).sequences, reference)
+    assert torch.equal(decode(model, rows, mtp_k=5, verify=True, max_new_tokens=new).sequences, reference)
     single = decode(model, rows[1:2], mtp_k=5, confadapt=0.3, max_new_tokens=new)
     assert texts(single, rows[1:2])[0] == texts(batched, rows)[1]
 
 
 @pytest.mark.parametrize("architecture", UNCACHED)
 def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, architecture):
-    """Each row alone, too: transformers' own padded batches of some of them depend on the padding."""
+    """The reference decodes single rows, since padded batches in transformers depend on the padding for some of these."""
     model, rows, new = tiny_model(architecture, context=0.6), prompts(), 12
     with pytest.warns(UserWarning, match="without a cache"):
         batched = decode(model, rows, mtp_k=4, confadapt=0.3, max_new_tokens=new)
@@ -222,13 +225,13 @@ def test_architectures_without_a_known_cache_equal_the_naive_loop(tiny_model, ar
 
 
 @pytest.mark.parametrize(("architecture", "changes", "later"), [("xlm", {"causal": False}, "tokens"), ("cpmant", {}, "tokens")])
-def test_models_that_read_both_ways_are_refused(tiny_model, architecture, changes, later):
+def test_models_that_are_not_causal_are_refused(tiny_model, architecture, changes, later):
     model = tiny_model(architecture, **changes)
     with pytest.raises(ValueError, match=f"its logits depend on {later} after them"):
         decode(model, prompts(2), verify=True)
 
 
-def test_a_models_own_default_of_no_cache_says_nothing(tiny_model):
+def test_a_default_of_use_cache_false_is_ignored(tiny_model):
     model, rows = tiny_model("llama"), prompts(2)
     expected = decode(model, rows, verify=True)
     model.generation_config.use_cache = False
@@ -239,16 +242,15 @@ def test_a_models_own_default_of_no_cache_says_nothing(tiny_model):
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("k", [2, 4, 8])
-def test_verified_decoding_equals_greedy_where_drafts_are_often_right(tiny_model, architecture, k):
+def test_verified_decoding_equals_greedy_when_drafts_are_often_right(tiny_model, architecture, k):
     model, rows = tiny_model(architecture, context=0.3), prompts(6)
-    own = greedy(model, rows, max_new_tokens=60)
     verified = decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60)
-    assert torch.equal(verified.sequences, own)
+    assert torch.equal(verified.sequences, greedy(model, rows, max_new_tokens=60))
     assert verified.acceleration > 1.05
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25])
-def test_verified_decoding_takes_the_passes_it_should(tiny_model, threshold):
+def test_verified_decoding_takes_the_passes_of_the_naive_loop(tiny_model, threshold):
     model, rows = tiny_model("llama", context=0.3), prompts(6)
     expected = [naive_verified_loop(model, row, k=6, threshold=threshold, new=40) for row in rows]
     output = decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, max_new_tokens=40)
@@ -258,7 +260,7 @@ def test_verified_decoding_takes_the_passes_it_should(tiny_model, threshold):
 @pytest.mark.parametrize("threshold", [0.0, 0.25])
 @pytest.mark.parametrize("branches", [2, 3, 6])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
-def test_blocks_behind_several_ends_take_the_passes_they_should(tiny_model, architecture, branches, threshold):
+def test_blocks_at_several_rejection_points_take_the_passes_of_the_naive_loop(tiny_model, architecture, branches, threshold):
     model, rows = tiny_model(architecture, context=0.3), prompts(6)
     options = {"mtp_k": 6, "confadapt": threshold, "verify": True, "max_new_tokens": 40}
     output = decode(model, rows, mtp_blocks=branches, **options)
@@ -268,14 +270,14 @@ def test_blocks_behind_several_ends_take_the_passes_they_should(tiny_model, arch
     assert decode(model, rows[1:2], mtp_blocks=branches, **options).block_lengths[0] == output.block_lengths[1]
 
 
-def test_blocks_behind_every_end_save_passes(tiny_model):
+def test_blocks_at_every_rejection_point_save_passes(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(6)
     options = {"mtp_k": 6, "verify": True, "max_new_tokens": 60}
     passes = [int(decode(model, rows, mtp_blocks=blocks, **options).forward_passes.sum()) for blocks in (1, 6)]
     assert passes[1] < passes[0]
 
 
-def test_blocks_of_masks_as_a_default_bind_verified_decoding_alone(tiny_model):
+def test_a_default_of_mtp_blocks_affects_only_verified_decoding(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(4)
     plain = decode(model, rows, confadapt=0.3)
     several = decode(model, rows, verify=True, mtp_blocks=8, max_new_tokens=40)
@@ -284,7 +286,7 @@ def test_blocks_of_masks_as_a_default_bind_verified_decoding_alone(tiny_model):
     assert decode(model, rows, verify=True, max_new_tokens=40).block_lengths == several.block_lengths
 
 
-def test_processors_that_read_the_text_take_one_block(tiny_model):
+def test_processors_that_read_the_text_use_one_block(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(4)
     options = {"mtp_k": 6, "verify": True, "max_new_tokens": 40, "repetition_penalty": 1.3}
     one, several = (decode(model, rows, mtp_blocks=blocks, **options) for blocks in (1, 6))
@@ -308,7 +310,7 @@ def test_static_shapes_change_nothing(tiny_model, architecture, options):
 
 
 def with_random_adapter(model):
-    """In exact mode, with an adapter that changes what the masks say."""
+    """Add an exact-mode adapter that changes the predictions at masks."""
     adapter = add_gated_adapter(model, rank=2, alpha=4)
     noise = torch.Generator().manual_seed(5)
     for update in adapter.updates:
@@ -318,7 +320,7 @@ def with_random_adapter(model):
 
 
 def test_threads_that_share_an_exact_model_do_not_disturb_each_other(tiny_model):
-    """Plain decoding takes the adapter's hooks off, blocks set where it acts: each for itself, as one after the other."""
+    """Concurrent calls give the text of sequential calls, although they detach the adapter and set its gate."""
     model = with_random_adapter(tiny_model("llama", context=0.3))
     calls = [(prompt, k) for prompt in prompts(3) for k in (1, 4, 8)]
 
@@ -362,7 +364,7 @@ def test_a_static_step_compiles_once_as_one_graph(tiny_model, exact, verify):
     assert not counters["graph_break"]
     assert torch.equal(output.sequences, expected.sequences)
     assert output.block_lengths == expected.block_lengths
-    assert len(seen["written"]) == 4  # keys and values of two layers, at fixed addresses: else no CUDA graphs
+    assert len(seen["written"]) == 4  # keys and values of two layers; CUDA graphs need them at fixed addresses
     assert seen["written"] <= seen["static"]
 
 
@@ -381,8 +383,8 @@ def test_cached_equals_uncached(tiny_model, architecture, monkeypatch):
 
 @pytest.mark.parametrize("k", [2, 8])
 @pytest.mark.parametrize("architecture", RECURRENT)
-def test_recurrent_states_stay_behind_certain_tokens(tiny_model, architecture, k):
-    """Through prompts and answers longer than the tokens that a state may lag behind, with drafts kept and rejected."""
+def test_recurrent_states_advance_over_confirmed_tokens_only(tiny_model, architecture, k):
+    """Prompts and texts are longer than a state may lag, and drafts are both confirmed and rejected."""
     model, rows = tiny_model(architecture, context=0.4), [row * 6 for row in prompts()]
     output = decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60)
     assert torch.equal(output.sequences, greedy(model, rows, max_new_tokens=60))
@@ -392,7 +394,7 @@ def test_recurrent_states_stay_behind_certain_tokens(tiny_model, architecture, k
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architecture):
     model, widths = tiny_model(architecture), []
-    decode(model, prompts(1), max_new_tokens=1)  # the first call tries whether states go on
+    decode(model, prompts(1), max_new_tokens=1)  # the first call probes whether states can be continued
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     output = decode(model, prompts(1), mtp_k=4, verify=True, eos_token_id=None, max_new_tokens=100)
     assert len(widths) == int(output.forward_passes[0])
@@ -402,30 +404,30 @@ def test_a_recurrent_models_steps_do_not_grow_with_the_text(tiny_model, architec
 
 @pytest.mark.parametrize("rows", [[[7]], [[7], [9]], [[7], [9, 3]]])
 @pytest.mark.parametrize("architecture", RECURRENT)
-def test_recurrent_states_begin_at_nothing(tiny_model, architecture, rows):
-    """A prompt of one token leaves nothing to read before the step."""
+def test_recurrent_states_start_from_prompts_of_one_token(tiny_model, architecture, rows):
+    """Before the first step, a prompt of one token leaves nothing to read into the state."""
     model = tiny_model(architecture, context=0.4)
     output = decode(model, rows, mtp_k=5, verify=True)
     assert torch.equal(output.sequences, greedy(model, rows))
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_recurrent_models_in_exact_mode_and_by_the_clock(tiny_model, exact):
+def test_recurrent_models_decode_in_exact_mode_and_with_auto(tiny_model, exact):
     model, rows = tiny_model("granitemoehybrid", context=0.4), prompts(4)
     if exact:
         with_random_adapter(model)
-    own = greedy(model, rows, max_new_tokens=60)
+    expected = greedy(model, rows, max_new_tokens=60)
     for k in (6, "auto", "auto"):
-        assert torch.equal(decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60).sequences, own)
+        assert torch.equal(decode(model, rows, mtp_k=k, verify=True, max_new_tokens=60).sequences, expected)
 
 
-def test_recurrent_layers_refuse_what_they_cannot_do(tiny_model):
+def test_recurrent_layers_refuse_unsupported_arguments(tiny_model):
     model = tiny_model("qwen3_next")
     with pytest.raises(ValueError, match="leave cache_implementation='static' out"):
         decode(model, prompts(1), cache_implementation="static")
-    with pytest.raises(ValueError, match="mtp_blocks=2 needs layers that can look back"):
+    with pytest.raises(ValueError, match="mtp_blocks=2 needs a model with attention layers only"):
         decode(model, prompts(1), verify=True, mtp_blocks=2)
-    with pytest.raises(ValueError, match="past_key_values= needs layers that keep keys and values only"):
+    with pytest.raises(ValueError, match="past_key_values= needs a model with attention layers only"):
         decode(model, prompts(1), past_key_values=DynamicCache(config=model.config))
 
 
@@ -437,8 +439,8 @@ def test_acceptance_takes_the_longest_confident_prefix_and_at_least_one():
 
 
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"verify": True, "mtp_blocks": 3}, {"do_sample": True}], ids=str)
-def test_thresholds_by_place_are_one_threshold_where_they_are_equal(tiny_model, options):
-    """A list repeats its last entry; entries behind the block say nothing; generation_config may carry it."""
+def test_equal_thresholds_by_position_decode_like_one_threshold(tiny_model, options):
+    """The last entry of a list is repeated, entries beyond the block are ignored, and generation_config may hold the list."""
     model, rows = tiny_model("llama", context=0.3), prompts(6)
 
     def sequences(**thresholds):
@@ -456,10 +458,10 @@ def test_thresholds_by_place_are_one_threshold_where_they_are_equal(tiny_model, 
 
 @pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("threshold", [[0.0, 0.3, 0.2], [0.1, 0.0, 0.0, 0.4]], ids=str)
-def test_verified_decoding_drafts_by_place(tiny_model, threshold, branches):
+def test_verified_decoding_drafts_with_thresholds_by_position(tiny_model, threshold, branches):
     model, rows = tiny_model("llama", context=0.3), prompts(6)
-    by_place = torch.tensor([*threshold, *[threshold[-1]] * 6][:6])
-    expected = [naive_verified_loop(model, row, k=6, threshold=by_place, new=40, branches=branches) for row in rows]
+    by_position = torch.tensor([*threshold, *[threshold[-1]] * 6][:6])
+    expected = [naive_verified_loop(model, row, k=6, threshold=by_position, new=40, branches=branches) for row in rows]
     options = {"mtp_k": 6, "verify": True, "mtp_blocks": branches, "max_new_tokens": 40}
     output = decode(model, rows, confadapt=threshold, **options)
     assert list(zip(texts(output, rows), output.block_lengths, strict=True)) == expected
@@ -474,13 +476,13 @@ def test_verified_decoding_drafts_by_place(tiny_model, threshold, branches):
         ([True], "got True"), ({"1": 0.9}, "got {'1': 0.9}"), ([float("nan")], "got nan"),
     ],
 )  # fmt: skip
-def test_thresholds_that_are_none_are_refused(tiny_model, confadapt, message):
+def test_invalid_thresholds_are_refused(tiny_model, confadapt, message):
     with pytest.raises(ValueError, match=message):
         decode(tiny_model("llama"), prompts(1), confadapt=confadapt)
 
 
 def test_a_probability_equal_to_the_threshold_is_accepted(tiny_model):
-    """At the lesser probability of a block of two, and one step of float32 above it."""
+    """Use the lower probability of a block of two as the threshold, and the next larger float32."""
     model, (prompt, *_) = tiny_model("llama"), prompts()
     probs = block_logits(model, prompt, 2).softmax(-1).amax(-1)
     at = min(probs.tolist())
@@ -490,7 +492,7 @@ def test_a_probability_equal_to_the_threshold_is_accepted(tiny_model):
 
 
 def test_acceptance_reads_the_probability_of_the_emitted_token_without_processors_and_temperature(tiny_model):
-    """With the favourites suppressed the emitted tokens are improbable, whatever the processed scores say."""
+    """If the likeliest tokens are suppressed, the emitted tokens are improbable, although their processed scores are not."""
     model, rows = tiny_model("llama", logit_scale=8.0), prompts()
     suppressed = sorted({token for text in texts(decode(model, rows), rows) for token in text})
     output = decode(model, rows, confadapt=0.6, suppress_tokens=suppressed)
@@ -503,13 +505,13 @@ def test_processor_bars_ids_and_records_the_confidence():
     barred = processor(torch.zeros(2, 1, dtype=torch.long), scores)
     assert barred.dtype == torch.float32
     assert barred[:, 2:].tolist() == [[-math.inf] * 2] * 2
-    barred.zero_()  # as a processor that writes in place may
+    barred.zero_()  # another processor may write in place
     assert processor.confidence(torch.tensor([1, 0])).tolist() == pytest.approx([1 / (1 + math.exp(-1)), 0.5])
     assert scores[0, 2] == 9
 
 
 def test_barred_ids_are_never_emitted(tiny_model):
-    """By a model that likes nothing better."""
+    """The model assigns its highest logits to them."""
     model, rows = tiny_model("llama"), prompts()
     model.lm_head.weight.data[BARRED] = model.lm_head.weight.data[:60].norm(dim=-1).max() * 10
     for options in ({"mtp_k": 1}, {}, {"confadapt": 0.5}, {"verify": True}, {"do_sample": True, "temperature": 5.0}):
@@ -550,7 +552,7 @@ def test_rows_end_at_the_first_of_several_eos_ids(tiny_model, verify, pad):
         assert ids == text + [pad] * (longest - len(text))
 
 
-def test_passes_are_counted_while_a_row_is_alive(tiny_model):
+def test_passes_are_counted_until_a_row_is_finished(tiny_model):
     model, rows = tiny_model("llama"), prompts(6)
     calls = 0
     forward = model.forward
@@ -570,8 +572,8 @@ def test_passes_are_counted_while_a_row_is_alive(tiny_model):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_step_feeds_what_is_new_and_the_masks(tiny_model, verify):
-    """Nothing that is cached is fed again: at most k pending tokens and k - 1 masks."""
+def test_a_step_feeds_only_new_tokens_and_masks(tiny_model, verify):
+    """No cached token is fed again: a step feeds at most k pending tokens and k - 1 masks."""
     model, widths = tiny_model("llama", context=0.3), []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     output = decode(model, prompts(1), mtp_k=5, verify=verify, eos_token_id=None)
@@ -584,7 +586,7 @@ def test_a_step_feeds_what_is_new_and_the_masks(tiny_model, verify):
         assert widths[1:] == [length + 4 for length in blocks[:-1]]
 
 
-def test_rows_that_ended_leave_the_batch(tiny_model):
+def test_finished_rows_leave_the_batch(tiny_model):
     model, rows = tiny_model("llama"), prompts(8)
     sizes = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
@@ -617,7 +619,7 @@ def test_min_new_tokens(tiny_model):
 
 
 class StopsAtMultiple(StoppingCriteria):
-    """Looks at the last token only, as transformers' criteria do, and notes what it is shown."""
+    """Reads the last token only, as transformers' criteria do, and records the shapes of its inputs."""
 
     def __init__(self, divisor: int) -> None:
         self.divisor, self.shapes = divisor, []
@@ -639,7 +641,7 @@ def test_stopping_criteria_hold_at_the_exact_token(tiny_model, options):
     assert {rows for rows, _ in stop.shapes} == {8}
 
 
-def test_a_criterion_sees_what_one_token_per_pass_would_show(tiny_model):
+def test_a_criterion_gets_the_columns_of_one_token_per_pass(tiny_model):
     model, (row, *_) = tiny_model("llama"), prompts()
     stop = StopsAtMultiple(1000)
     decode(model, [row], mtp_k=8, stopping_criteria=[stop], eos_token_id=None, pad_token_id=PAD)
@@ -665,7 +667,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def test_stop_strings_stop_in_the_middle_of_a_block(tiny_model, verify):
     model, rows, tokenizer = tiny_model("llama"), prompts(4), tiny_tokenizer()
     free = texts(decode(model, rows, mtp_k=8, verify=verify), rows)
-    # A stop string across the border of two tokens inside the first block.
+    # The stop string spans two tokens inside the first block.
     string = tokenizer.decode(free[0][2:4])[1:]
     output = decode(model, rows, mtp_k=8, verify=verify, stop_strings=[string], tokenizer=tokenizer)
     assert texts(output, rows)[0] == free[0][:4]
@@ -709,18 +711,18 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_hold_on_every_token_when_verified(tiny_model, name):
-    """Token for token what transformers' greedy decoding gives with the same processors."""
+    """The text equals transformers' greedy decoding with the same processors, token for token."""
     model, rows = tiny_model("llama", context=0.6), prompts(6)
     options = PROCESSORS[name]
-    own = greedy(model, rows, **options)
-    assert not torch.equal(own, greedy(model, rows))
+    expected = greedy(model, rows, **options)
+    assert not torch.equal(expected, greedy(model, rows))
     for threshold in (0.0, 0.3):
-        assert torch.equal(decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, **options).sequences, own)
-    assert torch.equal(decode(model, rows, mtp_k=1, **options).sequences, own)
+        assert torch.equal(decode(model, rows, mtp_k=6, confadapt=threshold, verify=True, **options).sequences, expected)
+    assert torch.equal(decode(model, rows, mtp_k=1, **options).sequences, expected)
 
 
 class Ban(LogitsProcessor):
-    """Bars the last token and its neighbour; reads input_ids, so it must be shown the block's own tokens."""
+    """Bars the last token and the id after it. It reads `input_ids`, so these must include the tokens of the block."""
 
     def __call__(self, input_ids, scores):
         last = input_ids[:, -1:]
@@ -728,7 +730,7 @@ class Ban(LogitsProcessor):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
-def test_processors_see_the_blocks_own_tokens(tiny_model, threshold):
+def test_processors_see_the_tokens_of_the_block(tiny_model, threshold):
     model, rows = tiny_model("llama", context=0.3), prompts(6)
     expected = [naive_loop(model, row, k=6, threshold=threshold, processors=[Ban()]) for row in rows]
     output = decode(model, rows, mtp_k=6, confadapt=threshold, logits_processor=LogitsProcessorList([Ban()]))
@@ -737,7 +739,7 @@ def test_processors_see_the_blocks_own_tokens(tiny_model, threshold):
         assert all(b not in (a, a + 1) for a, b in itertools.pairwise([row[-1], *text]))
 
 
-def test_all_places_at_once_equals_place_by_place(tiny_model, monkeypatch):
+def test_all_positions_at_once_equals_position_by_position(tiny_model, monkeypatch):
     model, rows = tiny_model("llama"), prompts(6)
     options = {"confadapt": 0.3, "suppress_tokens": list(range(20, 30)), "temperature": 1.3, "top_k": 20, "top_p": 0.9}
     outputs = []
@@ -750,33 +752,33 @@ def test_all_places_at_once_equals_place_by_place(tiny_model, monkeypatch):
     assert torch.equal(outputs[1], outputs[3])
 
 
-# --- what the caller gets back ----------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.5}])
 @pytest.mark.parametrize("options", [{"mtp_k": 1}, {"mtp_k": 6, "verify": True}, {"mtp_k": 6, "verify": True, "mtp_blocks": 6}])
 def test_scores_and_logits_are_those_of_one_token_per_pass(tiny_model, options, processors):
     model, rows = tiny_model("llama", context=0.3), prompts(4)
-    asked = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True, **processors}
-    own, ours = greedy(model, rows, **asked), decode(model, rows, **options, **asked)
-    assert torch.equal(ours.sequences, own.sequences)
-    assert len(ours.scores) == len(ours.logits) == len(own.scores)
+    requested = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True, **processors}
+    theirs, ours = greedy(model, rows, **requested), decode(model, rows, **options, **requested)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len(ours.scores) == len(ours.logits) == len(theirs.scores)
     lengths = torch.tensor([sum(blocks) for blocks in ours.block_lengths])
-    for token in range(len(own.scores)):
+    for token in range(len(theirs.scores)):
         alive = lengths > token
-        torch.testing.assert_close(ours.logits[token][alive], own.logits[token][alive], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.logits[token][alive], theirs.logits[token][alive], atol=1e-4, rtol=1e-4)
         barred = ours.scores[token].isinf()
-        assert torch.equal(barred[alive], own.scores[token].isinf()[alive])
-        torch.testing.assert_close(ours.scores[token][alive], own.scores[token][alive], atol=1e-4, rtol=1e-4)
+        assert torch.equal(barred[alive], theirs.scores[token].isinf()[alive])
+        torch.testing.assert_close(ours.scores[token][alive], theirs.scores[token][alive], atol=1e-4, rtol=1e-4)
         assert ours.scores[token][~alive].argmax(-1).eq(PAD).all()
     ours_by_token = model.compute_transition_scores(ours.sequences, ours.scores, normalize_logits=True)
-    own_by_token = model.compute_transition_scores(own.sequences, own.scores, normalize_logits=True)
-    generated = torch.arange(len(own.scores)) < lengths[:, None]
-    torch.testing.assert_close(ours_by_token[generated], own_by_token[generated], atol=1e-4, rtol=1e-4)
+    theirs_by_token = model.compute_transition_scores(theirs.sequences, theirs.scores, normalize_logits=True)
+    generated = torch.arange(len(theirs.scores)) < lengths[:, None]
+    torch.testing.assert_close(ours_by_token[generated], theirs_by_token[generated], atol=1e-4, rtol=1e-4)
     assert not ours_by_token[~generated].any()
 
 
-def test_scores_of_a_block_are_the_masks(tiny_model):
+def test_scores_of_a_block_are_those_at_the_masks(tiny_model):
     model, (row, *_) = tiny_model("llama"), prompts()
     output = decode(model, [row], mtp_k=4, output_scores=True, eos_token_id=None, max_new_tokens=8)
     text = texts(output, [row])[0]
@@ -788,8 +790,8 @@ def test_scores_of_a_block_are_the_masks(tiny_model):
 
 @pytest.mark.parametrize("options", [{}, {"confadapt": 0.3}, {"verify": True}, {"verify": True, "mtp_blocks": 3}, {"mtp_k": 1}])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt_oss"])
-def test_a_conversation_goes_on_from_its_cache(tiny_model, architecture, options):
-    """Three turns of ragged rows: the text is that of reading everything anew, and only what is new is read."""
+def test_a_conversation_continues_from_its_cache(tiny_model, architecture, options):
+    """Three turns of ragged rows give the text of decoding without the cache, and only new tokens are fed."""
     model = tiny_model(architecture, context=0.5)
     batch, past = padded(prompts(3)), DynamicCache(config=model.config)
     options = {
@@ -803,17 +805,17 @@ def test_a_conversation_goes_on_from_its_cache(tiny_model, architecture, options
     fed = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: fed.append(output.shape[1]))
     for turn in range(3):
-        anew = generate(**batch, model=model, pad_token_id=PAD, **options)
+        uncached = generate(**batch, model=model, pad_token_id=PAD, **options)
         fed.clear()
         output = generate(**batch, model=model, pad_token_id=PAD, past_key_values=past, **options)
         assert output.past_key_values is past
-        assert torch.equal(output.sequences, anew.sequences)
-        assert output.block_lengths == anew.block_lengths
+        assert torch.equal(output.sequences, uncached.sequences)
+        assert output.block_lengths == uncached.block_lengths
         width = batch["input_ids"].shape[1]
         assert fed[0] <= width + 12 if turn == 0 else fed[0] < width
         assert width <= past.get_seq_length() < output.sequences.shape[1]
-        said = torch.randint(2, 60, (3, 4), generator=torch.Generator().manual_seed(turn))
-        ids = torch.cat([output.sequences, said], 1)
+        reply = torch.randint(2, 60, (3, 4), generator=torch.Generator().manual_seed(turn))
+        ids = torch.cat([output.sequences, reply], 1)
         batch = {
             "input_ids": ids,
             "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 14, dtype=torch.long)], 1),
@@ -822,7 +824,7 @@ def test_a_conversation_goes_on_from_its_cache(tiny_model, architecture, options
 
 @pytest.mark.parametrize("stop", [{"eos_token_id": list(range(20, 40))}, {"stopping_criteria": [StopsAtMultiple(3)]}])
 @pytest.mark.parametrize("verify", [False, True])
-def test_a_cache_of_rows_that_ended_covers_what_all_have(tiny_model, verify, stop):
+def test_a_cache_of_finished_rows_covers_the_columns_of_all_rows(tiny_model, verify, stop):
     model, rows, past = tiny_model("llama", context=0.3), prompts(4), DynamicCache()
     options = {"mtp_k": 8, "verify": verify, "pad_token_id": PAD, **stop}
     output = decode(model, rows, past_key_values=past, **options)
@@ -841,8 +843,8 @@ def test_a_cache_of_rows_that_ended_covers_what_all_have(tiny_model, verify, sto
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
-def test_a_cache_of_the_whole_prompt_or_with_padding_inside_is_read_as_far_as_it_reaches(tiny_model, architecture):
-    """Sliding layers keep their last columns alone: padding among them pushes out tokens that the window still shows."""
+def test_a_cache_of_the_whole_prompt_or_with_padding_inside_is_used_as_far_as_possible(tiny_model, architecture):
+    """Sliding layers keep only their last columns. Padding among these displaces tokens that are still within the window."""
     model = tiny_model(architecture)
     ids = torch.randint(2, 60, (2, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -854,7 +856,7 @@ def test_a_cache_of_the_whole_prompt_or_with_padding_inside_is_read_as_far_as_it
         with torch.no_grad():
             model(ids[:, :columns], attention_mask=mask[:, :columns], position_ids=positions, past_key_values=past)
         expected = generate(ids, attention_mask=mask, model=model, **options)
-        # transformers' own window is in columns where padding stands inside the text, ours in tokens
+        # With padding inside the text, transformers' window is in columns and ours in tokens.
         rows = slice(None) if architecture == "llama" else slice(1, None)
         past.batch_select_indices(torch.arange(2)[rows])
         output = generate(ids[rows], attention_mask=mask[rows], model=model, past_key_values=past, **options)
@@ -865,7 +867,7 @@ def test_a_cache_of_the_whole_prompt_or_with_padding_inside_is_read_as_far_as_it
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
-def test_a_cache_passes_to_transformers_and_back(tiny_model, architecture):
+def test_transformers_continues_from_the_cache_and_vice_versa(tiny_model, architecture):
     model, rows = tiny_model(architecture, context=0.5), prompts(3)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "suppress_tokens": BARRED}
     expected = greedy(model, rows, **options | {"max_new_tokens": 30})
@@ -887,30 +889,31 @@ def test_a_cache_that_does_not_fit_is_refused(tiny_model):
         decode(model, prompts(1), past_key_values=past)
 
 
-def test_processes_that_share_weights_pass_together(tiny_model, monkeypatch):
-    """Another process works for 20 passes more than this one: a pass here for every one there."""
-    model, passes, asked = tiny_model("llama"), [], []
+def test_ranks_that_share_weights_run_the_same_number_of_passes(tiny_model, monkeypatch):
+    """Another rank needs 20 passes more than this one, so this one runs 20 additional passes."""
+    model, passes, reduced = tiny_model("llama"), [], []
     model.register_forward_hook(lambda module, inputs, output: passes.append(1))
     expected = decode(model, prompts(2), confadapt=0.3)
-    others, own = int(expected.forward_passes.max()) + 20, len(passes)
+    needed = len(passes)
+    needed_by_other = int(expected.forward_passes.max()) + 20
     passes.clear()
 
     def all_reduce(count):
-        asked.append(int(count))
-        count += len(asked) <= others
+        reduced.append(int(count))
+        count += len(reduced) <= needed_by_other
 
     monkeypatch.setattr(forward_base.dist, "all_reduce", all_reduce)
     output = decode(model, prompts(2), confadapt=0.3, synced_gpus=True)
     assert torch.equal(output.sequences, expected.sequences)
-    assert len(passes) == others
-    assert asked == [1] * own + [0] * 21
+    assert len(passes) == needed_by_other
+    assert reduced == [1] * needed + [0] * 21
 
 
 # --- mtp_k="auto" -----------------------------------------------------------------------------------------------------
 
 
 class Clock:
-    """Time that passes in forward passes alone: `seconds(tokens fed)` each."""
+    """A clock that advances only in forward passes, by `seconds(tokens fed)` each."""
 
     def __init__(self, model, monkeypatch, seconds) -> None:
         self.now, self.widths = 0.0, []
@@ -930,7 +933,7 @@ COSTS = {"flat": lambda tokens: 1.0, "line": lambda tokens: 1 + tokens / 20, "st
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("cost", COSTS)
 def test_auto_is_hardly_slower_than_the_best_fixed_block(tiny_model, monkeypatch, cost, rows, static):
-    """In time that passes as the cost says; the text is the model's own whatever the clock says."""
+    """Time advances by the given cost of a pass. The text is the model's greedy text regardless of it."""
     model, batch = tiny_model("llama", context=0.3), prompts(rows)
     clock = Clock(model, monkeypatch, COSTS[cost])
     options = {"verify": True, "max_new_tokens": 150, "eos_token_id": None, "pad_token_id": PAD}
@@ -940,30 +943,30 @@ def test_auto_is_hardly_slower_than_the_best_fixed_block(tiny_model, monkeypatch
     def took(k) -> float:
         started = clock.now
         output = decode(model, batch, mtp_k=k, **options)
-        assert torch.equal(output.sequences, own)
+        assert torch.equal(output.sequences, expected)
         return clock.now - started
 
-    own = greedy(model, batch, max_new_tokens=150, eos_token_id=None, pad_token_id=PAD)
+    expected = greedy(model, batch, max_new_tokens=150, eos_token_id=None, pad_token_id=PAD)
     fixed = {k: took(k) for k in (1, 2, 4, 8)}
-    auto = [took("auto") for _ in range(4)][-1]  # the first calls had to find out
+    auto = [took("auto") for _ in range(4)][-1]  # the first calls still measure
     assert auto < 1.1 * (min(fixed[1], fixed[8]) if static else min(fixed.values()))
     assert auto < 1.06 * fixed[1]
 
 
-def test_auto_takes_one_token_where_wide_passes_are_dear_and_blocks_where_they_are_not(tiny_model, monkeypatch):
+def test_auto_decodes_single_tokens_when_wide_passes_are_expensive_and_blocks_when_they_are_cheap(tiny_model, monkeypatch):
     model, (row, *_) = tiny_model("llama", context=0.3), prompts()
-    dear = {"now": True}
-    clock = Clock(model, monkeypatch, lambda tokens: float(tokens) if dear["now"] else 1.0)
+    expensive = {"now": True}
+    clock = Clock(model, monkeypatch, lambda tokens: float(tokens) if expensive["now"] else 1.0)
     options = {"mtp_k": "auto", "verify": True, "eos_token_id": None, "max_new_tokens": 200}
     decode(model, [row], **options)
     assert sum(width == 1 for width in clock.widths[-100:]) > 80
-    dear["now"] = False  # as when another program ends
+    expensive["now"] = False  # for example because another program has finished
     for _ in range(12):
         decode(model, [row], **options)
     assert sum(width > 4 for width in clock.widths[-20:]) > 14
 
 
-def test_auto_measures_each_way_of_decoding_by_itself(tiny_model):
+def test_auto_measures_each_way_of_decoding_separately(tiny_model):
     model, rows = tiny_model("llama", context=0.3), prompts(2)
     for options in ({}, {"confadapt": 0.9}, {"do_sample": True}):
         decode(model, rows, mtp_k="auto", verify=True, **options)
@@ -982,7 +985,7 @@ def chi_square(observed: Counter, probabilities: dict, draws: int) -> tuple[floa
 
 @torch.no_grad()
 def exact_distribution(model, prompt: list[int], *, tokens: int, top_k: int, temperature: float) -> dict:
-    """Of every continuation of one token per pass."""
+    """Probability of every continuation at one token per pass."""
     outcomes = {(): 1.0}
     for _ in range(tokens):
         longer = {}
@@ -1010,7 +1013,7 @@ def test_sampling_is_exact_in_distribution(tiny_model, options, exact):
     model, prompt = tiny_model("llama", context=0.5, logit_scale=1.5), prompts()[1]
     sampling = {"top_k": 3, "temperature": 1.2}
     expected = exact_distribution(model, prompt, tokens=3, **sampling)
-    if exact:  # the distribution stays the base's
+    if exact:  # the adapter must not change the distribution of the base
         for update in add_gated_adapter(model, rank=4, alpha=8).updates:
             torch.nn.init.normal_(update.lora_B, std=0.3, generator=torch.Generator().manual_seed(0))
     draws = 20_000
@@ -1054,12 +1057,12 @@ def test_copies_of_a_prompt_and_different_seeds_draw_differently(tiny_model):
     options = {"do_sample": True, "verify": True, "num_return_sequences": 8}
     torch.manual_seed(0)
     first, second = decode(model, [row], **options), decode(model, [row], **options)
-    # equal copies would leave 2 texts at most, equal calls 8; a few short texts may coincide by chance
+    # Equal copies would give at most 2 texts, equal calls at most 8. A few short texts may coincide by chance.
     assert len({tuple(ids) for ids in first.sequences.tolist() + second.sequences.tolist()}) > 10
 
 
 def test_verified_sampling_accepts_drafts(tiny_model):
-    """A draft meets the noise that its verification will meet, so close distributions agree often."""
+    """Drafting and verification use the same noise, so that close distributions often agree."""
     model, rows = tiny_model("llama", context=0.3), prompts(8)
     torch.manual_seed(0)
     output = decode(model, rows, do_sample=True, verify=True, max_new_tokens=60)
@@ -1084,7 +1087,7 @@ def test_plain_confadapt_samples_only_blocks_of_one_token(tiny_model):
 
 
 def test_a_block_cut_to_one_token_by_the_length_is_sampled(tiny_model):
-    """Static k = 4 and five tokens: four are the argmax, the fifth stands alone."""
+    """Static k = 4 and five tokens: the first four are the argmax, the fifth is a block of its own and is sampled."""
     model, (row, *_) = tiny_model("llama", logit_scale=1.0), prompts()
     output = decode(
         model, [row], do_sample=True, mtp_k=4, max_new_tokens=5, num_return_sequences=16, eos_token_id=None
@@ -1123,12 +1126,12 @@ def test_defaults_come_from_the_generation_config(tiny_model):
 def test_the_default_block_is_the_one_trained(tiny_model):
     model = tiny_model("llama")
     assert decode(model, prompts(1), eos_token_id=None, max_new_tokens=16).block_lengths == [[8, 8]]
-    with pytest.warns(UserWarning, match="more than the block size trained, 8"):
+    with pytest.warns(UserWarning, match="exceeds the trained block size, 8"):
         decode(model, prompts(1), mtp_k=9)
 
 
 class QuantoLike(DynamicCache):
-    """A cache of layers that are not understood."""
+    """A cache with unsupported layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1140,14 +1143,14 @@ REFUSED = {
     "confadapt=1.5": ({"confadapt": 1.5}, r"\[0, 1\], got 1.5"),
     "confadapt=nan": ({"confadapt": math.nan}, "got nan"),
     "confadapt='0.9'": ({"confadapt": "0.9"}, "got '0.9'"),
-    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number >= 1, at most 1024, or 'auto', got 0"),
+    "mtp_k=0": ({"mtp_k": 0}, "mtp_k must be a whole number from 1 to 1024, or 'auto', got 0"),
     "mtp_k=True": ({"mtp_k": True}, "got True"),
     "mtp_k=2.5": ({"mtp_k": 2.5}, "got 2.5"),
     "mtp_blocks=0": ({"mtp_blocks": 0, "verify": True}, "mtp_blocks must be a whole number >= 1, got 0"),
     "mtp_blocks=True": ({"mtp_blocks": True, "verify": True}, "mtp_blocks must be a whole number >= 1, got True"),
     "mtp_blocks without verify": ({"mtp_blocks": 2}, "pass verify=True"),
-    "cache_implementation": ({"cache_implementation": "offloaded"}, "keeps its own cache"),
-    "paged cache": ({"cache_implementation": "paged"}, "keeps its own cache"),
+    "cache_implementation": ({"cache_implementation": "offloaded"}, "has its own cache"),
+    "paged cache": ({"cache_implementation": "paged"}, "has its own cache"),
     "verify=1": ({"verify": 1}, "verify must be True or False, got 1"),
     "mtp_token_id": ({"mtp_token_id": 5}, "contradicts config.mtp"),
     "num_beams": ({"num_beams": 2, "verify": True}, "num_beams=2 .*GenerationMixin.generate"),
@@ -1156,9 +1159,9 @@ REFUSED = {
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "use_cache": ({"use_cache": False}, "use_cache=False"),
     "output_attentions": ({"output_attentions": True}, "output_attentions=True"),
-    "auto without verify": ({"mtp_k": "auto"}, "goes by the clock, and only verified text"),
-    "auto with blocks": ({"mtp_k": "auto", "verify": True, "mtp_blocks": 2}, "mtp_blocks=2 does not go with mtp_k='auto'"),
-    "auto with synced_gpus": ({"mtp_k": "auto", "verify": True, "synced_gpus": True}, "must agree on the block"),
+    "auto without verify": ({"mtp_k": "auto"}, "chooses block sizes by measured times, and only verified text"),
+    "auto with blocks": ({"mtp_k": "auto", "verify": True, "mtp_blocks": 2}, "mtp_blocks=2 is not supported with mtp_k='auto'"),
+    "auto with synced_gpus": ({"mtp_k": "auto", "verify": True, "synced_gpus": True}, "must use the same sizes"),
     "assistant_model": ({"assistant_model": object()}, "assistant_model="),
     "past_key_values": ({"past_key_values": QuantoLike()}, "must be a DynamicCache, got QuantoLike"),
     "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds="),
@@ -1169,7 +1172,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_is_refused(tiny_model, name):
+def test_unsupported_arguments_are_refused(tiny_model, name):
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         decode(tiny_model("llama"), prompts(1), **options)
@@ -1210,8 +1213,8 @@ def test_an_empty_row_is_refused(tiny_model):
         generate(**batch, model=tiny_model("llama"), max_new_tokens=2)
 
 
-def test_padding_may_stand_anywhere(tiny_model):
-    """The prompt is what the attention mask keeps: padding on the right or inside gives the same tokens."""
+def test_padding_may_be_anywhere(tiny_model):
+    """The prompt consists of the columns that the attention mask marks: padding on the right or inside changes nothing."""
     model, (row, *_) = tiny_model("llama"), prompts()
     ids = torch.tensor([[PAD, *row[:4], PAD, *row[4:], PAD]])
     mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]])
@@ -1219,7 +1222,7 @@ def test_padding_may_stand_anywhere(tiny_model):
     assert output[0, 12:].tolist() == texts(decode(model, [row]), [row])[0]
 
 
-def test_a_checkpoint_without_config_names_its_mask_token(tiny_model):
+def test_a_checkpoint_without_config_mtp_needs_the_mask_token_as_an_argument(tiny_model):
     model, rows = tiny_model("llama"), prompts()
     expected = decode(model, rows, suppress_tokens=BARRED).sequences
     model = tiny_model("llama")
@@ -1241,7 +1244,7 @@ def test_the_papers_token_names_are_known():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_the_mode_it_was_in(tiny_model, training):
+def test_every_modules_mode_is_restored(tiny_model, training):
     model, rows = tiny_model("llama"), prompts()
     expected = decode(model, rows).sequences
     model.train(training)
@@ -1263,7 +1266,7 @@ def test_half_precision_decodes(tiny_model, architecture, dtype):
 
 
 class Collect:
-    """A streamer that keeps what it is given."""
+    """A streamer that records its input."""
 
     def __init__(self) -> None:
         self.values, self.ended = [], False
@@ -1317,7 +1320,7 @@ def test_a_peft_model_decodes_with_its_adapter(tiny_model):
         assert torch.equal(wrapped.generate(**padded(rows), confadapt=0.4, **options), plain)
 
 
-# --- anything at all --------------------------------------------------------------------------------------------------
+# --- random arguments -------------------------------------------------------------------------------------------------
 
 VALUES = {
     "confadapt": [0.0, 0.3, 0.9, 1.0, 1, -0.1, 2, "0.5", True],
@@ -1352,7 +1355,7 @@ VALUES = {
     "mtp_token_id": [MASK, MASK, 3, -5],
     "forced_eos_token_id": [1],
     "typical_p": [0.5, 1.0],
-    # not exponential_decay_length_penalty: without an end of text transformers itself fails on it
+    # Not exponential_decay_length_penalty: transformers itself fails on it without an EOS token.
     "sequence_bias": [{(5,): 3.0, (6, 7): -2.0}],
     "renormalize_logits": [True],
     "encoder_no_repeat_ngram_size": [2],
@@ -1362,7 +1365,7 @@ VALUES = {
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.filterwarnings("ignore")
 def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
-    """MTP_FUZZ=2500 makes 10,000 calls of it."""
+    """MTP_FUZZ=2500 runs 10,000 calls."""
     rng = random.Random(part)
     tried, decoded, refused = int(os.environ.get("MTP_FUZZ", "150")), 0, Counter()
     compared = 0
@@ -1397,7 +1400,7 @@ def test_any_arguments_give_clean_text_or_a_clear_error(tiny_model, part):
     assert not [m for m in refused if re.match(r"zip\(|expected sequence|too many dim|not enough values", m)], refused
 
 
-# --- spread and offloaded ---------------------------------------------------------------------------------------------
+# --- device maps and offloading ---------------------------------------------------------------------------------------
 
 LAYERS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
 
@@ -1426,7 +1429,7 @@ def test_a_device_map_with_layers_on_disk_decodes_alike(tiny_model, tmp_path, of
 
 @pytest.fixture
 def repository(tiny_model, tmp_path) -> Path:
-    """A folder as it is uploaded: weights, configs, tokenizer, the decoder."""
+    """A folder as it is uploaded: weights, configs, tokenizer and decoder."""
     model = tiny_model("llama")
     model.generation_config.update(confadapt=0.4, verify=True, allow_custom_entries=True)
     model.generation_config._from_model_config = False
@@ -1456,7 +1459,7 @@ def test_a_published_folder_decodes_alike(repository, tiny_model):
     assert sys.modules[type(theirs).__module__].__file__ != decoder.__file__
 
 
-def test_the_extras_survive_another_round_trip(repository, tmp_path):
+def test_decoding_defaults_survive_another_round_trip(repository, tmp_path):
     AutoModelForCausalLM.from_pretrained(repository).save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert saved["confadapt"] == 0.4
@@ -1469,8 +1472,8 @@ def test_without_remote_code_the_folder_is_the_plain_model(repository, tiny_mode
     assert torch.equal(plain, greedy(tiny_model("llama"), rows))
 
 
-def test_another_model_decodes_with_the_folders_decoder(repository, tiny_model):
-    """`custom_generate=FOLDER` on a model that was loaded as usual."""
+def test_a_model_loaded_without_a_decoder_uses_that_of_a_folder(repository, tiny_model):
+    """It is called with `custom_generate=FOLDER`."""
     model, rows = tiny_model("llama"), prompts()
     output = model.generate(
         **padded(rows), custom_generate=str(repository), trust_remote_code=True, confadapt=0.4, max_new_tokens=NEW,

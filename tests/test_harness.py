@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a local task: what it counts is what `generate` reports, and its own `hf` model works too."""
+"""lm-evaluation-harness on a local task: counts equal those of `generate`, and the harness's own `hf` model works too."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from mtp_trl.publishing.report import Setting, from_json
 from mtp_trl.word_problems import test_problems
 
 ROOT = Path(__file__).resolve().parents[1]
-# lm_eval 0.4.13 writes its own deprecations and leaves files to be closed by the collector
+# lm_eval 0.4.13 uses deprecated functions and leaves files open
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 QUESTIONS = ["3 + 4 =", "Tom has 3 pens and buys 4. How many?", "How many pens?"]
 TASK = """
@@ -39,19 +39,19 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, write_student):
-    """A random base, the same as a student, and a task whose right answers are the base's own."""
+    """A random base, a student with the same weights, and a task whose answer key has the base's answers, but not the last."""
     root = tmp_path_factory.mktemp("harness")
     write_student(root / "student", base=root / "base", confadapt=0.9, verify=False, positions=128)
     (root / "tasks").mkdir()
-    rows = [{"question": question, "answer": own_answer(root, question)} for question in QUESTIONS]
+    rows = [{"question": question, "answer": base_answer(root, question)} for question in QUESTIONS]
     rows[2]["answer"] = "never"
     (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "tasks" / "local_sums.yaml").write_text(TASK.format(data=root / "test.jsonl"))
     return root
 
 
-def own_answer(root, question):
-    """What the base says, by transformers alone."""
+def base_answer(root, question):
+    """Return the base's answer, decoded by transformers."""
     model, tokenizer = load_base(root / "base"), AutoTokenizer.from_pretrained(root / "student")
     barred = load_student(root / "student")[0].config.mtp["barred_token_ids"]
     ids = tokenizer(question, return_tensors="pt")["input_ids"]
@@ -86,7 +86,7 @@ def test_scores_and_counts_are_those_of_the_decoding(root, model):
 
 
 def test_answers_and_counts_end_at_each_rows_own_stop_in_any_batch(tmp_path):
-    """A row went on until all of its batch had come to the stop, and the text behind it counted."""
+    """The harness continues rows until their whole batch has stopped. Text after a row's own stop must not count."""
     prompts = [problem.prompt for problem in test_problems(12)]
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps({"question": prompt, "answer": "x"}) + "\n" for prompt in prompts))
@@ -102,25 +102,25 @@ def test_answers_and_counts_end_at_each_rows_own_stop_in_any_batch(tmp_path):
         texts = [tokenizer.decode(generated[:n], skip_special_tokens=True) for n in range(1, len(generated) + 1)]
         answers.append(texts[-1].split(".")[0])
         tokens += next((n for n, text in enumerate(texts, start=1) if "." in text), len(texts))
-    own = [Setting("base"), Setting("plain"), Setting("verified", threshold=0.5), Setting("tree", k=8, threshold=0.3)]
+    exact = [Setting("base"), Setting("plain"), Setting("verified", threshold=0.5), Setting("tree", k=8, threshold=0.3)]
     others = [Setting("static", k=4), Setting("confadapt", threshold=0.9)]
-    alone, batched = (
+    single, batched = (
         run_settings(
             HarnessModel(student, tokenizer, base=base, batch_size=size),
             "local_sums",
-            own + others,
+            exact + others,
             tasks_folder=tmp_path / "tasks",
         )
         for size in (1, 12)
     )
-    for setting in own + others:
-        one, other = alone[setting], batched[setting]
+    for setting in exact + others:
+        one, other = single[setting], batched[setting]
         assert (one.answers, one.tokens, one.passes) == (other.answers, other.tokens, other.passes), setting
-    for setting in own:
+    for setting in exact:
         assert (batched[setting].answers, batched[setting].tokens) == (answers, tokens), setting
 
 
-def test_a_stop_is_looked_for_in_what_was_generated_alone(root):
+def test_a_stop_string_is_matched_only_in_generated_text(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "student")
     prompt = tokenizer.encode("How many?\n")
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n3", "3\n")]
@@ -131,13 +131,13 @@ def test_a_stop_is_looked_for_in_what_was_generated_alone(root):
     assert [stop.length(row) for row in rows] == [1, len(rows[1])]
 
 
-def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, model, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_other_options_are_refused(root, model, tmp_path, monkeypatch):
     settings = [Setting("plain"), Setting("static", k=2)]
-    asked = []
+    decoded = []
 
     def counted(harness, task, setting, **options):
-        asked.append(setting.label)
-        if len(asked) == 2:
+        decoded.append(setting.label)
+        if len(decoded) == 2:
             raise KeyboardInterrupt
         return Part([1.0], ["x"], 4, 2, 1.0, None)
 
@@ -145,12 +145,12 @@ def test_an_interrupted_run_goes_on_and_other_options_are_not_mixed_in(root, mod
     with pytest.raises(KeyboardInterrupt):
         run_settings(model, "local_sums", settings, parts=tmp_path, limit=2)
     assert len(run_settings(model, "local_sums", settings, parts=tmp_path, limit=2)) == 2
-    assert asked == ["student, k=1", "static k=2", "static k=2"]
-    with pytest.raises(ValueError, match="name another output folder"):
+    assert decoded == ["student, k=1", "static k=2", "static k=2"]
+    with pytest.raises(ValueError, match="use another output folder"):
         run_settings(model, "local_sums", settings, parts=tmp_path, limit=3)
 
 
-def test_files_among_the_options_are_told_apart_by_what_is_in_them(model, tmp_path, monkeypatch):
+def test_files_among_the_options_are_compared_by_content(model, tmp_path, monkeypatch):
     monkeypatch.setattr("mtp_trl.evaluation.harness.run_task", lambda *args, **options: Part([1.0], ["x"], 4, 2, 1.0, None))
     monkeypatch.chdir(tmp_path)
     data, tasks = tmp_path / "data.jsonl", tmp_path / "tasks"
@@ -166,13 +166,13 @@ def test_files_among_the_options_are_told_apart_by_what_is_in_them(model, tmp_pa
     run(Path("data.jsonl"), Path("tasks") / ".." / "tasks")
     for file in files:
         file.write_text("after")
-        with pytest.raises(ValueError, match="name another output folder"):
+        with pytest.raises(ValueError, match="use another output folder"):
             run(data, tasks)
         file.write_text("before")
     run(data, tasks)
 
 
-def test_another_batch_size_has_another_speed(root, tmp_path):
+def test_each_batch_size_has_its_own_parts(root, tmp_path):
     options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--limit", "1", "--output", str(tmp_path)]
     for size in ("1", "2"):
         assert main(["eval", str(root / "student"), *options, "--batch-size", size]) == 0
@@ -180,11 +180,11 @@ def test_another_batch_size_has_another_speed(root, tmp_path):
 
 
 def test_an_unknown_task_is_refused(root, model):
-    with pytest.raises(ValueError, match="knows no task 'nonsense'"):
+    with pytest.raises(ValueError, match="does not know the task 'nonsense'"):
         run_task(model, "nonsense", Setting("plain"), tasks_folder=root / "tasks")
 
 
-def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_path, capsys):
+def test_the_command_writes_a_report_and_accepts_a_file_as_the_test_set(root, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": QUESTIONS[0], "answer": "never"}) + "\n")
     options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--task-data", f"local_sums={other}"]
@@ -194,8 +194,8 @@ def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_
     assert [row.setting.label for row in report.rows] == ["student, k=1", "ConfAdapt 0.5", "verified 0.5", "2 blocks 0.5"]
     assert report.rows[0].problems == 1
     assert report.rows[0].accuracy.value == 0.0
-    assert "dataset" not in report.provenance  # a local file is no dataset of the Hub
-    assert "prompts and stops" in capsys.readouterr().out
+    assert "dataset" not in report.provenance  # a local file is not a dataset of the Hub
+    assert "prompts and stop strings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_command_writes_a_report_and_takes_a_file_as_the_test_set(root, tmp_
         ("org/other", ["--chat-template"], True),
     ],
 )
-def test_the_chat_template_is_used_as_in_the_paper_unless_told_otherwise(
+def test_the_chat_template_is_used_as_in_the_paper_unless_an_option_overrides_it(
     root, tmp_path, write_student, monkeypatch, base, option, used
 ):
     template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -233,14 +233,14 @@ def test_the_chat_template_is_used_as_in_the_paper_unless_told_otherwise(
     assert ("through the chat template" in report.caption) == used
 
 
-def test_a_chat_template_that_is_not_there_is_asked_for_in_vain(root, capsys):
+def test_a_missing_chat_template_is_refused(root, capsys):
     options = ["--tasks", "local_sums", "--include-path", str(root / "tasks"), "--chat-template"]
     assert main(["eval", str(root / "student"), *options]) == 2
     assert "has no chat template; evaluate with --no-chat-template" in capsys.readouterr().err
 
 
 def test_the_harness_own_command_decodes_in_blocks(root, tmp_path, run_program):
-    """Stock `lm_eval` as it is typed, in a process of its own: with whole blocks its answers are those of `generate`."""
+    """Run the `lm_eval` command in a subprocess. With whole blocks, its answers equal those of `generate`."""
     done = run_program([
         "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={root / 'student'},trust_remote_code=True,dtype=float32",
         "--tasks", "local_sums", "--include_path", root / "tasks", "--gen_kwargs", "confadapt=0.0", "--device", "cpu",

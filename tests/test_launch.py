@@ -57,7 +57,7 @@ def write(tmp_path, model):
         }
         values = {key: value for key, value in (values | changes).items() if value is not None}
         path = tmp_path / "recipe.yaml"
-        # JSON's true, false and null are YAML's
+        # true, false and null are the same in JSON and YAML
         path.write_text(LINE + "\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
         return path
 
@@ -69,7 +69,7 @@ def test_accelerate_launch_trains_and_the_command_line_overrides(run_program, wr
     text = path.read_text() + "logging_steps: 1\nwarmup_steps: 0  # a comment\nmodel_revision: null\n"
     path.write_text(text.replace("model_revision: null\n", ""))
     command = ["-m", "accelerate.commands.launch", path, "--max_steps", 2]
-    done = run_program(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # not from the repository
+    done = run_program(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # outside the repository
     assert done.returncode == 0, done.stderr
     assert "Model saved to" in done.stdout
     state = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -78,7 +78,7 @@ def test_accelerate_launch_trains_and_the_command_line_overrides(run_program, wr
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_one_target_module_is_a_name_and_no_pattern(write, exact):
+def test_one_target_module_is_a_name_and_not_a_pattern(write, exact):
     path = write(use_peft=True, lora_target_modules=["q_proj"], lora_r=2, lora_dropout=0.0, exact=exact)
     trainer = launch.train(read_recipe(path))
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
@@ -94,17 +94,17 @@ def test_a_mistake_is_one_line_on_stderr_and_loads_nothing(write, capsys):
     assert err == f"{path}: Unknown in recipe.yaml (trainer: mtp): 'max_stepz' (did you mean 'max_steps'?).\n"
 
 
-def test_run_leaves_by_system_exit(write, monkeypatch):
+def test_run_raises_system_exit(write, monkeypatch):
     path = write(max_stepz=3)
     monkeypatch.setattr(sys, "argv", ["recipe.yaml"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         exec(compile(path.read_text(), path, "exec"), {"__name__": "__main__", "__file__": str(path)})
-    assert left.value.code == 2
+    assert exited.value.code == 2
 
 
 @pytest.mark.parametrize(("processes", "torn_down"), [(1, True), (2, False)])
-def test_one_of_several_processes_leaves_before_the_interpreter_is_taken_apart(run_program, tmp_path, processes, torn_down):
-    """Exit status, exit handlers and output stay; the interpreter's end, where threads of gloo abort, is left out."""
+def test_one_of_several_processes_exits_before_interpreter_teardown(run_program, tmp_path, processes, torn_down):
+    """The exit status, exit handlers and output are kept. Interpreter teardown, in which gloo threads abort, is skipped."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "import atexit, mtp_trl.launch as launch\n"
@@ -124,7 +124,7 @@ def test_one_of_several_processes_leaves_before_the_interpreter_is_taken_apart(r
 
 
 def test_workers_that_reexecute_the_recipe_do_not_train(write):
-    """Spawned workers run the main file again as __mp_main__: the YAML below the first line must then run."""
+    """Spawned workers run the main file again as __mp_main__, so the YAML below the first line must run as Python."""
     path = write(gradient_checkpointing=None)
     path.write_text(path.read_text() + "a: true\nb: false\nc: null\nd: [1, 2.0e-3, true]\ne: {'x': null}\n")
     namespace = {"__name__": "__mp_main__", "__file__": str(path)}
@@ -133,7 +133,7 @@ def test_workers_that_reexecute_the_recipe_do_not_train(write):
 
 
 def test_a_spawned_process_starts_from_a_recipe(run_program, tmp_path):
-    """The real thing: a program whose main file is a recipe starts a spawned worker."""
+    """A program whose main file is a recipe starts a real spawned worker."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text('launch: str = __import__("worker").run(__file__)\nflag: true\n')
     (tmp_path / "worker.py").write_text(
@@ -168,7 +168,7 @@ def test_local_files_are_read(write, tmp_path, suffix):
     )
     train_set, eval_set = launch._load_data(recipe)
     assert eval_set is None
-    assert train_set.column_names == ["question", "answer"]  # the trainer renames
+    assert train_set.column_names == ["question", "answer"]  # the trainer renames columns
     assert train_set["question"][3] == f"Q: {train_problems(4, seed=1)[3].question} A:"
     assert len(train_set) == 4
 
@@ -185,9 +185,9 @@ def test_a_folder_of_files_has_splits(write, tmp_path):
     assert launch.main(path, ["--dataset_train_split", "validation"]) == 2
 
 
-def test_the_bundled_problems_need_a_number(write, capsys):
+def test_the_bundled_problems_need_a_dataset_size(write, capsys):
     assert launch.main(write(dataset_size=None)) == 2
-    assert "say how many problems to draw: dataset_size" in capsys.readouterr().err
+    assert "set dataset_size to the number of problems to draw" in capsys.readouterr().err
 
 
 def test_an_unknown_split_is_named(write, tmp_path, capsys):
@@ -198,7 +198,7 @@ def test_an_unknown_split_is_named(write, tmp_path, capsys):
 
 
 def refuse_to_load(monkeypatch):
-    """Any attempt to load weights fails the test."""
+    """Fail the test if anything loads weights."""
 
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded")
@@ -214,11 +214,11 @@ def refuse_to_load(monkeypatch):
             "renames 'question', but the dataset has the columns 'prompt', 'completion'",
         ),
         ({"dataset_size": 3, "gradient_accumulation_steps": 2}, "fewer than the 4 of one optimizer step"),
-        ({"prompt_format": "x"}, "prompt_format needs one"),
+        ({"prompt_format": "x"}, "prompt_format must contain exactly one"),
         ({"chat_template": True}, "no chat template"),
     ],
 )
-def test_unusable_data_is_refused_before_weights_load(write, monkeypatch, changes, message):
+def test_invalid_data_is_refused_before_weights_load(write, monkeypatch, changes, message):
     refuse_to_load(monkeypatch)
     with pytest.raises(ValueError, match=message):
         launch.main(write(**changes))
@@ -243,17 +243,17 @@ def test_auto_resumes_from_the_last_checkpoint_to_the_same_model(write, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("wanted", "expected"),
+    ("requested", "expected"),
     [(None, None), (False, None), ("auto", "checkpoint-12"), (True, "checkpoint-12"), ("some/folder", "some/folder")],
 )
-def test_which_checkpoint(write, tmp_path, wanted, expected):
+def test_the_checkpoint_to_resume_from(write, tmp_path, requested, expected):
     for step in (4, 12):
         (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
-    found = launch._checkpoint(read_recipe(write(resume_from_checkpoint=wanted)))
+    found = launch._checkpoint(read_recipe(write(resume_from_checkpoint=requested)))
     assert found == (str(tmp_path / "out" / expected) if expected == "checkpoint-12" else expected)
 
 
-def test_without_a_checkpoint_auto_starts_afresh(write):
+def test_without_a_checkpoint_auto_starts_from_scratch(write):
     assert launch._checkpoint(read_recipe(write(resume_from_checkpoint="auto"))) is None
 
 
@@ -265,18 +265,18 @@ def test_sft_starts_from_weights_when_no_config_is_given(write, tmp_path, model)
 
 
 @pytest.mark.parametrize(
-    ("under_accelerate", "omp", "wanted", "expected"),
+    ("under_accelerate", "omp", "cpu_threads", "expected"),
     [(True, "1", None, "all"), (True, "3", None, None), (False, "1", None, None), (True, "1", 2, 2)],
 )
-def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, omp, wanted, expected):
-    """accelerate sets OMP_NUM_THREADS=1 without being asked; a number that somebody chose stays."""
+def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, omp, cpu_threads, expected):
+    """accelerate sets OMP_NUM_THREADS=1 by default. Any other value is the user's choice and is kept."""
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if under_accelerate:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     chosen = []
-    recipe = read_recipe(write(cpu_threads=wanted))
+    recipe = read_recipe(write(cpu_threads=cpu_threads))
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     launch._use_all_cores(recipe)
@@ -284,8 +284,8 @@ def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, o
     assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
 
 
-def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
-    """macOS and Windows."""
+def test_cores_are_counted_if_the_system_has_no_affinity(monkeypatch):
+    """As on macOS and Windows."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert launch._cores() == os.cpu_count()
 
@@ -301,11 +301,11 @@ def test_a_terminal_shows_bars_and_a_table_of_the_last_log(write, monkeypatch, c
     shown = capsys.readouterr().out
     assert ("Training" in shown) == terminal
     assert ("0:00:0" in shown) == terminal  # time left
-    assert "train_runtime" in shown  # of the last log, in the table or as it was
+    assert "train_runtime" in shown  # of the last log, in the table or printed as a dict
 
 
 def test_launch_itself_loads_no_torch(run_program):
-    """The environment can only be prepared before torch is there."""
+    """The environment must be set before torch is loaded."""
     code = "import sys, mtp_trl.launch; sys.exit('torch' in sys.modules)"
     assert run_program(["-c", code], cwd=ROOT).returncode == 0
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of a run: the mask's row goes with them, and they decode wherever they are put on; see test_publish too."""
+"""LoRA adapters of a run are saved with the mask token's row and decode on their base; see also test_publish."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from mtp_trl.publishing.merging import merge_folder, write_lora, write_mask_row
 from mtp_trl.publishing.report import from_json
 from mtp_trl.word_problems import load_dataset
 
-# PEFT saves a matrix that has grown beside the adapters, and says so
+# PEFT saves an enlarged embedding with the adapters, and warns about it
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 TOKENIZER = Path(mtp_trl.word_problems.__file__).parent / "base"
 SIZES = {
@@ -36,7 +36,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 def write_base(folder, architecture="llama", rows=768):
     torch.manual_seed(0)
-    if architecture == "gemma3":  # multiplies embeddings by the root of their size
+    if architecture == "gemma3":  # scales embeddings by the root of their size
         model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=rows, head_dim=16, sliding_window=64, **SIZES))
     else:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **SIZES))
@@ -45,7 +45,7 @@ def write_base(folder, architecture="llama", rows=768):
 
 
 def trained(root, *, adapter=None, **changes):
-    """Two steps on `root/base`, saved in `root/run`."""
+    """Train `root/base` for two steps, and save it in `root/run`."""
     options = {
         "output_dir": str(root / "run"), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "k_max": 4,
         "slots_per_row": 8, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True,
@@ -59,7 +59,7 @@ def trained(root, *, adapter=None, **changes):
     return trainer
 
 
-def test_a_runs_provenance_and_card_tell_its_lora_also_once_that_is_merged(tmp_path):
+def test_provenance_and_card_describe_the_lora_before_and_after_merging(tmp_path):
     write_base(tmp_path / "base")
     trained(tmp_path, adapter=LoraConfig(r=2, lora_alpha=6, target_modules=["v_proj", "q_proj"]))
     for folder in (tmp_path / "run", export(tmp_path / "run", tmp_path / "merged")):
@@ -69,36 +69,36 @@ def test_a_runs_provenance_and_card_tell_its_lora_also_once_that_is_merged(tmp_p
 
 
 @pytest.mark.parametrize(("exact", "kind"), [(True, "exact"), (False, None)])
-def test_the_provenance_of_a_run_without_lora_says_so(tmp_path, exact, kind):
+def test_the_provenance_of_a_run_without_lora_has_the_adapter_kind(tmp_path, exact, kind):
     write_base(tmp_path / "base")
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "k_max": 4, "exact": exact, "max_steps": 1}
     args = MTPDistillConfig(str(tmp_path / "run"), **options)
     adapter = LoraConfig(r=2, lora_alpha=6, target_modules="q_proj") if exact else None
     trainer = MTPDistillTrainer(str(tmp_path / "base"), args, load_dataset("train", 64, 0), peft_config=adapter)
-    wanted = {"kind": kind, "rank": 2, "alpha": 6, "target_modules": ["q_proj"]} if exact else None
-    assert trainer.provenance["adapter"] == wanted
+    expected = {"kind": kind, "rank": 2, "alpha": 6, "target_modules": ["q_proj"]} if exact else None
+    assert trainer.provenance["adapter"] == expected
 
 
 @pytest.mark.parametrize(("architecture", "rows"), [("llama", 766), ("gemma3", 768)])
-def test_an_adapter_alone_decodes_as_the_run_did(tmp_path, architecture, rows):
+def test_an_exported_adapter_decodes_like_the_run(tmp_path, architecture, rows):
     write_base(tmp_path / "base", architecture, rows)
     trainer = trained(tmp_path)
-    assert not (tmp_path / "run" / "README.md").exists()  # PEFT's own card says nothing
-    alone = export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
-    with safe_open(alone / "adapter_model.safetensors", framework="pt") as file:
+    assert not (tmp_path / "run" / "README.md").exists()  # PEFT's generic card is removed
+    exported = export(tmp_path / "run", tmp_path / "exported", adapter_only=True)
+    with safe_open(exported / "adapter_model.safetensors", framework="pt") as file:
         assert {"lora_A" in name or "lora_B" in name for name in file.keys()} == {True}  # noqa: SIM118
-    assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
-    with safe_open(alone / ADAPTER_FILE, framework="pt") as file, torch.no_grad():
+    assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    with safe_open(exported / ADAPTER_FILE, framework="pt") as file, torch.no_grad():
         mask = torch.tensor([trainer.model.get_base_model().config.mtp["mask_token_id"]])
         torch.testing.assert_close(file.get_tensor("mask_row"), trainer.model.get_input_embeddings()(mask)[0])
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(alone))
-    own = {"custom_generate": str(alone), "trust_remote_code": True}
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(exported))
+    custom = {"custom_generate": str(exported), "trust_remote_code": True}
     for options in ({"confadapt": 0.0}, {"confadapt": 0.002}, {"verify": True}, {"mtp_k": 1}):
-        wanted = trainer.model.generate(input_ids=IDS, max_new_tokens=12, **options)
-        assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=12, **options, **own), wanted)
-        for folder in (tmp_path / "run", alone):
+        expected = trainer.model.generate(input_ids=IDS, max_new_tokens=12, **options)
+        assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=12, **options, **custom), expected)
+        for folder in (tmp_path / "run", exported):
             student, _ = load_student(folder, base=str(tmp_path / "base"))
-            assert torch.equal(student.generate(IDS, max_new_tokens=12, **options), wanted)
+            assert torch.equal(student.generate(IDS, max_new_tokens=12, **options), expected)
 
 
 def test_eval_and_calibrate_take_a_runs_folder(tmp_path, capsys):
@@ -120,18 +120,18 @@ def test_eval_and_calibrate_take_a_runs_folder(tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert main(["eval", str(tmp_path / "run"), *short, *limits]) == 2
-    assert "cannot be loaded; name it with --base" in capsys.readouterr().err
+    assert "cannot be loaded; pass its base with --base" in capsys.readouterr().err
 
 
 def test_adapters_that_train_whole_matrices_are_published_merged(tmp_path):
     write_base(tmp_path / "base", rows=768)
     trained(tmp_path, adapter=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
-    with pytest.raises(ValueError, match="published as an adapter alone; leave adapter_only out"):
-        export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    with pytest.raises(ValueError, match=r"adapter_only requires exact mode, or LoRA .*leave adapter_only out"):
+        export(tmp_path / "run", tmp_path / "exported", adapter_only=True)
     assert (export(tmp_path / "run", tmp_path / "merged") / "model.safetensors").is_file()
 
 
-def test_without_adapters_there_is_none_to_publish_alone(tmp_path):
+def test_adapter_only_without_an_adapter_is_refused(tmp_path):
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
     with pytest.raises(ValueError, match="set exact=True or pass peft_config"):
         MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0))
@@ -145,55 +145,55 @@ def test_without_adapters_there_is_none_to_publish_alone(tmp_path):
         IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     ],
 )
-def test_adapters_that_cannot_be_published_alone_are_refused_before_anything_loads(tmp_path, unsuitable):
+def test_adapters_that_do_not_fit_the_unmodified_base_are_refused_before_anything_loads(tmp_path, unsuitable):
     args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, adapter_only=True)
-    with pytest.raises(ValueError, match="LoRA that fits its base as it is"):
+    with pytest.raises(ValueError, match="LoRA adapters that fit the unmodified base"):
         MTPDistillTrainer(str(tmp_path / "nowhere"), args, load_dataset("train", 8, 0), peft_config=unsuitable)
 
 
-def test_a_peft_model_that_does_not_train_the_masks_row_is_not_published_alone(tmp_path):
+def test_adapter_only_is_refused_for_a_peft_model_that_does_not_train_the_mask_row(tmp_path):
     write_base(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"]))
     args = MTPDistillConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", k_max=4, adapter_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="LoRA that fits its base as it is"):
+    with pytest.raises(ValueError, match="LoRA adapters that fit the unmodified base"):
         MTPDistillTrainer(model, args, load_dataset("train", 64, 0), processing_class=tokenizer)
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(766, False), (768, True)])
-def test_lora_on_an_output_embedding_is_published_alone_where_that_has_not_grown(tmp_path, rows, fits):
-    """TRL trains no LoRA there; other trainers may."""
+def test_lora_on_an_output_embedding_fits_the_base_unless_that_was_enlarged(tmp_path, rows, fits):
+    """TRL trains no LoRA on output embeddings, but other trainers may."""
     write_base(tmp_path / "base", rows=rows)
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
     mask_id = add_mask_token(base, tokenizer)
     set_decoding_defaults(base, confadapt=0.9, verify=False)
     model = get_peft_model(base, with_mask_row(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), base, mask_id))
     (tmp_path / "run" / "custom_generate").mkdir(parents=True)
-    (tmp_path / "alone").mkdir()
+    (tmp_path / "exported").mkdir()
     model.save_pretrained(tmp_path / "run")
     write_mask_row(tmp_path / "run", model, {"base_model": "base"})
     assert (tmp_path / "run" / ADAPTER_FILE).exists() == fits
     if fits:
-        write_lora(tmp_path / "run", tmp_path / "alone")
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "alone"))
+        write_lora(tmp_path / "run", tmp_path / "exported")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "exported"))
 
 
-def test_other_weights_of_the_same_shapes_are_not_the_base(tmp_path):
+def test_a_base_with_other_weights_is_refused(tmp_path):
     write_base(tmp_path / "base", rows=766)
     trained(tmp_path)
-    alone = export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    exported = export(tmp_path / "run", tmp_path / "exported", adapter_only=True)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight += 0.1
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "other")
-    for folder in (tmp_path / "run", alone):
+    for folder in (tmp_path / "run", exported):
         load_student(folder, base=str(tmp_path / "base"))
         with pytest.raises(ValueError, match="these weights differ from it"):
             load_student(folder, base=str(tmp_path / "other"))
     LlamaForCausalLM(LlamaConfig(vocab_size=766, **SIZES | {"intermediate_size": 64})).save_pretrained(tmp_path / "wider")
     with pytest.raises(ValueError, match="trained on another base: size mismatch"):
-        load_student(alone, base=str(tmp_path / "wider"))
+        load_student(exported, base=str(tmp_path / "wider"))
 
 
 def test_adapters_are_checked_before_their_base_loads(tmp_path):
@@ -205,37 +205,37 @@ def test_adapters_are_checked_before_their_base_loads(tmp_path):
         with pytest.raises(ValueError, match="MTPDistillTrainer did not save them"):
             load(tmp_path / "run")
     (tmp_path / "run" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="adapters are loaded from safetensors alone"):
+    with pytest.raises(ValueError, match="adapters are loaded only from safetensors"):
         merge_folder(tmp_path / "run", tmp_path / "merged")
 
 
-def test_the_revision_that_the_adapters_name_is_loaded(tmp_path, monkeypatch):
+def test_the_base_is_loaded_at_the_revision_that_the_adapters_specify(tmp_path, monkeypatch):
     write_base(tmp_path / "base")
     trained(tmp_path)
     config = tmp_path / "run" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "v2"}))
-    load, asked = AutoModelForCausalLM.from_pretrained, []
+    load, revisions = AutoModelForCausalLM.from_pretrained, []
 
-    def watched(name, **options):
-        asked.append(options.get("revision"))
+    def recorded(name, **options):
+        revisions.append(options.get("revision"))
         return load(name, **options)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
     load_student(tmp_path / "run")
     merge_folder(tmp_path / "run", tmp_path / "merged")
     load_student(tmp_path / "run", base=str(tmp_path / "base"))
-    assert asked == ["v2", "v2", None]
+    assert revisions == ["v2", "v2", None]
 
 
 def test_a_pickle_is_not_loaded(tmp_path):
     write_base(tmp_path / "base")
     trained(tmp_path)
     (tmp_path / "run" / "adapter_model.safetensors").rename(tmp_path / "run" / "adapter_model.bin")
-    with pytest.raises(ValueError, match="adapters are loaded from safetensors alone"):
+    with pytest.raises(ValueError, match="adapters are loaded only from safetensors"):
         load_student(tmp_path / "run")
 
 
-def test_the_card_of_a_lora_says_how_it_is_put_on(tmp_path):
+def test_the_card_of_a_lora_shows_how_to_load_it(tmp_path):
     write_base(tmp_path / "base")
     trained(tmp_path, adapter_only=True)
     facts = json.loads((tmp_path / "run" / PROVENANCE_FILE).read_text()) | {"base_model": "org/base"}

@@ -1,4 +1,4 @@
-"""The mask token: where its row comes from and what is recorded."""
+"""The mask token: its embedding row, and what config.mtp records."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_a_row_beyond_the_last_token_is_used(tied):
     after = model.get_input_embeddings().weight.detach()
     assert mask_id == tokenizer.convert_tokens_to_ids(MASK_TOKEN) == 100
     assert after.shape == before.shape
-    others = torch.arange(128) != mask_id
-    assert torch.equal(after[others], before[others])
+    unchanged = torch.arange(128) != mask_id
+    assert torch.equal(after[unchanged], before[unchanged])
     assert not torch.equal(after[mask_id], before[mask_id])
     assert model.config.mtp == {
         "mask_token": MASK_TOKEN, "mask_token_id": 100, "k_max": 8, "barred_token_ids": [100], "base_vocab_size": 128,
@@ -55,7 +55,7 @@ def test_a_full_matrix_grows_to_a_multiple_of_64_and_every_new_row_is_barred(tie
 
 
 @pytest.mark.parametrize("reserved", ["<|reserved_special_token_{}|>", "<unused{}>"])
-def test_a_full_matrix_gives_its_last_reserved_token(reserved):
+def test_a_full_matrix_uses_its_last_reserved_token(reserved):
     names = tuple(reserved.format(i) for i in (0, 2, 1))
     model, tokenizer = build(64, 64, extra=names)
     mask_id = add_mask_token(model, tokenizer)
@@ -70,17 +70,17 @@ def test_a_full_matrix_gives_its_last_reserved_token(reserved):
     [(100, 128, (), "<|mtp|>"), (128, 128, (), "<|mtp|>"), (64, 64, ("<unused0>", "<unused1>"), "<|mtp|>"),
      (60, 64, ("<unused0>",), "<|mtp|>"), (64, 64, ("<unused0>", "<mine>"), "<mine>")],
 )  # fmt: skip
-def test_the_choice_is_known_from_the_config_alone(tokens, rows, extra, named):
+def test_the_token_is_chosen_from_the_config_without_weights(tokens, rows, extra, named):
     model, tokenizer = build(tokens, rows, extra=extra)
     chosen = chosen_mask_token(model.config, tokenizer, mask_token=named)
     assert len(tokenizer) == tokens
     add_mask_token(model, tokenizer, mask_token=named)
     assert model.config.mtp["mask_token"] == chosen
-    assert chosen_mask_token(model.config, tokenizer, mask_token="<other>") == chosen  # recorded by now
+    assert chosen_mask_token(model.config, tokenizer, mask_token="<other>") == chosen  # recorded by the call above
 
 
 def test_the_row_has_the_mean_and_spread_of_the_rows_in_use():
-    """Over many seeds each dimension's mean and standard deviation are those of the rows in use, not of spare ones."""
+    """Over many seeds, each dimension has the mean and standard deviation of the rows in use, not of spare rows."""
     rows = []
     for seed in range(300):
         model, tokenizer = build(100, 128)
@@ -117,7 +117,7 @@ def test_equal_seeds_give_equal_rows():
 
 
 def test_a_second_model_with_the_same_tokenizer_gets_the_same_row():
-    """The student's and the teacher's copies of a checkpoint are extended one after the other."""
+    """The student and the teacher, loaded from one checkpoint, are extended one after the other."""
     first, tokenizer = build(100, 128)
     second, _ = build(100, 128)
     mask_id = add_mask_token(first, tokenizer)

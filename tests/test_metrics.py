@@ -1,4 +1,4 @@
-"""The `evaluate` modules count as the plainest loop does."""
+"""The metrics for `evaluate` equal counts by hand."""
 
 import pytest
 
@@ -14,14 +14,14 @@ def test_block_agreement_counts_up_to_the_first_difference():
     assert found == {"block_agreement": (2 + 2 + 1) / (4 + 2 + 2), "identical": pytest.approx(1 / 3)}
 
 
-def test_final_answer_reads_the_number_behind_the_mark():
+def test_final_answer_reads_the_number_after_the_marker():
     texts = ["so 3 + 4 = 7\n#### 7", "#### 1,200", "no mark 5", "#### 8 #### 9"]
     found = FinalAnswer().compute(predictions=texts, references=["#### 7", "1200", "5", "#### 9"])
     assert found["final_answer"] == 0.5
     assert found["standard_error"] == pytest.approx((1 / 3 / 4) ** 0.5)
 
 
-def test_modules_describe_themselves():
-    for module in (Acceleration(), BlockAgreement(), FinalAnswer()):
-        assert "2602.06019" in module.citation
-        assert module.description
+def test_metrics_have_a_description_and_a_citation():
+    for metric in (Acceleration(), BlockAgreement(), FinalAnswer()):
+        assert "2602.06019" in metric.citation
+        assert metric.description

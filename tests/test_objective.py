@@ -1,4 +1,4 @@
-"""Losses, the end-of-text rule and block statistics against plain loops."""
+"""Losses, the EOS rule and block statistics against plain loops."""
 
 import math
 
@@ -41,9 +41,10 @@ def test_each_objective_equals_its_formula(objective):
     student, teacher = logits(0), logits(1)
     rollout, target = student.argmax(-1), teacher.argmax(-1)
     losses = position_losses(student, teacher, rollout, target, objective=objective)
-    for place in range(4):
-        expected = naive_loss(objective, student[place], teacher[place], int(rollout[place]), int(target[place]))
-        assert losses[place].item() == pytest.approx(expected, rel=1e-5)
+    for position in range(4):
+        ids = int(rollout[position]), int(target[position])
+        expected = naive_loss(objective, student[position], teacher[position], *ids)
+        assert losses[position].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -59,7 +60,7 @@ def test_barred_tokens_give_no_nan_in_value_or_gradient(objective):
 
 
 def test_reward_gradient_is_the_expected_policy_gradient():
-    """E[R grad log p] over every token equals the gradient of the objective: the baseline-free exact expectation."""
+    """The gradient equals the exact expectation E[R grad log p] over all tokens, without a baseline."""
     raw = torch.randn(1, V, requires_grad=True)
     teacher = logits(3)[:1]
     position_losses(bar_tokens(raw, BARRED), teacher, torch.tensor([0]), torch.tensor([0]), objective="reward").sum().backward()
@@ -73,7 +74,7 @@ def test_reward_gradient_is_the_expected_policy_gradient():
     torch.testing.assert_close(raw.grad[0], policy, atol=1e-5, rtol=1e-4)
 
 
-def test_kl_is_zero_between_equals():
+def test_kl_between_equal_distributions_is_zero():
     log_p = logits(0).log_softmax(-1)
     assert kl_divergence(log_p, log_p).abs().max() < 1e-6
 
@@ -82,18 +83,18 @@ def test_kl_is_zero_between_equals():
     ("rollout", "target", "expected"),
     [
         ([3, 3, 3, 3], [3, 3, 3, 3], [1, 1, 1, 1]),
-        ([3, 1, 3, 3], [3, 3, 3, 3], [1, 1, 0, 0]),  # the rollout's own, wrong, end
-        ([3, 3, 3, 3], [3, 9, 3, 3], [1, 1, 0, 0]),  # the target's end, the second EOS id
-        ([1, 1, 1, 1], [3, 1, 1, 1], [1, 0, 0, 0]),  # "all EOS" earns nothing beyond its first place
+        ([3, 1, 3, 3], [3, 3, 3, 3], [1, 1, 0, 0]),  # the rollout ends too early
+        ([3, 3, 3, 3], [3, 9, 3, 3], [1, 1, 0, 0]),  # the target ends, with the second EOS id
+        ([1, 1, 1, 1], [3, 1, 1, 1], [1, 0, 0, 0]),  # a rollout of only EOS carries loss at its first position only
     ],
 )
-def test_a_block_carries_loss_through_its_first_end_of_text(rollout, target, expected):
+def test_a_block_carries_loss_up_to_and_including_its_first_eos(rollout, target, expected):
     drawn = torch.ones(1, 1, 4, dtype=torch.bool)
     valid = positions_with_loss(torch.tensor([[rollout]]), torch.tensor([[target]]), drawn, eos_ids=torch.tensor([1, 9]))
     assert valid[0, 0].int().tolist() == expected
 
 
-def test_an_end_of_text_at_an_undrawn_place_cuts_nothing():
+def test_eos_at_an_undrawn_position_does_not_end_the_loss():
     drawn = torch.tensor([[[True, False, True]]])
     ids = torch.tensor([[[3, 1, 3]]])
     assert positions_with_loss(ids, ids, drawn, eos_ids=torch.tensor([1])).tolist() == drawn.tolist()
@@ -106,22 +107,22 @@ def test_block_statistics_equal_a_plain_count():
     reward = -torch.rand(2, 3, 4, generator=generator)
     valid = torch.tensor([[[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]] * 2).bool()
     metrics = block_metrics(block_sums(confidence, agree, reward, valid, thresholds=[0.3]), thresholds=[0.3])
-    places = [(b, r, k) for b in range(2) for r in range(3) for k in range(4) if valid[b, r, k]]
-    assert metrics["reward"] == pytest.approx(sum(reward[p].item() for p in places) / len(places))
-    second = [p for p in places if p[2] == 1]
+    positions = [(b, r, k) for b in range(2) for r in range(3) for k in range(4) if valid[b, r, k]]
+    assert metrics["reward"] == pytest.approx(sum(reward[p].item() for p in positions) / len(positions))
+    second = [p for p in positions if p[2] == 1]
     assert metrics["agreement/place_2"] == pytest.approx(sum(agree[p].item() for p in second) / len(second))
     assert metrics["confidence/place_2"] == pytest.approx(sum(confidence[p].item() for p in second) / len(second))
     survival, expected = 1.0, 1.0
-    for place in range(4):
+    for position in range(4):
         reached = [
             (b, r)
             for b in range(2)
             for r in range(3)
-            if valid[b, r, place] and all(confidence[b, r, j] >= 0.3 for j in range(place))
+            if valid[b, r, position] and all(confidence[b, r, j] >= 0.3 for j in range(position))
         ]
-        kept = sum(bool(confidence[b, r, place] >= 0.3) for b, r in reached)
-        survival *= kept / len(reached) if reached else 0.0
-        expected += survival if place else 0.0
+        accepted = sum(bool(confidence[b, r, position] >= 0.3) for b, r in reached)
+        survival *= accepted / len(reached) if reached else 0.0
+        expected += survival if position else 0.0
     assert metrics["acceleration/confadapt_0.3"] == pytest.approx(expected)
     assert 1.0 < expected < 4.0
 
@@ -135,7 +136,7 @@ def test_sums_of_two_halves_add_up_to_the_whole():
         torch.testing.assert_close(halves[0][name] + halves[1][name], value)
 
 
-def test_a_rollout_that_ends_cuts_nothing_where_the_text_is_the_target():
-    """The reason to cut there is a teacher that reads the rollout; the text itself goes on."""
+def test_eos_in_the_rollout_does_not_end_the_loss_if_the_text_is_the_target():
+    """The rule exists because the teacher reads the rollout. The text itself continues."""
     drawn, text = torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([[[3, 5, 1, 3]]])
     assert positions_with_loss(None, text, drawn, eos_ids=torch.tensor([1]))[0, 0].int().tolist() == [1, 1, 1, 0]

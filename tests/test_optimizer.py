@@ -1,4 +1,4 @@
-"""MuonAdamW: against torch's own optimizers, and as a citizen of schedulers, checkpoints and accelerate."""
+"""MuonAdamW: against torch's optimizers, and with schedulers, checkpoints and accelerate."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_equals_torch_muon_and_torch_adamw():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_and_heads_are_adamws(tied):
+def test_embeddings_and_heads_use_adamw(tied):
     model = tiny_llama(tied)
     muon, adamw = muon_adamw(model, lr=0.1).param_groups
     assert all(p.ndim == 2 for p in muon["params"])
@@ -92,7 +92,7 @@ def test_frozen_parameters_are_left_out():
     assert chosen == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_are_unchanged():
     model = net()
     before = copy.deepcopy(model.state_dict())
     optimizer = muon_adamw(model, lr=0.1)
@@ -113,26 +113,26 @@ def test_weight_decay_moves_matrices_only():
         torch.testing.assert_close(value, before[name] * factor)
 
 
-def test_resumed_from_a_state_dict_it_takes_the_same_steps(tmp_path):
-    straight = net()
-    optimizer = muon_adamw(straight, lr=0.05)
+def test_an_optimizer_loaded_from_a_state_dict_takes_the_same_steps(tmp_path):
+    uninterrupted = net()
+    optimizer = muon_adamw(uninterrupted, lr=0.05)
     for step in range(2):
-        backward(straight, step)
+        backward(uninterrupted, step)
         optimizer.step()
-    torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    torch.save({"model": uninterrupted.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
     saved = torch.load(tmp_path / "checkpoint.pt")
     resumed = net()
     resumed.load_state_dict(saved["model"])
-    again = muon_adamw(resumed, lr=0.7)
-    again.load_state_dict(saved["optimizer"])
-    for model, its in ((straight, optimizer), (resumed, again)):
+    loaded = muon_adamw(resumed, lr=0.7)
+    loaded.load_state_dict(saved["optimizer"])
+    for model, model_optimizer in ((uninterrupted, optimizer), (resumed, loaded)):
         backward(model, 2)
-        its.step()
-    for mine, reference in zip(resumed.parameters(), straight.parameters(), strict=True):
+        model_optimizer.step()
+    for mine, reference in zip(resumed.parameters(), uninterrupted.parameters(), strict=True):
         assert torch.equal(mine, reference)
 
 
-def test_a_scheduler_moves_both_learning_rates():
+def test_a_scheduler_changes_both_learning_rates():
     model = net()
     optimizer = muon_adamw(model, lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
@@ -142,15 +142,15 @@ def test_a_scheduler_moves_both_learning_rates():
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
 
 
-def test_accelerate_wraps_it():
+def test_it_takes_the_same_step_when_wrapped_by_accelerate():
     accelerator = Accelerator(cpu=True)
     model = net()
     plain = net()
     wrapped = accelerator.prepare(muon_adamw(model, lr=0.1))
     reference = muon_adamw(plain, lr=0.1)
-    for its, step in ((model, wrapped), (plain, reference)):
-        backward(its, 0)
-        step.step()
+    for network, optimizer in ((model, wrapped), (plain, reference)):
+        backward(network, 0)
+        optimizer.step()
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -181,7 +181,7 @@ def test_bfloat16_parameters_stay_bfloat16():
     ("options", "message"),
     [({"lr": -1.0}, "lr must be >= 0"), ({"lr": 0.1, "momentum": 1.0}, "momentum must be in")],
 )
-def test_impossible_settings_are_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         muon_adamw(net(), **options)
 

@@ -1,4 +1,4 @@
-"""What `pip install mtp-trl` gives: a quick import, a console script, and the data files inside the wheel."""
+"""Test the installed package: fast import, console script, and data files in the wheel."""
 
 import importlib
 import shutil
@@ -26,7 +26,7 @@ DATA = [
 ]
 
 
-def test_import_alone_loads_no_torch():
+def test_importing_the_package_does_not_import_torch():
     code = "import sys, mtp_trl; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -36,12 +36,12 @@ def test_every_public_name_resolves(name):
     assert getattr(mtp_trl, name) is not None
 
 
-def test_an_unknown_name_is_refused_by_name():
+def test_an_unknown_name_raises_an_error_that_contains_it():
     with pytest.raises(AttributeError, match="MTPTrainer"):
         _ = mtp_trl.MTPTrainer
 
 
-def test_one_version():
+def test_the_package_and_pyproject_have_the_same_version():
     assert PROJECT["version"] == mtp_trl.__version__
 
 
@@ -61,8 +61,8 @@ def test_constraints_pin_every_direct_dependency():
     assert "://" not in pins
 
 
-def test_wheel_carries_the_data_files(tmp_path):
-    """Built from a copy, so that the checkout stays clean; no index is asked."""
+def test_the_wheel_contains_the_data_files(tmp_path):
+    """The wheel is built from a copy, so that the checkout stays clean, and without a package index."""
     source = tmp_path / "source"
     shutil.copytree(ROOT / "mtp_trl", source / "mtp_trl", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""What is written beside a model's weights: no secrets, nothing of one machine."""
+"""Test that the published provenance contains no secrets and no local paths."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def test_provenance_holds_no_paths_and_no_tokens(tmp_path):
         (["/opt/me/recipe.yaml", "--output_dir=/opt/me/out", "runs/x"], "recipe.yaml --output_dir=out runs/x"),
     ],
 )
-def test_a_command_is_published_without_secrets_and_without_paths_of_the_machine(monkeypatch, arguments, shown):
+def test_a_command_is_published_without_secrets_and_local_paths(monkeypatch, arguments, shown):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/mtp-trl", *arguments])
     assert run_facts()["command"] == f"mtp-trl {shown}"
 
@@ -40,7 +40,7 @@ def test_a_setting_that_holds_a_token_is_left_out(tmp_path):
     assert settings["seed"] == 3
 
 
-def test_settings_within_a_setting_are_kept_without_secrets_and_paths(tmp_path):
+def test_nested_settings_are_kept_without_secrets_and_paths(tmp_path):
     options = {
         "num_decay_steps": 1600,
         "inner": {"api_key": "q", "HF_Token": "q", "file": "/opt/q", "odd": object(), "x": None},
@@ -54,7 +54,7 @@ def test_settings_within_a_setting_are_kept_without_secrets_and_paths(tmp_path):
     json.dumps(settings)
 
 
-def test_names_that_mean_something_elsewhere(tmp_path):
+def test_public_names_contain_no_local_paths(tmp_path):
     assert public_name("org/base") == "org/base"
     assert public_name(str(tmp_path)) == tmp_path.name
     assert public_name("../data/nowhere/train.jsonl") == "train.jsonl"

@@ -1,4 +1,4 @@
-"""A folder becomes a repository, whole and with nothing else in it; pushes go through the real client to a stand-in Hub."""
+"""Test that exports and pushes contain a complete repository and nothing else. Pushes use the real client and a local Hub."""
 
 import dataclasses
 import json
@@ -54,13 +54,13 @@ PRIVATE = (
 )
 
 
-# huggingface_hub 2.4 uploads large files in a way that its HTTP client has deprecated
+# huggingface_hub 2.4 uploads large files with a deprecated option of its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_model):
-    """What a run leaves behind: a model with its decoder, and much that is nobody else's business."""
+    """Return the output folder of a run: a model with its decoder, and private files that must not be published."""
     folder = tmp_path / "run" / "out"
     model = tiny_model("llama")
     set_decoding_defaults(model, confadapt=0.9, verify=False)
@@ -78,17 +78,17 @@ def names(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- a folder ----
+# ---- export to a folder ----
 
 
-def test_an_export_is_everything_a_repository_needs_and_nothing_else(folder, tmp_path, capsys):
+def test_an_export_contains_exactly_the_files_of_a_repository(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "new" / "model"), "--repository", "me/other"]) == 0
     assert names(tmp_path / "new") == {f"model/{name}" for name in FILES - {".gitattributes"}}
     assert "me/other" in (tmp_path / "new" / "model" / "README.md").read_text()
     assert str(tmp_path / "new" / "model") in capsys.readouterr().out
 
 
-def test_results_go_into_the_card_and_to_the_hubs_leaderboards(folder, tmp_path):
+def test_results_are_written_to_the_card_and_to_the_hubs_leaderboards(folder, tmp_path):
     ours, benchmark = tmp_path / "ours" / "results.json", tmp_path / "gsm8k.json"
     ours.parent.mkdir()
     report = from_json((HERE.parent / "docs" / "results" / "tiny_exact.json").read_text())
@@ -103,17 +103,17 @@ def test_results_go_into_the_card_and_to_the_hubs_leaderboards(folder, tmp_path)
     assert (output / "mtp_results" / "ours.png").read_bytes() == b"a plot"
     assert names(output / ".eval_results") == {"gsm8k.yaml"}
     entries = parse_eval_result_entries(yaml.safe_load((output / ".eval_results" / "gsm8k.yaml").read_text()))
-    assert len(entries) == len(report.rows) - 1  # the base's own accuracy is not this model's
+    assert len(entries) == len(report.rows) - 1  # the base has no entry: its accuracy is not this model's
     assert {entry.dataset_id for entry in entries} == {"openai/gsm8k"}
     assert entries[1].notes.startswith("static k=2, 1.99 tokens per forward pass")
 
 
-def test_a_card_that_its_author_has_made_their_own_is_left_alone(folder, tmp_path):
-    own = "---\nlicense: mit\n---\n# Mine\n"
-    (folder / "README.md").write_text(own)
-    assert (export(folder, tmp_path / "first") / "README.md").read_text() == own
+def test_a_card_that_its_author_has_written_is_not_overwritten(folder, tmp_path):
+    card = "---\nlicense: mit\n---\n# Mine\n"
+    (folder / "README.md").write_text(card)
+    assert (export(folder, tmp_path / "first") / "README.md").read_text() == card
     (folder / "README.md").write_text(f"{MARK}\nold")
-    assert "## Limits" in (export(folder, tmp_path / "second") / "README.md").read_text()
+    assert "## Limitations" in (export(folder, tmp_path / "second") / "README.md").read_text()
 
 
 def break_weights(folder):
@@ -132,7 +132,7 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (break_weights, "lacks model.safetensors"),
         (break_shards, "lacks model-00002-of-00002.safetensors"),
@@ -142,31 +142,31 @@ def change_config(folder, **changes):
         (lambda folder: change_config(folder, mtp={"exact": True}), "mtp_adapter.safetensors is missing"),
     ],
 )
-def test_half_a_model_is_refused_and_nothing_is_written(folder, tmp_path, spoil, message):
-    spoil(folder)
+def test_an_incomplete_model_is_refused_and_nothing_is_written(folder, tmp_path, damage, message):
+    damage(folder)
     with pytest.raises(ValueError, match=message):
         export(folder, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_refusals_name_the_remedy(folder, tmp_path):
+def test_errors_of_export_name_a_remedy(folder, tmp_path):
     with pytest.raises(FileExistsError, match="name another folder"):
         export(folder, folder)
-    with pytest.raises(ValueError, match="only exact mode, and LoRA"):
+    with pytest.raises(ValueError, match="adapter_only requires exact mode, or LoRA"):
         export(folder, tmp_path / "model", adapter_only=True)
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match=r"bad\.json is not a results\.json"):
         export(folder, tmp_path / "model", results=[tmp_path / "bad.json"])
 
 
-# ---- the Hub ----
+# ---- push to the Hub ----
 
 
-def test_a_push_is_one_commit_and_an_unchanged_one_is_none(folder, online, capsys):
+def test_a_push_makes_one_commit_and_an_unchanged_folder_none(folder, online, capsys):
     assert main(["push", str(folder), REPOSITORY]) == 0
     repository = online.repositories[REPOSITORY]
     assert repository.names() == FILES
-    assert len(repository.commits) == 2  # the Hub's own and this
+    assert len(repository.commits) == 2  # the Hub's initial commit and this push
     assert online.url in capsys.readouterr().out
     push(folder, REPOSITORY)
     assert len(repository.commits) == 2
@@ -174,20 +174,20 @@ def test_a_push_is_one_commit_and_an_unchanged_one_is_none(folder, online, capsy
     assert {path.name for path in folder.parent.iterdir()} == {"out"}  # no snapshot is left
 
 
-def test_a_push_with_other_results_leaves_the_folders_own_files_alone(folder, online, tmp_path):
+def test_a_push_with_other_results_does_not_change_the_files_in_the_folder(folder, online, tmp_path):
     results = HERE.parent / "docs" / "results" / "tiny_exact.json"
     (folder / "mtp_results").mkdir()
-    own = (folder / "mtp_results" / "tiny_exact.json", folder / "README.md")
-    own[0].write_text(results.read_text().replace("word problems", "our problems"))
-    own[1].write_text(MARK)
-    before = [path.read_text() for path in own]
+    report, card = folder / "mtp_results" / "tiny_exact.json", folder / "README.md"
+    report.write_text(results.read_text().replace("word problems", "our problems"))
+    card.write_text(MARK)
+    before = [report.read_text(), card.read_text()]
     push(folder, REPOSITORY, results=[results])
-    assert [path.read_text() for path in own] == before
+    assert [report.read_text(), card.read_text()] == before
     repository = online.repositories[REPOSITORY]
     assert b"our problems" not in repository.commits[repository.head]["README.md"]
 
 
-def test_what_an_earlier_push_left_of_the_model_goes_and_what_is_the_authors_stays(folder, online):
+def test_a_push_deletes_stale_model_files_and_keeps_the_files_of_the_author(folder, online):
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]
     stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
@@ -198,7 +198,7 @@ def test_what_an_earlier_push_left_of_the_model_goes_and_what_is_the_authors_sta
     assert repository.names() == FILES | set(kept)
 
 
-def test_a_branch_is_made_where_it_is_not_there(folder, online):
+def test_a_push_creates_a_missing_branch(folder, online):
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]
     before = repository.head
@@ -211,31 +211,31 @@ def test_a_branch_is_made_where_it_is_not_there(folder, online):
     assert files["generation_config.json"] == b"{}"
 
 
-def test_a_connection_that_breaks_leaves_the_old_revision_and_a_second_run_mends_it(folder, online, monkeypatch, tiny_model):
+def test_a_failed_upload_changes_nothing_and_a_second_push_completes_it(folder, online, monkeypatch, tiny_model):
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]
     before = repository.head
     tiny_model("llama", seed=1).save_pretrained(folder)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # the client tries again, ever later
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # skip the waits between retries
     online.broken_uploads = 100
-    with pytest.raises(OSError, match="The repository is as it was; run the same again"):
+    with pytest.raises(OSError, match="The repository is unchanged; push again"):
         push(folder, REPOSITORY)
     assert repository.head == before
     assert {path.name for path in folder.parent.iterdir()} == {"out"}
-    online.broken_uploads = 1  # one the client gets over by itself
+    online.broken_uploads = 1  # the client retries once and succeeds
     push(folder, REPOSITORY)
     assert repository.head != before
     assert repository.names() == FILES
     assert len(online.uploads) == 2
 
 
-def test_weights_that_arrived_before_the_connection_broke_are_not_sent_twice(folder, online):
+def test_weights_that_were_uploaded_before_the_connection_failed_are_not_uploaded_again(folder, online):
     def cut_off(repository):
         raise ConnectionResetError
 
     online.before_commit = cut_off
-    online.handle_error = lambda *_: None  # silence
-    with pytest.raises(OSError, match="did not go through"):
+    online.handle_error = lambda *_: None  # do not print the traceback
+    with pytest.raises(OSError, match="The push to me/model failed"):
         push(folder, REPOSITORY)
     assert len(online.uploads) == 1
     online.before_commit = None
@@ -244,16 +244,16 @@ def test_weights_that_arrived_before_the_connection_broke_are_not_sent_twice(fol
     assert online.repositories[REPOSITORY].names() == FILES
 
 
-def test_somebody_elses_push_in_between_is_not_overwritten(folder, online, capsys):
+def test_a_concurrent_push_is_not_overwritten(folder, online, capsys):
     push(folder, REPOSITORY)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     online.before_commit = lambda repository: repository.write({"theirs.txt": b"new"})
     assert main(["push", str(folder), REPOSITORY]) == 2
-    assert "has changed on the Hub while this push was under way" in capsys.readouterr().err
+    assert "changed on the Hub during this push" in capsys.readouterr().err
     assert online.repositories[REPOSITORY].names() == {"theirs.txt"}
 
 
-def test_a_private_repository_takes_the_right_token_alone(folder, online, monkeypatch, capsys):
+def test_a_private_repository_accepts_only_the_right_token(folder, online, monkeypatch, capsys):
     assert main(["push", str(folder), REPOSITORY, "--private"]) == 0
     assert online.repositories[REPOSITORY].private
     monkeypatch.setenv("HF_TOKEN", "hf_wrongtoken")
@@ -266,7 +266,7 @@ def test_a_private_repository_takes_the_right_token_alone(folder, online, monkey
 
 
 def small_run(folder, *, lora=False, **options):
-    """Exact mode, or LoRA on a base that lies beside the folder."""
+    """Return a trainer of exact mode, or of LoRA on a base that is saved next to `folder`."""
     config = LlamaConfig(
         vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0,
         eos_token_id=1, pad_token_id=2,
@@ -285,49 +285,49 @@ def small_run(folder, *, lora=False, **options):
     return MTPDistillTrainer(base, args, load_dataset("train", 4, 0), processing_class=tokenizer, peft_config=adapter)
 
 
-def test_a_hub_that_is_away_for_a_while_does_not_end_the_training(online, tmp_path, monkeypatch, caplog):
+def test_training_continues_when_the_hub_is_temporarily_unreachable(online, tmp_path, monkeypatch, caplog):
     create, errors = HfApi.create_repo, [ConnectionError("Name or service not known")]
 
-    def create_unless_away(*args, **options):
+    def create_after_one_failure(*args, **options):
         if errors:
             raise errors.pop()
         return create(*args, **options)
 
     run = small_run(tmp_path / "out", push_to_hub=True, hub_model_id=REPOSITORY, save_steps=1, hub_always_push=True)
-    monkeypatch.setattr(HfApi, "create_repo", create_unless_away)
+    monkeypatch.setattr(HfApi, "create_repo", create_after_one_failure)
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.saving"):
         run.train()
     assert run.state.global_step == 3
     assert "A push during training failed" in caplog.text
     run._finish_current_push()
-    assert len(online.repositories[REPOSITORY].commits) >= 3  # the Hub's own, and the second and third step's
+    assert len(online.repositories[REPOSITORY].commits) >= 3  # the Hub's initial commit, and those of steps 2 and 3
 
 
-def test_what_was_measured_of_other_weights_is_not_published(tmp_path, caplog):
-    """Saved again without another step the same measurements stay, and the threshold they found with them."""
+def test_measurements_of_earlier_weights_are_not_published(tmp_path, caplog):
+    """Saving again without another training step keeps the measurements and the calibrated threshold."""
     out = tmp_path / "out"
     run = small_run(out, save_strategy="no")
     run.save_model()
     steps = [Step(0.7, Counts(100, 0, 0, 2.0), 0.001, True)]
-    found = Calibration("accuracy", 0.01, 0.95, 0.7, steps, {})
-    found.write(out / CALIBRATION_FILE)
+    calibration = Calibration("accuracy", 0.01, 0.95, 0.7, steps, {})
+    calibration.write(out / CALIBRATION_FILE)
     (out / "mtp_results").mkdir()
     (out / "mtp_results" / "a.json").write_text("{}")
     run.save_model()
-    assert Calibration.read(out / CALIBRATION_FILE) == found
+    assert Calibration.read(out / CALIBRATION_FILE) == calibration
     assert json.loads((out / "generation_config.json").read_text())["confadapt"] == 0.7
     run.train()
     with caplog.at_level(logging.WARNING, logger="mtp_trl.training.saving"):
         run.save_model()
-    assert "was measured of other weights" in caplog.text
+    assert "was measured on other weights" in caplog.text
     assert not {CALIBRATION_FILE, "mtp_results"} & {path.name for path in out.iterdir()}
-    assert Calibration.read(out / f"earlier_{CALIBRATION_FILE}") == found
+    assert Calibration.read(out / f"earlier_{CALIBRATION_FILE}") == calibration
     assert json.loads((out / "generation_config.json").read_text())["confadapt"] == 0.9
     exported = export(out, tmp_path / "exported")
     assert not [name for name in names(exported) if "earlier" in name]
 
 
-def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, hub_server, tmp_path):
+def test_pushed_models_load_from_the_hub_and_decode_like_the_trained_ones(run_program, hub_server, tmp_path):
     environment = {
         **os.environ, "HF_ENDPOINT": hub_server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
@@ -337,13 +337,13 @@ def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, hub_
     assert "A push during training failed" not in done.stderr
     weights, adapter = {"config.json", "generation_config.json", "model.safetensors"}, "custom_generate/mtp_adapter.safetensors"
     expected = {"full": FILES, "lora": FILES, "exact": FILES | {adapter}, "adapter_only": FILES - weights | {adapter}}
-    expected["lora_alone"] = expected["adapter_only"] | {"adapter_config.json", "adapter_model.safetensors"}
+    expected["lora_adapter_only"] = expected["adapter_only"] | {"adapter_config.json", "adapter_model.safetensors"}
     for kind, files in expected.items():
         repository = hub_server.repositories[f"me/{kind}"]
         assert repository.names() == files
         first, *during, last = repository.commits.values()
         assert set(first) == {".gitattributes"}
-        assert [set(commit) for commit in during] == [files, files]  # one for each checkpoint
+        assert [set(commit) for commit in during] == [files, files]  # one commit for each checkpoint
         assert b"`word_problems`" in last["README.md"]
     contents = [
         file for repository in hub_server.repositories.values() for file in repository.commits[repository.head].values()
@@ -353,8 +353,8 @@ def test_pushed_models_come_back_by_their_ids_and_decode_alike(run_program, hub_
         assert str(tmp_path).encode() not in content
 
 
-def test_a_snapshot_of_the_hubs_cache_is_pushed_with_its_content(online, folder, tmp_path, monkeypatch):
-    """Files of a snapshot are relative links: a hard link of one would point nowhere from another folder."""
+def test_a_snapshot_in_the_hubs_cache_is_pushed_with_its_content(online, folder, tmp_path, monkeypatch):
+    """Files of a snapshot are relative symbolic links. A hard link to one would be broken in another folder."""
     snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
     for name in FILES - {".gitattributes", "README.md"}:
         blob = blobs / name.replace("/", "_")
@@ -370,7 +370,7 @@ def test_a_snapshot_of_the_hubs_cache_is_pushed_with_its_content(online, folder,
 
 
 def with_evidence(out):
-    """What an author and `mtp-trl eval` and `calibrate` put beside saved weights."""
+    """Write the files that an author, `mtp-trl eval` and `mtp-trl calibrate` add to saved weights, and return their content."""
     (out / "README.md").write_text("# My own words")
     (out / "LICENSE").write_text("mine")
     Calibration("accuracy", 0.01, 0.95, 0.7, [Step(0.7, Counts(100, 0, 0, 2.0), 0.001, True)], {}).write(out / CALIBRATION_FILE)
@@ -382,11 +382,11 @@ def with_evidence(out):
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("by", ["trainer", "command"])
-def test_merged_lora_is_pushed_with_what_lies_beside_it(online, tmp_path, by):
+def test_merged_lora_is_pushed_with_the_other_files_of_its_folder(online, tmp_path, by):
     out = tmp_path / "out"
     run = small_run(out, lora=True, save_strategy="no", hub_model_id=REPOSITORY)
     run.save_model()
-    beside = with_evidence(out)
+    evidence = with_evidence(out)
     for _ in range(2):  # the second push deletes none of it
         if by == "trainer":
             run.push_to_hub()
@@ -394,13 +394,13 @@ def test_merged_lora_is_pushed_with_what_lies_beside_it(online, tmp_path, by):
             push(out, REPOSITORY)
         repository = online.repositories[REPOSITORY]
         files = repository.commits[repository.head]
-        assert beside.keys() <= files.keys()
-        assert all(content is None or files[name] == content for name, content in beside.items())
+        assert evidence.keys() <= files.keys()
+        assert all(content is None or files[name] == content for name, content in evidence.items())
         assert "model.safetensors" in files
         assert "adapter_model.safetensors" not in files
 
 
-def test_a_card_that_its_author_wrote_on_the_hub_stays(online, folder, caplog):
+def test_a_card_that_its_author_wrote_on_the_hub_is_not_overwritten(online, folder, caplog):
     push(folder, REPOSITORY)
     repository = online.repositories[REPOSITORY]
     assert MARK.encode() in repository.commits[repository.head]["README.md"]
@@ -411,11 +411,11 @@ def test_a_card_that_its_author_wrote_on_the_hub_stays(online, folder, caplog):
     files = repository.commits[repository.head]
     assert files["README.md"] == b"# My own words"
     assert files["tokenizer_config.json"] == b"{}"
-    assert "keeps its own README.md" in caplog.text
+    assert "keeps its README.md" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_no_memory_to_merge_ends_no_training(online, tmp_path, monkeypatch, caplog):
+def test_training_continues_when_merging_runs_out_of_memory(online, tmp_path, monkeypatch, caplog):
     def merge(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -428,8 +428,8 @@ def test_no_memory_to_merge_ends_no_training(online, tmp_path, monkeypatch, capl
     assert "OutOfMemoryError: CUDA out of memory" in caplog.text
 
 
-def test_a_checkpoint_that_rotation_removes_is_uploaded_whole(online, tmp_path, monkeypatch):
-    """The upload waits in a queue; meanwhile training goes on, and keeps one checkpoint only."""
+def test_a_checkpoint_that_rotation_deletes_is_uploaded_completely(online, tmp_path, monkeypatch):
+    """The upload waits in a queue while training continues and keeps only one checkpoint."""
     queued = []
     monkeypatch.setattr("mtp_trl.publishing.push.in_background", lambda send: queued.append(send) or Future())
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Exact mode on quantised bases, on the CPU: it trains through them, leaves them alone, and decodes their own text."""
+"""Exact mode on quantised bases, on the CPU: training leaves the base unchanged, and verified decoding returns its text."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ from mtp_trl.word_problems import load_dataset
 BASE = str(Path(mtp_trl.word_problems.__file__).parent / "base")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-    pytest.mark.filterwarnings("ignore:.*whether these weights are the same cannot be told"),
+    pytest.mark.filterwarnings("ignore:.*these weights cannot be compared with it"),
 ]
 
 
@@ -38,8 +38,8 @@ def quantisation(kind: str):
 def digest(model) -> str:
     joined = hashlib.sha256()
     for name, value in sorted(item for item in model.state_dict().items() if "mtp_adapter" not in item[0]):
-        plain = value.dequantize() if hasattr(value, "dequantize") and type(value.data) is not torch.Tensor else value
-        joined.update(name.encode() + plain.detach().float().numpy().tobytes() if torch.is_tensor(plain) else name.encode())
+        dense = value.dequantize() if hasattr(value, "dequantize") and type(value.data) is not torch.Tensor else value
+        joined.update(name.encode() + dense.detach().float().numpy().tobytes() if torch.is_tensor(dense) else name.encode())
     return joined.hexdigest()
 
 
@@ -56,7 +56,7 @@ def test_an_adapter_trains_on_a_quantised_base_and_decodes_its_text(tmp_path, ki
         processing_class=tokenizer, quantization_config=quantisation(kind),
     )  # fmt: skip
     before = digest(trainer.model)
-    trainer.evaluate()  # an evaluation must not cost the gradients
+    trainer.evaluate()  # an evaluation must not break the gradients
     trainer.train()
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -65,21 +65,21 @@ def test_an_adapter_trains_on_a_quantised_base_and_decodes_its_text(tmp_path, ki
 
     ids = tokenizer("Question: Tom has 3 apples.\nAnswer:", return_tensors="pt")
     base = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=quantisation(kind), dtype=torch.float32)
-    own = base.generate(**ids, max_new_tokens=24, do_sample=False)
+    greedy = base.generate(**ids, max_new_tokens=24, do_sample=False)
     options = {"custom_generate": str(tmp_path), "trust_remote_code": True, "confadapt": 0.0, "max_new_tokens": 24}
-    assert torch.equal(base.generate(**ids, **options), own)
+    assert torch.equal(base.generate(**ids, **options), greedy)
     drafts = trainer.model.generate(**ids, confadapt=0.0, verify=False, max_new_tokens=24)
     assert torch.equal(base.generate(**ids, **options, verify=False), drafts)
 
 
-def test_packed_weights_are_not_taken_for_the_bases(tmp_path):
+def test_packed_weights_have_no_fingerprint(tmp_path):
     pytest.importorskip("bitsandbytes")
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=kind, dtype=torch.float32)
     assert base_fingerprint(model, ["model.layers.0.mlp.up_proj"]) is None
 
 
-def test_gradients_through_four_bits_are_those_of_the_dequantised_weights():
+def test_gradients_through_4_bit_weights_equal_those_of_dequantised_weights():
     functional = pytest.importorskip("bitsandbytes").functional
     gradients = []
     for dense in (False, True):
@@ -101,7 +101,7 @@ def test_gradients_through_four_bits_are_those_of_the_dequantised_weights():
             clean, torch.tensor([15]), regions, k_max=5, slots=14, mask_token_id=model.config.mtp["mask_token_id"]
         )
         with torch.no_grad():
-            model.eval()(input_ids=clean)  # what an evaluation in the middle of training does
+            model.eval()(input_ids=clean)  # as an evaluation during training does
         hidden = ExactReader(model.train(), with_teacher=False).read_student(layout)
         hidden[layout.read_BRK[layout.drawn_BRK]].square().sum().backward()
         gradients.append([parameter.grad for parameter in adapter.parameters()])

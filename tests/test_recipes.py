@@ -1,4 +1,4 @@
-"""Recipes: read, checked before anything loads, and every published one run on a tiny model."""
+"""Recipes are parsed and checked before anything loads, and every published recipe runs on a tiny model."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
 )
-# What a test run changes in any recipe: the machine and the length, nothing else.
+# Overrides of a test run in any recipe: only the machine and the length change.
 DRY = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--max_steps", "2", "--report_to", "none"]
 
 
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """In the columns of MetaMathQA."""
+    """A data file with the columns of MetaMathQA."""
     file = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [{"query": p.question, "response": p.answer, "type": "x"} for p in train_problems(12, seed=0)]
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -58,7 +58,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def write(tmp_path, model):
-    """Writes a small valid recipe with some keys changed; None leaves one out."""
+    """A function that writes a small valid recipe with changed keys; a key that is None is omitted."""
 
     def write_recipe(**changes):
         values = {
@@ -78,14 +78,14 @@ def write(tmp_path, model):
 
 
 def without_deepspeed(path, folder):
-    """A copy that one process without DeepSpeed can read: its configuration would stay with the whole process."""
+    """Write a copy of a recipe without DeepSpeed, whose configuration would stay set in this process."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("deepspeed:")]
     copy = folder / path.name
     copy.write_text("\n".join(lines))
     return copy
 
 
-def test_values_come_from_the_recipe_and_the_command_line_wins(write):
+def test_the_command_line_overrides_the_values_of_the_recipe(write):
     recipe = read_recipe(write(learning_rate=0.5, k_max=4, lora_r=3), ["--k_max", "6", "--bf16", "true"])
     assert (recipe.training.learning_rate, recipe.training.k_max, recipe.training.bf16) == (0.5, 6, True)
     assert recipe.model.lora_r == 3
@@ -98,7 +98,7 @@ def test_a_float_that_yaml_reads_as_a_string_is_a_float(write):
     assert read_recipe(path).training.learning_rate == 1e-5
 
 
-def test_dictionaries_come_from_both(write):
+def test_dictionaries_come_from_the_recipe_or_the_command_line(write):
     path = write(column_map={"a": "prompt"})
     assert read_recipe(path).training.column_map == {"a": "prompt"}
     assert read_recipe(path, ["--column_map", '{"b": "prompt"}']).training.column_map == {"b": "prompt"}
@@ -125,20 +125,20 @@ def test_dictionaries_come_from_both(write):
         ({"dataset_name": "some/where/else"}, [], "dataset_name names 'some/where/else'"),
         ({"deepspeed": "zero9.json"}, [], "deepspeed.*zero9.json"),
         ({"model_config": {"model_type": "llama"}}, [], "needs `trainer: sft`"),
-        ({"global_batch_size": 30}, [], "no multiple of per_device_train_batch_size=8 x 1 processes"),
-        ({"global_batch_size": 4}, [], "global_batch_size=4 is no multiple"),
+        ({"global_batch_size": 30}, [], "not a multiple of per_device_train_batch_size=8 x 1 processes"),
+        ({"global_batch_size": 4}, [], "global_batch_size=4 is not a multiple"),
         ({"global_batch_size": 16, "gradient_accumulation_steps": 2}, [], "not both"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(write, changes, overrides, message):
+def test_an_invalid_recipe_is_refused_with_the_key(write, changes, overrides, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(write(**changes), overrides)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b\n", "must hold `key: value` lines, got list"), ("a: [", "is not valid YAML")]
+    ("text", "message"), [("- a\n- b\n", "must contain `key: value` lines, got list"), ("a: [", "is not valid YAML")]
 )
-def test_other_yaml_is_refused(tmp_path, text, message):
+def test_yaml_without_keys_is_refused(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
@@ -153,7 +153,7 @@ def test_a_missing_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize(("processes", "steps"), [(1, 4), (2, 2), (4, 1)])
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(processes, steps):
     assert accumulation_steps(16, per_device=4, processes=processes) == steps
-    with pytest.raises(RecipeError, match=f"global_batch_size=16 is no multiple .*=3 x {processes} processes"):
+    with pytest.raises(RecipeError, match=f"global_batch_size=16 is not a multiple .*=3 x {processes} processes"):
         accumulation_steps(16, per_device=3, processes=processes)
 
 
@@ -162,7 +162,7 @@ def test_the_global_batch_sets_the_accumulation(write):
     assert recipe.training.gradient_accumulation_steps == 4
 
 
-def test_paths_are_those_of_the_current_directory_then_of_the_repository(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_current_directory_then_to_the_repository(tmp_path, monkeypatch):
     repository, elsewhere = tmp_path / "repository", tmp_path / "elsewhere"
     (repository / "recipes").mkdir(parents=True)
     (repository / "pyproject.toml").touch()
@@ -219,7 +219,7 @@ def test_deepspeed_configurations(stage):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_dry_run_with_deepspeed_in_two_processes(run_program, name, model, data, tmp_path):
-    """The recipe as it stands, ZeRO included, under the real launcher."""
+    """Run the recipe with ZeRO under the real launcher."""
     pytest.importorskip("deepspeed")
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", ROOT / "recipes" / f"{name}.yaml", *DRY]
@@ -243,7 +243,7 @@ def test_deepspeed_that_would_be_switched_off_is_refused(write, tmp_path, monkey
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_dry_run(path, model, data, tmp_path):
-    """Two steps of every published recipe, from parsing to a folder that loads, without DeepSpeed."""
+    """Run two steps of every published recipe without DeepSpeed, then load the saved folder."""
     recipe = without_deepspeed(path, tmp_path)
     options = [*DRY, "--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(model)]
     options += ["--per_device_train_batch_size", "2"]
@@ -270,7 +270,7 @@ def test_dry_run(path, model, data, tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [["--trainer", "sft"], ["--trainer=sft"]])
-def test_the_command_line_chooses_the_trainer_in_either_spelling(write, overrides):
+def test_the_command_line_selects_the_trainer_in_either_spelling(write, overrides):
     recipe = read_recipe(write(), overrides)
     assert isinstance(recipe.training, SFTRecipeConfig)
     assert recipe.arguments.trainer == "sft"

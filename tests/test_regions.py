@@ -1,4 +1,4 @@
-"""Regions: where they are drawn and how they are laid out."""
+"""Regions: how they are drawn and laid out."""
 
 import pytest
 import torch
@@ -49,20 +49,20 @@ def test_sizes_and_anchors_cover_their_ranges_and_stay_in_them():
 
 def test_a_row_draws_the_same_regions_whatever_else_is_in_the_batch():
     whole = drawn(4)
-    alone = sample_regions([4], [18], k_min=2, k_max=K, slots=20, generators=[row_generator(7, 0, 2)])
-    width = alone.size_BR.shape[1]
-    assert torch.equal(whole.size_BR[2, :width], alone.size_BR[0])
-    assert torch.equal(whole.anchor_BR[2, :width], alone.anchor_BR[0])
+    single = sample_regions([4], [18], k_min=2, k_max=K, slots=20, generators=[row_generator(7, 0, 2)])
+    width = single.size_BR.shape[1]
+    assert torch.equal(whole.size_BR[2, :width], single.size_BR[0])
+    assert torch.equal(whole.anchor_BR[2, :width], single.anchor_BR[0])
     assert not torch.equal(drawn(4, step=1).anchor_BR[2], whole.anchor_BR[2])
 
 
-def test_fixed_block_size_differs_in_the_last_region_only():
+def test_a_fixed_block_size_that_divides_the_slots_gives_equal_regions():
     sizes = drawn(5, k_min=K, slots=20).size_BR
     assert sizes.tolist() == [[K, K, K, K]] * 5
 
 
 @pytest.mark.parametrize("wrong", [{"k_min": 1, "slots": 8}, {"k_min": 9, "slots": 8}, {"k_min": 2, "slots": 0}])
-def test_impossible_sizes_are_refused(wrong):
+def test_invalid_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=r"k_min|slots"):
         sample_regions([0], [3], k_max=8, generators=[row_generator(0, 0, 0)], **wrong)
 
@@ -72,7 +72,7 @@ def test_a_row_without_completion_is_refused():
         sample_regions([3], [2], k_min=2, k_max=4, slots=4, generators=[row_generator(0, 0, 0)])
 
 
-def test_packed_row_is_each_region_written_out_by_hand():
+def test_packed_row_equals_regions_written_out_by_hand():
     clean_BN, lengths_B = texts()
     regions = Regions(torch.tensor([[5, 9, 5]] * 3), torch.tensor([[3, 2, 4], [3, 2, 4], [4, 4, 0]]))
     layout = pack_regions(clean_BN, lengths_B, regions, k_max=K, slots=6, mask_token_id=MASK)
@@ -81,9 +81,9 @@ def test_packed_row_is_each_region_written_out_by_hand():
         for region in range(3):
             anchor, size = int(regions.anchor_BR[row, region]), int(regions.size_BR[row, region])
             slots = list(range(column, column + max(size - 1, 0)))
-            places = [anchor, *slots][:size]
+            columns = [anchor, *slots][:size]
             read = layout.read_BRK[row, region][layout.drawn_BRK[row, region]] - row * 26
-            assert read.tolist() == places
+            assert read.tolist() == columns
             for index, slot in enumerate(slots):
                 assert layout.ids_XT[row, slot] == MASK
                 assert layout.positions_XT[row, slot] == anchor + 1 + index
@@ -115,7 +115,7 @@ def test_suffix_rows_are_prefix_and_slots():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_student_forcing_puts_place_j_into_slot_j(packed):
+def test_student_forcing_puts_position_j_into_slot_j(packed):
     clean_BN, lengths_B = texts()
     regions = drawn()
     layout = (

@@ -1,4 +1,4 @@
-"""A report survives its files, says the same in all of them, and README's table is the committed JSON's."""
+"""Test that a report can be written and read, shows the same values in every format, and that the tables in the docs match."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def test_json_round_trip_keeps_every_number():
     assert from_json(to_json(report)) == report
 
 
-def test_json_is_strict_where_an_error_does_not_exist():
+def test_an_undefined_standard_error_is_null_in_json():
     records = {Setting("plain"): [record(3, [3], True)]}
     text = to_json(make_report(rows=aggregate(records, batch_size=4)))
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -64,7 +64,7 @@ def test_markdown_has_one_line_per_setting_and_as_many_cells_as_titles():
     assert "2026-11-22" in lines[-1]
 
 
-def test_cells_say_what_the_row_says():
+def test_cells_show_the_values_of_their_row():
     row = dict(zip(make_report().header, make_report().cells[2], strict=True))
     source = make_report().rows[2]
     assert row["decoding"] == "static k=2"
@@ -90,7 +90,7 @@ def test_terminal_shows_the_same_cells():
             assert cell.replace(" ± ", "±") in shown
 
 
-def test_files_are_complete_and_nothing_else_is_left(tmp_path):
+def test_write_report_writes_complete_files_and_leaves_no_others(tmp_path):
     sweep = make_sweep()
     written = write_report(tmp_path / "out", make_report(sweep), sweep)
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
@@ -125,14 +125,14 @@ def update_tables():
     return module
 
 
-def test_the_summary_prints_thresholds_by_place(update_tables):
+def test_the_summary_prints_thresholds_by_position(update_tables):
     row = from_json((ROOT / "docs" / "results" / "tiny_exact_long.json").read_text("utf-8")).rows[-1]
-    by_place = replace(row, setting=Setting("verified", threshold=(0.9, 0.5)), tokens_per_pass=3.0)
-    assert update_tables._fastest([by_place], "verified") == "3.00 at 0.9/0.5"
+    by_position = replace(row, setting=Setting("verified", threshold=(0.9, 0.5)), tokens_per_pass=3.0)
+    assert update_tables._fastest([by_position], "verified") == "3.00 at 0.9/0.5"
 
 
-def test_printed_tables_are_those_of_the_json(update_tables):
-    """Mended by `python benchmarks/update_tables.py`."""
+def test_the_tables_in_the_docs_match_the_results(update_tables):
+    """If this fails, run `python benchmarks/update_tables.py`."""
     documents = update_tables.updated()
     assert sum(text.count("<!-- table:") for text in documents.values()) >= 5
     for document, text in documents.items():

@@ -1,5 +1,6 @@
-"""Where exact mode's adapter comes from: found while the model loads, with the options that it loads with."""
+"""Exact mode's adapter is found while the model loads, with the options of `from_pretrained`."""
 
+import ast
 import copy
 import json
 import re
@@ -26,7 +27,7 @@ OPTIONS = {"max_new_tokens": 24, "do_sample": False, "confadapt": 0.0, "verify":
 
 
 def exact_model(tiny_model, seed=5):
-    """A random base and an adapter that says something of its own; unverified text shows which adapter drafted it."""
+    """A random base with a random adapter. Unverified text shows which adapter drafted it."""
     model = tiny_model("llama", context=0.3)
     model.generation_config.eos_token_id = None
     model.config.mtp["exact"] = True
@@ -67,7 +68,7 @@ def test_the_two_adapters_draft_differently(models):
     assert text(models[0], verify=True) == text(models[1], verify=True) == text(models[0], mtp_k=1)
 
 
-def test_a_folder_may_move_after_loading(models, folder, tmp_path, monkeypatch):
+def test_a_folder_may_be_deleted_after_loading(models, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = load("exact")
     shutil.rmtree(folder)
@@ -84,7 +85,7 @@ def test_a_copy_of_a_loaded_model_has_an_adapter_of_its_own(models, folder):
 
 @pytest.fixture
 def name(request):
-    """Of a repository: another one in every test, since the client remembers commits."""
+    """Name of a repository, a different one in every test, since the client caches commits."""
     return "me/" + re.sub(r"\W+", "-", request.node.name)[-60:]
 
 
@@ -113,15 +114,15 @@ def test_what_was_loaded_online_decodes_offline(online, models, folder, tmp_path
 
 
 def test_a_checkpoint_in_a_subfolder_decodes_with_its_own_adapter(online, models, folder, tmp_path, name):
-    """Code comes from the root, by transformers; weights, configuration and adapter from the subfolder."""
+    """transformers loads the code from the root. Weights, configuration and adapter come from the subfolder."""
     upload(online, folder, name)
     upload(online, save(models[1], tmp_path / "other"), name, path_in_repo="last-checkpoint")
     assert text(load(name, subfolder="last-checkpoint", cache_dir=tmp_path / "cache")) == text(models[1])
     assert text(load(tmp_path / "exact")) == text(models[0])
 
 
-def test_lora_put_on_an_exact_model_may_be_merged(models, folder):
-    """PEFT wraps the layers and takes the wrappers away: the adapter stays on what is inside."""
+def test_a_lora_added_to_an_exact_model_can_be_merged(models, folder):
+    """PEFT wraps and unwraps the layers. The adapter stays on the inner layers."""
     model = load(folder)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     assert text(adapted) == text(models[0])  # B is zero
@@ -129,35 +130,47 @@ def test_lora_put_on_an_exact_model_may_be_merged(models, folder):
 
 
 def test_an_exact_repository_without_its_adapter_does_not_load(folder):
-    """transformers takes an OSError for `has no generate`, and the model would decode one token per pass."""
+    """After an OSError, transformers would assume that there is no custom `generate` and decode one token per pass."""
     (folder / ADAPTER_FILE).unlink()
     with pytest.raises(ValueError, match=r"was adapted in exact mode, but has no .*mtp_adapter.safetensors"):
         load(folder)
 
 
-def test_a_checkpoint_that_is_not_there_on_the_hub_is_named(online, folder, tmp_path, name):
+def test_an_exact_repository_on_the_hub_without_its_adapter_does_not_load(online, folder, tmp_path, name):
     (folder / ADAPTER_FILE).unlink()
     upload(online, folder, name)
     with pytest.raises(ValueError, match=f"{name} was adapted in exact mode, but has no"):
         load(name, cache_dir=tmp_path / "cache")
 
 
-def adapter_alone(model, folder):
-    """The adapter's repository for a base that knows no mask."""
+def adapter_only(model, folder):
+    """Save an adapter-only repository, for a base without a mask token."""
     save(model, folder)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / name).unlink()
     return folder
 
 
-def test_threads_with_two_adapters_on_one_base_do_not_disturb_each_other(models, tiny_model, tmp_path):
-    """Nor a third one that decodes the base as it is, or runs it."""
+def one_at_a_time(function):
+    """Wrap `ast.parse`, which transformers calls in every thread; CPython before 3.11.8 may fail then (cpython#106905)."""
+    lock = threading.Lock()
+
+    def call(*args, **kwargs):
+        with lock:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def test_threads_with_two_adapters_on_one_base_do_not_disturb_each_other(models, tiny_model, tmp_path, monkeypatch):
+    """Other threads decode or run the unmodified base at the same time."""
+    monkeypatch.setattr(ast, "parse", one_at_a_time(ast.parse))
     base = tiny_model("llama", context=0.3)
     base.generation_config.eos_token_id = None
     del base.config.mtp
-    repositories = [adapter_alone(model, tmp_path / name) for name, model in zip("ab", models, strict=True)]
+    repositories = [adapter_only(model, tmp_path / name) for name, model in zip("ab", models, strict=True)]
     plain = {"max_new_tokens": 24, "do_sample": False}
-    own, logits = base.generate(IDS, **plain).tolist(), base(IDS).logits
+    plain_text, logits = base.generate(IDS, **plain).tolist(), base(IDS).logits
 
     def decode(call):
         if call == 2:
@@ -166,29 +179,29 @@ def test_threads_with_two_adapters_on_one_base_do_not_disturb_each_other(models,
             return torch.equal(base(IDS).logits, logits)
         return text(base, custom_generate=str(repositories[call]), trust_remote_code=True)
 
-    expected = [text(models[0]), text(models[1]), own, True]
+    expected = [text(models[0]), text(models[1]), plain_text, True]
     calls = [0, 1, 2, 3] * 6
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(decode, calls)) == [expected[call] for call in calls]
 
 
-def test_an_adapter_acts_in_its_own_thread_and_rests_after_an_error(models):
+def test_an_adapter_is_active_in_its_own_thread_and_inactive_after_an_error(models):
     model, ids = models[0], IDS
     with torch.no_grad():
-        resting = model(ids).logits
+        inactive = model(ids).logits
         seen = []
         with model.mtp_adapter.acting_on(2):
-            acting = model(ids).logits
+            active = model(ids).logits
             other = threading.Thread(target=lambda: seen.append(model(ids).logits))
             other.start()
             other.join()
-        assert not torch.equal(acting, resting)
-        assert torch.equal(seen[0], resting)
+        assert not torch.equal(active, inactive)
+        assert torch.equal(seen[0], inactive)
         with pytest.raises(KeyboardInterrupt), model.mtp_adapter.acting_on(2):
             raise KeyboardInterrupt
-        assert torch.equal(model(ids).logits, resting)
+        assert torch.equal(model(ids).logits, inactive)
         with model.mtp_adapter.acting_on(2), model.mtp_adapter.acting_on(0):
-            assert torch.equal(model(ids).logits, resting)
+            assert torch.equal(model(ids).logits, inactive)
 
 
 def test_only_generate_is_bound_to_the_repository_it_comes_from(folder):
@@ -208,15 +221,15 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_on_the_base(models,
     base = tiny_model("llama", context=0.3)
     base.generation_config.eos_token_id = None
     del base.config.mtp
-    call = {"custom_generate": str(adapter_alone(models[0], tmp_path / "a")), "trust_remote_code": True}
+    call = {"custom_generate": str(adapter_only(models[0], tmp_path / "a")), "trust_remote_code": True}
     expected = text(base, **call)
     wrong = exact_model(lambda *args, **kwargs: nudged(tiny_model(*args, **kwargs)))
     with pytest.raises(ValueError, match="these weights differ"):
-        text(base, custom_generate=str(adapter_alone(wrong, tmp_path / "b")), trust_remote_code=True)
+        text(base, custom_generate=str(adapter_only(wrong, tmp_path / "b")), trust_remote_code=True)
     assert base.mtp_adapter.source[0] == call["custom_generate"]
     assert text(base, **call) == expected
 
 
-def test_decoding_defaults_of_the_file_are_those_of_the_folder(folder):
+def test_decoding_defaults_of_the_adapter_are_those_of_the_folder(folder):
     assert json.loads((folder / "generation_config.json").read_text())["confadapt"] == 0.5
     assert load(folder).generation_config.verify is True

@@ -1,4 +1,4 @@
-"""Nothing comes in by the back door: what the uploaded decoder may do, and what hostile files can make it do."""
+"""Test what the uploaded decoder is allowed to do, and that hostile files are refused."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ WRITING = re.compile(
 
 
 def called(node):
-    """The name of what is called: `f` of f(...), `g` of a.b.g(...)."""
+    """Return the name of the called function: `f` for f(...), `g` for a.b.g(...)."""
     function = node.func
     return function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
 
@@ -56,34 +56,34 @@ def test_the_decoder_imports_nothing_that_opens_connections_or_runs_programs():
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 1  # of its own files
+            assert node.level <= 1  # only from its own folder
             names.add((node.module or "").split(".")[0])
     assert not names & FORBIDDEN_MODULES
 
 
-def test_the_decoder_evaluates_no_text_and_opens_no_file():
+def test_the_decoder_evaluates_no_text_and_opens_only_the_adapter():
     used = {node.id for _, node in DECODER if isinstance(node, ast.Name)}
     assert not used & FORBIDDEN_NAMES
     loads = {
         (file, ast.unparse(node.func)) for file, node in CALLS if called(node) in ("load", "loads", "load_file", "safe_open")
     }
-    assert loads == {("adapter_file.py", "json.loads"), ("adapter_file.py", "safe_open")}  # no pickle: not torch.load either
+    assert loads == {("adapter_file.py", "json.loads"), ("adapter_file.py", "safe_open")}  # neither loads pickles
 
 
 def test_the_decoder_writes_nothing():
-    # `_save_to_state_dict` is defined there, to keep the adapter out of the model's own file; nothing calls it.
+    # The decoder defines `_save_to_state_dict`, to keep the adapter out of the model's weights, but does not call it.
     assert [ast.unparse(node) for _, node in CALLS if WRITING.fullmatch(called(node))] == []
 
 
-def test_the_decoder_fetches_the_adapter_of_the_repository_that_it_came_from_and_nothing_else():
+def test_the_decoder_fetches_only_the_adapter_of_its_own_repository():
     names = ("cached_file", "hf_hub_download", "snapshot_download", "from_pretrained", "has_file", "list_repo_files")
     fetches = [(file, ast.unparse(node)) for file, node in CALLS if called(node) in names]
-    wanted = "cached_file(self.name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **self.options)"
-    assert fetches == [("repository.py", wanted)]
+    expected = "cached_file(self.name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **self.options)"
+    assert fetches == [("repository.py", expected)]
 
 
 def test_the_package_reads_no_pickle():
-    """torch.load runs what a file says; weights are safetensors."""
+    """Loading a pickle, as torch.load does, can run code from the file; weights are safetensors."""
     for path in PACKAGE.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not [
@@ -136,11 +136,11 @@ def test_hostile_decoding_defaults_are_refused(folder, values):
 def test_weights_that_are_a_pickle_are_not_published(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
-    with pytest.raises(ValueError, match="published as safetensors"):
+    with pytest.raises(ValueError, match="must be saved as safetensors"):
         export(folder, tmp_path / "out")
 
 
-def test_secrets_and_pickles_beside_a_model_are_not_published(folder, tmp_path):
+def test_secrets_and_pickles_in_a_model_folder_are_not_published(folder, tmp_path):
     for name in (".env", ".netrc", "token", "training_args.bin", "scheduler.pt", "model.pkl", "custom_generate/other.py"):
         (folder / name).write_text("hf_secret")
     published = export(folder, tmp_path / "out")
@@ -148,13 +148,13 @@ def test_secrets_and_pickles_beside_a_model_are_not_published(folder, tmp_path):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
 
-WORDS = {"mask_token": "<|mtp|>", "mask_token_id": 60, "k_max": 8, "barred_token_ids": [60, 61, 62, 63]}
+MTP = {"mask_token": "<|mtp|>", "mask_token_id": 60, "k_max": 8, "barred_token_ids": [60, 61, 62, 63]}
 
 
 @pytest.mark.parametrize(
     "mtp",
-    ["x", ["a"], 5, {"exact": True}, WORDS | {"mask_token_id": "a"}, WORDS | {"exact": "yes"}, WORDS | {"mask_token": 5},
-     WORDS | {"base_vocab_size": "64"}, WORDS | {"barred_token_ids": "abc"}],
+    ["x", ["a"], 5, {"exact": True}, MTP | {"mask_token_id": "a"}, MTP | {"exact": "yes"}, MTP | {"mask_token": 5},
+     MTP | {"base_vocab_size": "64"}, MTP | {"barred_token_ids": "abc"}],
     ids=str,
 )  # fmt: skip
 def test_a_hostile_config_is_refused_in_decoding_and_in_training(folder, tiny_model, mtp):
@@ -170,7 +170,7 @@ def test_a_hostile_config_is_refused_in_decoding_and_in_training(folder, tiny_mo
 
 @pytest.fixture
 def exact_folder(tmp_path, tiny_model):
-    """An exact mode's adapter, and its base in the folder beside it."""
+    """Return a folder with an exact-mode adapter. Its base is in the folder `base` next to it."""
     model = tiny_model("llama")
     mtp = model.config.mtp
     del model.config.mtp
@@ -197,8 +197,8 @@ def change_metadata(folder, **values):
         ("r", "0"), ("r", "__import__('os')"), ("r", None), ("r", "3"), ("r", "1000000000000"), ("lora_alpha", "nan"),
         ("lora_alpha", '"4"'), ("lora_alpha", "NaN"), ("lora_alpha", "1" * 400), ("mtp", None), ("mtp", "[1]"), ("mtp", "{"),
         ("mtp", "[" * 100_000),
-        ("mtp", json.dumps(WORDS | {"mask_token_id": "a"})), ("mtp", json.dumps(WORDS | {"mask_token_id": -1})),
-        ("mtp", json.dumps(WORDS | {"barred_token_ids": "abc"})), ("mtp", json.dumps(WORDS | {"k_max": 10**9})),
+        ("mtp", json.dumps(MTP | {"mask_token_id": "a"})), ("mtp", json.dumps(MTP | {"mask_token_id": -1})),
+        ("mtp", json.dumps(MTP | {"barred_token_ids": "abc"})), ("mtp", json.dumps(MTP | {"k_max": 10**9})),
         ("defaults", None), ("defaults", "[]"), ("defaults", "not json"), ("lora_layers", "5"), ("lora_layers", "[5]"),
     ],
 )  # fmt: skip
@@ -213,14 +213,14 @@ def test_an_adapter_file_with_hostile_metadata_is_refused(exact_folder, name, va
 def test_an_adapter_file_without_its_tensors_is_refused(exact_folder, change):
     with safe_open(exact_folder / ADAPTER_FILE, framework="pt") as file:
         metadata, tensors = file.metadata(), load_file(exact_folder / ADAPTER_FILE)
-    ((end, replaced),) = change.items()
-    name = next(name for name in tensors if name.endswith(end))
-    tensors = {key: value for key, value in tensors.items() if key != name} | ({} if replaced is None else {name: replaced})
+    ((suffix, new),) = change.items()
+    name = next(name for name in tensors if name.endswith(suffix))
+    tensors = {key: value for key, value in tensors.items() if key != name} | ({} if new is None else {name: new})
     with pytest.raises(ValueError, match=r"mtp_adapter\.safetensors has .*load another revision"):
         adapter_from(tensors, metadata)
 
 
-def test_an_adapter_sets_no_other_defaults_than_those_of_decoding(exact_folder):
+def test_an_adapter_can_set_only_decoding_defaults(exact_folder):
     change_metadata(exact_folder, defaults=json.dumps({"confadapt": 0.7, "max_new_tokens": 10**6, "to_dict": 1, "mtp_k": 3}))
     base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
     attach_adapter(base, str(exact_folder))
@@ -230,7 +230,7 @@ def test_an_adapter_sets_no_other_defaults_than_those_of_decoding(exact_folder):
     assert "mtp_k" not in base.mtp_adapter.defaults
 
 
-def test_a_hostile_config_meets_an_adapter_with_an_error(exact_folder):
+def test_attaching_an_adapter_to_a_model_with_a_hostile_config_is_an_error(exact_folder):
     base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
     base.config.mtp = {"exact": True}
     with pytest.raises(ValueError, match=r"config\.mtp has mask_token_id='None'"):
@@ -240,7 +240,7 @@ def test_a_hostile_config_meets_an_adapter_with_an_error(exact_folder):
 # ---- text of models and data ----
 
 
-def test_a_models_answer_cannot_become_markup_in_the_page():
+def test_the_text_of_a_model_cannot_become_markup_in_the_page():
     page = as_html(["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;"])
     assert "<script" not in page
     assert "<img" not in page

@@ -1,4 +1,4 @@
-"""`transformers serve FOLDER --trust-remote-code` answers the OpenAI client, in blocks by default, whole and streamed."""
+"""`transformers serve FOLDER --trust-remote-code` answers the OpenAI client in blocks by default, streamed or not."""
 
 import socket
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from mtp_trl.evaluation.loading import load_student
 
-# transformers' server and the libraries below it, not ours
+# These warnings come from transformers' server and its dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 MESSAGES = [{"role": "user", "content": "How many pens?"}]
 TOKENS = 24
@@ -17,7 +17,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_student):
-    """A random model whose default is whole blocks, which gives another text than one token per pass."""
+    """A random model that accepts whole blocks by default, so that its text differs from one-token-per-pass decoding."""
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     folder = tmp_path_factory.mktemp("served") / "model"
     return write_student(folder, confadapt=0.0, verify=False, chat_template=template)
@@ -25,7 +25,7 @@ def folder(tmp_path_factory, write_student):
 
 @pytest.fixture(scope="module")
 def client(folder, tmp_path_factory):
-    """The OpenAI client, over HTTP on loopback, of the command itself in a process of its own."""
+    """An OpenAI client of the command, which runs in a separate process and listens on loopback."""
     openai = pytest.importorskip("openai")
     pytest.importorskip("fastapi")
     with socket.socket() as probe:
@@ -64,15 +64,15 @@ def ask(client, folder, **options):
     return client.chat.completions.create(model=str(folder), messages=MESSAGES, max_tokens=TOKENS, temperature=0, **options)
 
 
-def test_answers_are_in_blocks_by_default_and_as_a_request_says(client, folder):
+def test_answers_use_blocks_by_default_and_the_requests_own_settings(client, folder):
     in_blocks, plain = expected(folder), expected(folder, mtp_k=1)
     assert in_blocks != plain
     assert ask(client, folder).choices[0].message.content == in_blocks
-    asked = ask(client, folder, extra_body={"generation_config": '{"confadapt": 0.0, "verify": true}'})
-    assert asked.choices[0].message.content == plain
+    verified = ask(client, folder, extra_body={"generation_config": '{"confadapt": 0.0, "verify": true}'})
+    assert verified.choices[0].message.content == plain
 
 
-def test_streamed_pieces_are_the_answer(client, folder):
+def test_streamed_pieces_add_up_to_the_answer(client, folder):
     pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, folder, stream=True) if chunk.choices]
     assert "".join(pieces) == expected(folder)
     assert sum(map(bool, pieces)) > 1

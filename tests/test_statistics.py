@@ -1,4 +1,4 @@
-"""The statistics agree with NumPy's and with counting by hand."""
+"""The statistics agree with NumPy and with counts by hand."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_no_values_are_refused():
 
 
 def test_paired_error_is_that_of_the_differences():
-    """Two decodings that disagree on 3 of 100 problems: 2 lost, 1 won."""
+    """Two decodings disagree on 3 of 100 problems: 2 lost, 1 gained."""
     reference = [1.0] * 70 + [0.0] * 30
     values = reference.copy()
     values[0] = values[1] = 0.0
@@ -42,15 +42,15 @@ def test_paired_error_is_that_of_the_differences():
     by_hand = [v - r for v, r in zip(values, reference, strict=True)]
     assert difference.value == pytest.approx(-0.01)
     assert difference.standard_error == pytest.approx(np.std(by_hand, ddof=1) / 10)
-    # Far below the error of two unpaired samples, which is what the pairing is for.
+    # Pairing makes the error far smaller than that of two unpaired samples.
     assert difference.standard_error < 0.5 * mean_with_error(reference).standard_error
 
 
-def test_identical_samples_differ_by_exactly_nothing():
+def test_identical_samples_differ_by_exactly_zero():
     assert paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0]) == Estimate(0.0, 0.0)
 
 
-def test_pairs_must_be_of_the_same_problems():
+def test_paired_samples_must_have_the_same_length():
     with pytest.raises(ValueError, match="longer"):
         paired_difference([1.0], [1.0, 0.0])
 

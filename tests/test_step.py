@@ -1,4 +1,4 @@
-"""The whole pass against a reference that reads every region in a forward pass of its own."""
+"""`distillation_pass` against a reference that runs a separate forward pass for each region."""
 
 import copy
 
@@ -44,14 +44,14 @@ def batch() -> Batch:
 def pair(tiny_model, architecture: str = "llama"):
     student = tiny_model(architecture)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    with torch.no_grad():  # a student that has moved, so that no quantity is trivially zero
+    with torch.no_grad():  # move the student away from the teacher, so that no quantity is trivially zero
         for index, parameter in enumerate(student.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.02)
     return student, teacher
 
 
 def naive(student, teacher, data: Batch, args: MTPDistillConfig):
-    """Loss, reward and prefix KL with one unpacked forward pass per region, in the plainest way."""
+    """Compute loss, reward and prefix KL with one unpacked forward pass per region."""
     loss, rewards, kl = torch.zeros(()), [], torch.zeros(())
     for row in range(2):
         text = data.clean_BN[row, : data.lengths_B[row]]
@@ -68,12 +68,12 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
             target = reference.argmax(-1)
             if args.objective == "ground_truth":
                 target = text[anchor + 1 : anchor + 1 + size]
-            for place in range(len(target)):
-                one = slice(place, place + 1)
+            for position in range(len(target)):
+                one = slice(position, position + 1)
                 one_loss = position_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
-                loss = loss + args.place_decay**place * one_loss.sum()
-                rewards.append(reference[place].log_softmax(-1)[rollout[place]])
-                if EOS in (int(rollout[place]), int(target[place])):
+                loss = loss + args.place_decay**position * one_loss.sum()
+                rewards.append(reference[position].log_softmax(-1)[rollout[position]])
+                if EOS in (int(rollout[position]), int(target[position])):
                     break
         whole = student(input_ids=text[None]).logits[0, data.prompt_lengths_B[row] - 1 : -1]
         base = teacher(input_ids=text[None]).logits[0, data.prompt_lengths_B[row] - 1 : -1]
@@ -105,7 +105,7 @@ def test_pass_equals_separate_forward_passes(tiny_model, tmp_path, objective, pl
     expected, reward, kl = naive(student, teacher, batch(), args)
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
     sizes = [size for size in batch().regions.size_BR.flatten().tolist() if size]
-    assert float(output.weight) == pytest.approx(sum(place_decay**place for size in sizes for place in range(size)))
+    assert float(output.weight) == pytest.approx(sum(place_decay**position for size in sizes for position in range(size)))
     torch.testing.assert_close(output.sums["reward"], reward, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.prefix_kl, kl, rtol=1e-4, atol=1e-5)
     (output.loss + output.prefix_kl).backward()
@@ -140,7 +140,7 @@ def test_chunked_logits_change_neither_value_nor_gradient(tiny_model, tmp_path, 
 
 
 def test_no_more_than_a_chunk_of_logits_is_alive(tiny_model, tmp_path, monkeypatch):
-    """The head reads a chunk at a time, and of many chunks only the hidden states wait for backward."""
+    """The output head runs on one chunk at a time, and only the hidden states of chunks are kept for backward."""
     student, teacher = pair(tiny_model)
     read: list[int] = []
 
@@ -158,12 +158,12 @@ def test_no_more_than_a_chunk_of_logits_is_alive(tiny_model, tmp_path, monkeypat
         saved[size] = sum(kept)
         assert max(read) <= size
         read.clear()
-    places, vocabulary = int(output.sums["drawn"]), student.config.vocab_size
-    assert places > 8
-    assert saved[4] <= saved[10_000] - places * vocabulary
+    positions, vocabulary = int(output.sums["drawn"]), student.config.vocab_size
+    assert positions > 8
+    assert saved[4] <= saved[10_000] - positions * vocabulary
 
 
-def test_without_ntp_coef_the_drift_is_read_at_the_anchors_without_gradient(tiny_model, tmp_path):
+def test_without_ntp_coef_the_drift_is_measured_at_the_anchors_without_gradient(tiny_model, tmp_path):
     student, teacher = pair(tiny_model)
     output = run(student, teacher, arguments(tmp_path))
     assert not output.prefix_kl.requires_grad
@@ -184,10 +184,10 @@ def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
 
 
 def test_ground_truth_is_learned_after_a_rollout_that_ended_too_early(tiny_model, tmp_path):
-    """A student that says end of text at every position still learns every position of the text."""
+    """A student that predicts EOS at every position is still trained on every position of the text."""
     student, _ = pair(tiny_model)
     data = batch()
-    with torch.no_grad():  # the output is the head's row with the largest product: EOS everywhere
+    with torch.no_grad():  # make EOS the argmax at every position
         student.get_output_embeddings().weight[EOS] = 50 * student.model.norm.weight
     output = distillation_pass(
         WholeRowReader(student, student, None), data, TOKENS, arguments(tmp_path), objective="ground_truth"
@@ -201,8 +201,8 @@ def test_ground_truth_is_learned_after_a_rollout_that_ended_too_early(tiny_model
 
 
 @pytest.mark.parametrize("chunk", [1024, 5])
-def test_the_teachers_logits_are_of_its_own_head_where_the_students_is_trained(tiny_model, tmp_path, chunk):
-    """PEFT's `modules_to_save` wraps the head: with the adapters off it is the base's."""
+def test_teacher_logits_come_from_the_base_head_if_peft_trains_the_head(tiny_model, tmp_path, chunk):
+    """PEFT's `modules_to_save` wraps the output head, which is the base's only while adapters are off."""
     base = tiny_model("llama")
     teacher = copy.deepcopy(base).requires_grad_(False)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
@@ -218,9 +218,9 @@ def test_the_teachers_logits_are_of_its_own_head_where_the_students_is_trained(t
 
     args = arguments(tmp_path, objective="soft", ntp_coef=1.0, logits_chunk_size=chunk)
     shared = WholeRowReader(student, student, run_teacher, lambda: adapters_disabled(adapted))
-    apart = WholeRowReader(student, teacher, torch.no_grad()(lambda read: read(teacher)))
+    separate = WholeRowReader(student, teacher, torch.no_grad()(lambda read: read(teacher)))
     outcomes = []
-    for reader in (shared, apart):
+    for reader in (shared, separate):
         output = distillation_pass(reader, batch(), TOKENS, args, objective="soft")
         (output.loss + output.prefix_kl).backward()
         gradients = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None])

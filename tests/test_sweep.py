@@ -1,4 +1,4 @@
-"""The sweep's records and table, on a scripted stand-in decoder and against counting by hand."""
+"""The sweep's records and table, with a scripted decoder, compared with counts by hand."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ EOS, PAD = 1, 0
 
 
 class Letters:
-    """A tokenizer of one id per character; id 0 pads, 1 ends."""
+    """A tokenizer with one id per character. Id 0 is the pad token, id 1 is EOS."""
 
     pad_token_id = PAD
 
@@ -34,7 +34,7 @@ class Encoded(dict):
 
 
 class Scripted:
-    """Answers `x` with the characters of `script[x]`, ending in EOS; blocks of `k` tokens. Records its calls."""
+    """A decoder that answers `x` with the characters of `script[x]` and EOS, in blocks of `k` tokens, and records its calls."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(mtp={"barred_token_ids": [7, 8], "k_max": 4})
@@ -83,13 +83,13 @@ def test_records_hold_the_answers_in_the_order_of_the_prompts():
             assert PAD not in record.token_ids
 
 
-def test_the_base_counts_one_token_per_pass_through_its_end_of_text():
+def test_the_base_counts_one_token_per_pass_including_eos():
     records = sweep().records[Setting("base")]
     assert [record.passes for record in records] == [8, 3, 4]
     assert all(set(record.blocks) == {1} for record in records)
 
 
-def test_every_setting_names_its_arguments_so_that_no_default_of_the_folder_leaks_in():
+def test_every_setting_passes_all_arguments_so_that_no_default_of_the_folder_applies():
     student, base = Scripted(SCRIPT), Scripted(SCRIPT, multi_token=False)
     settings = decoding_settings(ks=[2], confadapt=[0.9], verified=[0.5], trees=[(3, 0.5)])
     sweep(student, base, settings=settings, batch_size=3)
@@ -106,14 +106,14 @@ def test_every_setting_names_its_arguments_so_that_no_default_of_the_folder_leak
     assert not set(names) & set(call)
 
 
-def test_rows_equal_counting_by_hand():
+def test_rows_equal_counts_by_hand():
     result = sweep(scorer=lambda i, text: text == ["1234567", "22", "no"][i])
     rows = {row.setting.label: row for row in result.rows}
     assert list(rows) == ["base, k=1", "student, k=1", "static k=2", "ConfAdapt 0.9", "verified 0.5"]
     base, static = rows["base, k=1"], rows["static k=2"]
     assert base.accuracy.value == pytest.approx(1 / 3)
     assert static.accuracy.value == pytest.approx(2 / 3)
-    # One of three problems won against the base: differences 0, 1, 0.
+    # One of three problems is gained against the base: the differences are 0, 1, 0.
     assert static.versus_base == Estimate(pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert static.versus_plain == Estimate(0.0, 0.0)
     assert static.same_as_base == pytest.approx(2 / 3)
@@ -124,7 +124,7 @@ def test_rows_equal_counting_by_hand():
     assert static.problems == 3
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(tmp_path):
     class Interrupted(Scripted):
         def generate(self, **kwargs):
             if len(self.calls) == 4:
@@ -138,7 +138,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
         evaluate_decoding(Interrupted(SCRIPT), Letters(), PROMPTS, parts=tmp_path / "parts", **options)
     again = Scripted(SCRIPT)
     resumed = evaluate_decoding(again, Letters(), PROMPTS, parts=tmp_path / "parts", **options)
-    assert len(again.calls) == 6  # of nine: the first batch of three settings was done
+    assert len(again.calls) == 6  # of nine: the first batch was finished in all three settings
 
     def timeless(sweep):
         return {setting: [replace(record, seconds=0.0) for record in part] for setting, part in sweep.records.items()}
@@ -146,8 +146,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
     assert timeless(resumed) == timeless(whole)
 
 
-def test_thresholds_that_differ_have_rows_of_their_own(tmp_path):
-    """Finished parts are told apart by their labels, which rounded."""
+def test_nearly_equal_thresholds_have_separate_rows(tmp_path):
+    """Finished parts are identified by their labels, which must not round thresholds."""
     close = [0.9, 0.9999996, 0.9999998, (0.9999996, 0.5), (0.9999998, 0.5)]
     settings = decoding_settings(confadapt=close, base=False)
     assert [setting.label for setting in settings[1:3]] == ["ConfAdapt 0.9", "ConfAdapt 0.9999996"]
@@ -157,20 +157,20 @@ def test_thresholds_that_differ_have_rows_of_their_own(tmp_path):
 
 
 def test_speed_is_that_of_the_median_batch():
-    """Of batches of two: 30 tokens in 3 s, 4 in 40 s, 20 in 1 s."""
+    """The batches of two have 30 tokens in 3 s, 4 tokens in 40 s, and (with one row) 20 tokens in 1 s."""
     times = ((10, 1.0), (20, 2.0), (2, 20.0), (2, 20.0), (20, 1.0))
     records = {Setting("plain"): [Record("", (3,) * n, (n,), 1, s, None) for n, s in times]}
     (row,) = aggregate(records, batch_size=2)
     assert row.tokens_per_second == 10.0
 
 
-def test_without_a_scorer_there_are_no_accuracies_but_agreement():
+def test_without_a_scorer_there_is_agreement_but_no_accuracy():
     (row, *_) = sweep(scorer=None).rows
     assert (row.accuracy, row.versus_base, row.versus_plain) == (None, None, None)
     assert row.same_as_plain == pytest.approx(2 / 3)
 
 
-def test_batch_size_changes_no_answer():
+def test_batch_size_does_not_change_answers():
     def answers(result: Sweep):
         return {
             setting: [(r.text, r.token_ids, r.blocks, r.correct) for r in records]
@@ -187,7 +187,7 @@ def test_batch_size_changes_no_answer():
     ("settings", "message"),
     [([Setting("base")], "k=1 is missing"), ([Setting("confadapt", threshold=0.9)], "k=1 is missing")],
 )
-def test_the_reference_setting_must_be_there(settings, message):
+def test_the_reference_setting_is_required(settings, message):
     with pytest.raises(ValueError, match=message):
         sweep(settings=settings)
 

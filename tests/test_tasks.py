@@ -1,4 +1,4 @@
-"""Held-out prompts: the bundled ones, files with and without answers, and files that cannot be used."""
+"""Held-out prompts: bundled prompts, files with and without answers, and invalid files."""
 
 import json
 
@@ -14,7 +14,7 @@ def write(tmp_path, rows):
     return str(path)
 
 
-def test_bundled_prompts_score_their_own_answers_and_no_others():
+def test_bundled_prompts_score_only_their_own_answers():
     task = load_task("word_problems", limit=5)
     problems = test_problems(5)
     assert task.prompts == [problem.prompt for problem in problems]
@@ -57,18 +57,18 @@ def test_limit_takes_the_first_rows(tmp_path):
     [
         ("", "has no lines"),
         ('{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
-        ('{"question": "a"}\n', "line 1 has no text 'prompt', only: question"),
-        ("[1]\n", "line 1 has no text 'prompt', only: list"),
+        ('{"question": "a"}\n', "line 1 has no text column 'prompt', only: question"),
+        ("[1]\n", "line 1 has no text column 'prompt', only: list"),
     ],
 )
-def test_unusable_files_are_refused_with_the_line(tmp_path, text, message):
+def test_invalid_files_are_refused_with_the_line(tmp_path, text, message):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_task(str(path))
 
 
-def test_line_ends_inside_of_text_and_a_byte_order_mark_are_no_faults(tmp_path):
+def test_line_ends_inside_of_text_and_a_byte_order_mark_are_accepted(tmp_path):
     path, texts = tmp_path / "data.jsonl", ["a\u2028b", "c\x85d"]
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
     path.write_bytes("".join(line + "\r\n" for line in lines).encode("utf-8-sig"))
@@ -91,5 +91,5 @@ def test_a_missing_file_is_named():
     ("text", "number"),
     [("#### 12", "12"), ("a\n#### 1,000.5 b", "1000.5"), ("#### x", None), ("12", None), ("#### 1 #### 2", "1")],
 )
-def test_result_is_the_first_number_behind_the_mark(text, number):
+def test_result_is_the_first_number_after_the_marker(text, number):
     assert result(text) == number

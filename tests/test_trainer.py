@@ -1,4 +1,4 @@
-"""The trainer: what a run promises, on a model of a few thousand parameters."""
+"""MTPDistillTrainer, on models of a few thousand parameters."""
 
 import contextlib
 import inspect
@@ -51,8 +51,8 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_the_upstream_seams_are_where_they_were():
-    """TRL's hooks are private; a minor release may move them, and this is where it shows first."""
+def test_the_overridden_methods_of_trl_have_the_expected_signatures():
+    """The methods are private, so a minor release of TRL may change them; this test is the first to detect it."""
     signatures = {
         "_set_signature_columns_if_needed": ["self"],
         "_generate_and_score_completions": ["self", "inputs"],
@@ -89,7 +89,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objectiv
             model(),
             arguments(
                 tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, objective=objective,
-                ntp_coef=0.5, max_steps=3, optim="sgd", learning_rate=0.1,  # Adam turns rounding of tiny gradients into steps
+                ntp_coef=0.5, max_steps=3, optim="sgd", learning_rate=0.1,  # Adam amplifies rounding errors of tiny gradients
             ),
             rows(),
             processing_class=tokenizer,
@@ -102,7 +102,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, tokenizer, objectiv
 
 
 def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
-    """Meanwhile no teacher reads, unless the KL on the text's own tokens wants one."""
+    """During the warm-up, the teacher runs only if `ntp_coef` needs it."""
     for ntp_coef, expected in ((0.0, [False, False, True, True]), (1.0, [True] * 4)):
         args = arguments(tmp_path, ground_truth_warmup=0.5, max_steps=4, ntp_coef=ntp_coef)
         trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
@@ -112,17 +112,17 @@ def test_a_warm_up_is_supervised_by_the_text_and_ends(tmp_path, tokenizer):
 
 
 def test_a_curriculum_lets_blocks_grow(tmp_path, tokenizer):
-    """The place that only the largest blocks have is first drawn when the curriculum is over."""
+    """The last position, which only the largest blocks have, is first drawn when the curriculum is over."""
     args = arguments(tmp_path, k_curriculum=0.5, k_min=2, k_max=6, max_steps=8, slots_per_row=60)
     trainer = MTPDistillTrainer(model(), args, rows(64), processing_class=tokenizer)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    largest = [max(place for place in range(1, 7) if f"agreement/place_{place}" in entry) for entry in history]
+    largest = [max(position for position in range(1, 7) if f"agreement/place_{position}" in entry) for entry in history]
     assert largest == [2, 3, 4, 5, 6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("place_decay", [1.0, 0.5])
-def test_micro_batches_weigh_places_alike(tmp_path, tokenizer, place_decay):
+def test_micro_batches_weight_positions_like_one_batch(tmp_path, tokenizer, place_decay):
     outcomes = []
     for size, steps in ((8, 1), (2, 4)):
         args = arguments(
@@ -134,7 +134,7 @@ def test_micro_batches_weigh_places_alike(tmp_path, tokenizer, place_decay):
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch's compiler
 @pytest.mark.parametrize("exact", [False, True])
 def test_compiled_layers_change_no_loss(tmp_path, tokenizer, exact):
     from torch._dynamo.utils import counters
@@ -150,7 +150,7 @@ def test_compiled_layers_change_no_loss(tmp_path, tokenizer, exact):
         metrics = trainer.evaluate()
         outcomes.append((losses(trainer), metrics["eval_loss"], metrics["eval_decoding/verified_0.9"]))
         compiled_in_decoding = counters["frames"]["total"] - frames.get("total", 0)
-        assert compiled_in_decoding <= 6  # the evaluation's own passes; decoding would add dozens
+        assert compiled_in_decoding <= 6  # the passes for eval_loss; compiled decoding would add dozens
     assert outcomes[0] == (pytest.approx(outcomes[1][0], rel=1e-5), *map(pytest.approx, outcomes[1][1:]))
 
 
@@ -185,8 +185,8 @@ def test_who_completes_bare_prompts(tmp_path, tokenizer, by, adapters):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_student_completes_in_its_own_blocks(tmp_path, tokenizer, exact):
-    """What `completions_by="student_blocks"` trains on is what the student's unverified decoding writes, block upon block."""
+def test_student_blocks_completes_like_unverified_decoding(tmp_path, tokenizer, exact):
+    """Completions with `completions_by="student_blocks"` equal the student's unverified decoding in blocks."""
     args = arguments(
         tmp_path, completions_by="student_blocks", confadapt=0.0, generation_kwargs={"do_sample": False}, exact=exact
     )
@@ -207,20 +207,20 @@ def test_the_student_completes_in_its_own_blocks(tmp_path, tokenizer, exact):
     assert all(loss > 0 for loss in losses(trainer))
 
 
-def test_the_next_token_term_acts_on_ground_truth_as_well(tmp_path, tokenizer):
+def test_ntp_coef_also_acts_with_the_ground_truth_objective(tmp_path, tokenizer):
     outcomes = []
     for coefficient in (0.0, 5.0):
         args = arguments(tmp_path, objective="ground_truth", ntp_coef=coefficient, max_steps=3)
         trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
         trainer.train()
         outcomes.append(losses(trainer))
-    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-5)  # no distance from the teacher yet
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-5)  # the student still equals the teacher
     assert outcomes[0][2] != pytest.approx(outcomes[1][2], rel=1e-3)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_mixed_precision_is_that_of_the_configuration(tmp_path, tokenizer, bf16):
-    """The pass goes around `model.forward`, which is what accelerate wraps."""
+    """The pass bypasses `model.forward`, which accelerate wraps for mixed precision."""
     trainer = MTPDistillTrainer(model(), arguments(tmp_path, bf16=bf16, max_steps=1), rows(), processing_class=tokenizer)
     seen = set()
     trainer.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
@@ -250,7 +250,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, tokenizer):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_adapters_train_the_mask_row_and_leave_the_teacher_alone(tmp_path, tokenizer):
+def test_adapters_train_the_mask_row_and_leave_the_teacher_unchanged(tmp_path, tokenizer):
     from peft import LoraConfig
 
     base = model()
@@ -274,7 +274,7 @@ def test_adapters_train_the_mask_row_and_leave_the_teacher_alone(tmp_path, token
     assert trainer.teacher_model is None
 
 
-def test_prompts_alone_are_completed_on_policy(tmp_path, tokenizer):
+def test_prompt_only_data_is_completed_on_policy(tmp_path, tokenizer):
     trainer = MTPDistillTrainer(model(), arguments(tmp_path), rows().select_columns(["prompt"]), processing_class=tokenizer)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -296,17 +296,17 @@ def test_evaluation_is_repeatable_and_decodes(tmp_path, tokenizer, capsys):
     assert {"eval_reward", "eval_agreement/place_2", "eval_drift/kl"} <= set(first)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about what transformers calls
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # which takes a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch deprecates what transformers calls
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # compiling takes a minute
 @pytest.mark.parametrize("exact", [False, True])
-def test_flex_attention_evaluates_and_decodes_alike(tmp_path, tokenizer, exact):
-    """FlexAttention has no backward on CPUs; the passes of an evaluation need none. Decoding has dense masks of its own."""
+def test_flex_attention_evaluates_and_decodes_like_sdpa(tmp_path, tokenizer, exact):
+    """FlexAttention has no backward on CPUs, so only evaluation is tested. Decoding switches to SDPA with dense masks."""
     outcomes = []
     for backend in ("sdpa", "flex_attention"):
         student = model()
         student.set_attn_implementation(backend)
         args = arguments(tmp_path, num_eval_prompts=2, exact=exact)
-        with torch.compiler.set_stance("force_eager"):  # compiled for CPUs it reads memory that nobody wrote, in short rows
+        with torch.compiler.set_stance("force_eager"):  # compiled for CPUs, it reads uninitialised memory in short rows
             trainer = MTPDistillTrainer(student, args, rows(), load_dataset("test", 6, 0), processing_class=tokenizer)
             metrics = trainer.evaluate()
         assert student.config._attn_implementation == backend
@@ -321,7 +321,7 @@ def test_attached_decoder_works_before_anything_is_saved(tmp_path, tokenizer):
     assert output.block_lengths == [[6, 6]]
 
 
-def test_a_saved_model_decodes_alike_from_its_folder(tmp_path, tokenizer):
+def test_a_saved_model_decodes_like_the_trained_one(tmp_path, tokenizer):
     args = arguments(tmp_path, confadapt=0.001, hub_token="hf_secret")
     trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
     trainer.train()
@@ -329,7 +329,7 @@ def test_a_saved_model_decodes_alike_from_its_folder(tmp_path, tokenizer):
     ids = tokenizer("Tom has 3", return_tensors="pt")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float32)
     expected = trainer.model.generate(**ids, confadapt=0.001, max_new_tokens=16)
-    assert torch.equal(loaded.generate(**ids, max_new_tokens=16), expected)  # the default travelled
+    assert torch.equal(loaded.generate(**ids, max_new_tokens=16), expected)  # the default was saved
     assert loaded.config.mtp["k_max"] == 6
     provenance = json.loads((tmp_path / "mtp_provenance.json").read_text())
     assert provenance["objective"] == "hard"
@@ -356,7 +356,7 @@ def test_too_few_rows_for_a_step_are_refused_before_weights_load(tmp_path, token
 
 
 def with_reserved_token(tokenizer, folder):
-    """A tokenizer that fills the model's matrix and keeps a token for later."""
+    """Extend a tokenizer to use every embedding row, the last one for a reserved token, and save it with a model."""
     tokenizer.add_tokens([f"<filler{i}>" for i in range(767 - len(tokenizer))])
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|reserved_special_token_7|>"]}, replace_extra_special_tokens=False)
     assert len(tokenizer) == 768
@@ -372,12 +372,12 @@ def test_a_reserved_token_that_becomes_the_mask_is_refused_in_the_data(tmp_path,
     data = Dataset.from_dict({name: texts[name] for name in columns})
     monkeypatch.setattr("mtp_trl.training.student.create_model_from_path", lambda *_, **__: pytest.fail("weights were loaded"))
     base = str(tmp_path / "base") if by_name else model()
-    wanted = r"mask token '<\|reserved_special_token_7\|>'; remove it from the data"
-    with pytest.raises(ValueError, match=wanted if columns == ["prompt"] else f"Row 8 of the train set: .*{wanted}"):
+    message = r"mask token '<\|reserved_special_token_7\|>'; remove it from the data"
+    with pytest.raises(ValueError, match=message if columns == ["prompt"] else f"Row 8 of the train set: .*{message}"):
         MTPDistillTrainer(base, arguments(tmp_path), data, processing_class=tokenizer)
 
 
-def test_the_string_of_a_mask_token_that_is_not_used_is_text(tmp_path, tokenizer):
+def test_an_unused_mask_token_string_is_ordinary_text(tmp_path, tokenizer):
     with_reserved_token(tokenizer, tmp_path / "base")
     data = Dataset.from_dict({"prompt": ["a <|mtp|>"] * 8, "completion": ["b"] * 8})
     trainer = MTPDistillTrainer(str(tmp_path / "base"), arguments(tmp_path), data)
@@ -402,7 +402,7 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"k_curriculum": -0.1}, "share of the steps"),
         ({"place_decay": 0.0}, "place_decay"),
         ({"completions_by": "nobody"}, "completions_by"),
-        ({"completions_by": "student_blocks", "use_vllm": True}, "own generate"),
+        ({"completions_by": "student_blocks", "use_vllm": True}, "not available with use_vllm=True"),
         ({"completions_by": "teacher", "use_vllm": True}, "completes prompts with the student's weights"),
         ({"exact": True, "ntp_coef": 1.0}, "exact mode"),
         ({"k_max": 1025}, "k_max=1025 .*at most 1024"),
@@ -410,7 +410,7 @@ def test_bare_prompts_under_zero3_need_gathered_weights(tmp_path, tokenizer, mon
         ({"reward_floor": 0.0}, "reward_floor .*got 0.0"), ({"reward_floor": float("nan")}, "reward_floor .*got nan"),
     ],
 )  # fmt: skip
-def test_bad_values_are_refused_with_the_value(tmp_path, wrong, message):
+def test_errors_name_the_invalid_option(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **wrong)
 
@@ -424,7 +424,7 @@ def test_configuration_pickles(tmp_path):
     ("by", "exact"), [("student", False), ("teacher", False), ("student_blocks", False), ("student", True)]
 )
 def test_completions_and_samples_stay_within_max_length(tmp_path, tokenizer, by, exact):
-    """A table of 48 learned positions ends where a text of max_length with its last block does."""
+    """A text of max_length tokens and its last block just fit into the table of 48 learned positions."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 768, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
     student = GPT2LMHeadModel(GPT2Config(n_positions=48, **sizes))
@@ -441,7 +441,7 @@ def test_completions_and_samples_stay_within_max_length(tmp_path, tokenizer, by,
     trainer.evaluate()
 
 
-def test_what_a_server_completes_is_cut_to_max_length(tmp_path, tokenizer, monkeypatch):
+def test_completions_of_a_server_are_truncated_to_max_length(tmp_path, tokenizer, monkeypatch):
     trainer = MTPDistillTrainer(
         model(),
         arguments(tmp_path, max_length=10),
@@ -452,7 +452,7 @@ def test_what_a_server_completes_is_cut_to_max_length(tmp_path, tokenizer, monke
     assert [len(completion) for completion in trainer._generate_single_turn([[5] * 4, [5] * 9])] == [6, 1]
 
 
-def test_muon_takes_the_betas_and_epsilon_of_the_configuration(tmp_path, tokenizer):
+def test_muon_uses_the_betas_and_epsilon_of_the_configuration(tmp_path, tokenizer):
     args = arguments(tmp_path, muon=True, adam_beta1=0.7, adam_beta2=0.9, adam_epsilon=1e-5)
     trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
     groups = trainer.create_optimizer().param_groups

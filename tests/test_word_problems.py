@@ -1,4 +1,4 @@
-"""The bundled benchmark: right arithmetic, fixed and disjoint test set, a tokenizer for any text, a base that works."""
+"""The bundled benchmark: correct arithmetic, a fixed and disjoint test set, a tokenizer for any text, a working base."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BASE)
 
 
-def test_every_equation_is_right(problems):
+def test_every_equation_is_correct(problems):
     for problem in problems:
         for left, sign, right, result in EQUATION.findall(problem.answer):
             a, b, c = int(left), int(right), int(result)
@@ -77,7 +77,7 @@ def test_the_stream_is_a_function_of_the_seed():
 
 
 def test_test_set_is_fixed():
-    """The same 1,000 problems on every Python version, or published accuracies could not be compared."""
+    """The 1,000 problems are the same on every Python version, so that published accuracies are comparable."""
     text = "\n".join(problem.prompt + problem.completion for problem in held_out())
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "7a696afe393b874a"
 
@@ -85,17 +85,17 @@ def test_test_set_is_fixed():
 def test_test_questions_are_distinct_and_never_in_training(monkeypatch):
     questions = {problem.question for problem in held_out()}
     assert len(questions) == TEST_SIZE == 1000
-    # a stream that would draw the test set itself must leave all of it out
+    # a stream with the seed of the test set must omit all of its questions
     monkeypatch.setattr("random.Random.__init__", lambda self, seed=None: self.seed("word_problems/test"))
     assert not questions & {problem.question for problem in train_problems(1500, seed=0)}
 
 
-def test_a_shorter_test_set_is_the_beginning_of_the_longer():
+def test_a_shorter_test_set_is_a_prefix_of_the_longer():
     assert held_out(10) == held_out()[:10]
 
 
 @pytest.mark.parametrize("n", [-1, 1001])
-def test_impossible_sizes_are_refused(n):
+def test_invalid_sizes_are_refused(n):
     with pytest.raises(ValueError, match=f"n={n}"):
         held_out(n)
 
@@ -157,7 +157,7 @@ def test_tokenizer_leaves_rows_free_for_the_mask_token(tokenizer):
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 
 
-def test_a_trained_tokenizer_survives_its_files(tmp_path):
+def test_a_trained_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
     trained = train_tokenizer([p.prompt + p.completion for p in train_problems(200, seed=0)], vocabulary=320)
     trained.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -168,7 +168,7 @@ def test_a_trained_tokenizer_survives_its_files(tmp_path):
 
 
 def test_base_is_small_and_answers(tokenizer):
-    """Its published accuracy is in provenance.json; here it only has to be that kind of model."""
+    """The published accuracy is in provenance.json. Here the base only has to solve half of 20 problems."""
     assert (BASE / "model.safetensors").stat().st_size <= 8_000_000
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     problems = held_out(20)
@@ -178,7 +178,7 @@ def test_base_is_small_and_answers(tokenizer):
     assert sum(final_answer(text) == problem.result for text, problem in zip(texts, problems, strict=True)) >= 10
 
 
-def test_base_tells_how_it_was_made():
+def test_base_has_provenance():
     made = json.loads((BASE / "provenance.json").read_text())
     assert made["command"] == "accelerate launch recipes/tiny_base.yaml"
     assert made["evaluation"]["problems"] == 1000

@@ -1,7 +1,7 @@
-"""Runs one vLLM engine over a list of jobs, in a process of its own: `python tests/vllm_engine.py JOBS.json OUTPUT.json`.
+"""Runs one vLLM engine over a list of jobs, in a separate process: `python tests/vllm_engine.py JOBS.json OUTPUT.json`.
 
-JOBS is {"engine": arguments of vllm.LLM, "v2": whether on Model Runner V2, "jobs": {name: {"prompts": [...],
-"sampling": {...} or [{...}, ...]}}}; the output
+JOBS is {"engine": arguments of vllm.LLM, "v2": whether to use Model Runner V2, "jobs": {name: {"prompts": [...],
+"sampling": {...} or [{...}, ...]}}}. OUTPUT is
 {"jobs": {name: [[{"tokens", "text", "reason", "logprobs"} of each sample] of each prompt]}, "metrics": {name: value}}.
 """
 
@@ -20,9 +20,9 @@ ENVIRONMENT = {
 
 
 def interpret_triton():
-    """Lets Model Runner V2 run on a CPU: its kernels are in Triton, which there has no compiler, but an interpreter.
+    """Run Model Runner V2 on a CPU, in Triton's interpreter, because Triton cannot compile its kernels for CPUs.
 
-    vLLM asks which processors Triton has compilers for; nothing is compiled here, so any will do.
+    vLLM checks that Triton has a backend for the processor. Nothing is compiled, so any other backend can stand in.
     """
     os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
     from triton.backends import backends
@@ -33,14 +33,14 @@ def interpret_triton():
     store = InterpreterBuilder.create_masked_store
 
     def store_where_true(self, pointers, value, mask, *others):
-        mask.data = mask.data != 0  # where vLLM applies a grammar, the interpreter takes booleans for whole numbers
+        mask.data = mask.data != 0  # in vLLM's grammar kernel, the interpreter's mask holds integers instead of booleans
         return store(self, pointers, value, mask, *others)
 
     InterpreterBuilder.create_masked_store = store_where_true
 
 
 def add_metrics(engine):
-    """As vLLM's servers do, which load plugins for metrics; its `LLM` loads none."""
+    """Add the metrics of Model Runner V2. vLLM's servers load metrics plugins, but its `LLM` does not."""
     from mtp_trl.serving.vllm.metrics import BlockMetrics
 
     metrics = BlockMetrics(engine.vllm_config, [0])
@@ -53,7 +53,7 @@ def sampling(values):
     from vllm.sampling_params import StructuredOutputsParams
 
     regex = values.pop("regex", None)
-    if "logit_bias" in values:  # JSON knows names only
+    if "logit_bias" in values:  # keys of JSON objects are strings
         values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
     return SamplingParams(**values, structured_outputs=StructuredOutputsParams(regex=regex) if regex else None)
 
@@ -80,8 +80,8 @@ def main(jobs_file, output_file):
         add_metrics(llm.llm_engine)
     results = {}
     for name, job in work["jobs"].items():
-        asked = job["sampling"]
-        params = [sampling(one) for one in asked] if isinstance(asked, list) else sampling(asked)
+        options = job["sampling"]
+        params = [sampling(one) for one in options] if isinstance(options, list) else sampling(options)
         outputs = llm.generate(job["prompts"], params, use_tqdm=False)
         results[name] = [[record(sample) for sample in output.outputs] for output in outputs]
     metrics = {metric.name: getattr(metric, "value", getattr(metric, "values", None)) for metric in llm.get_metrics()}

@@ -1,1 +1,1 @@
-"""What shows an adapted model to people: in a terminal, in a browser, and the whole way in minutes."""
+"""Programs that show how an adapted model decodes: in the terminal, in a browser, and a demo that takes minutes."""

@@ -1,4 +1,4 @@
-"""`mtp-trl app MODEL`: an answer coloured by forward pass, plain decoding beside it and the ratio of their speeds."""
+"""`mtp-trl app MODEL`: a page with an answer coloured by forward pass, the plain answer and the ratio of their speeds."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..evaluation.loading import load_student
 from ..training.samples import block_texts
 from .show import as_html
 
-# What a first look should try: text that a model is sure of.
+# Prompts whose continuation a model predicts with high confidence.
 EXAMPLES = (
     "Count from 1 to 40: 1, 2, 3,",
     "Repeat ten times: the quick brown fox jumps over the lazy dog.",
     "Question: Finn has 73 candles and buys 8 more. How many candles does he have?\nAnswer:",
 )
 
-RUNS = 3  # in turns, of which the fastest counts
+RUNS = 3  # of each decoding, in alternation; the fastest run counts
 
 
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int, **options: Any
 ) -> tuple[list[str], int, float]:
-    """The text of each forward pass, the number of tokens and the seconds they took; greedy."""
+    """Decode greedily and return the text of each forward pass, the number of tokens and the seconds taken."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -39,7 +39,7 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )
-    ids = output.sequences[0, encoded["input_ids"].shape[1] :].tolist()  # waits for the device
+    ids = output.sequences[0, encoded["input_ids"].shape[1] :].tolist()  # synchronises with the device
     seconds = time.perf_counter() - started
     return block_texts(tokenizer, ids, output.block_lengths[0]), len(ids), seconds
 
@@ -47,32 +47,32 @@ def answer(
 def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, threshold: float, verify: bool, tokens: float
 ) -> tuple[str, str, str]:
-    """The coloured answer, the plain one and what sets them apart, as HTML; all text of the model and the user is escaped."""
+    """Return the coloured answer, the plain answer and a summary of the comparison, as HTML with all text escaped."""
     if not prompt.strip():
         return "", "", "Write a prompt first."
     length = int(tokens)
     seconds: list[float] = []
-    own_seconds: list[float] = []
+    plain_seconds: list[float] = []
     for _ in range(RUNS):
-        own, own_tokens, own_time = answer(model, tokenizer, prompt, max_new_tokens=length, mtp_k=1, verify=False)
+        plain_texts, plain_count, plain_taken = answer(model, tokenizer, prompt, max_new_tokens=length, mtp_k=1, verify=False)
         texts, count, taken = answer(model, tokenizer, prompt, max_new_tokens=length, confadapt=threshold, verify=verify)
-        seconds, own_seconds = [*seconds, taken], [*own_seconds, own_time]
-    ratio = (count / min(seconds)) / (own_tokens / min(own_seconds))
-    same = "the same text" if "".join(texts) == "".join(own) else "another text"
+        seconds, plain_seconds = [*seconds, taken], [*plain_seconds, plain_taken]
+    ratio = (count / min(seconds)) / (plain_count / min(plain_seconds))
+    same = "the same text" if "".join(texts) == "".join(plain_texts) else "a different text"
     summary = (
         f"<b>{count / len(texts):.2f}</b> tokens per forward pass ({count} in {len(texts)}), <b>{ratio:.2f}</b> times as many "
         f"tokens per second as plain decoding; {same}."
     )
-    plain = f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.7">{html.escape("".join(own))}</div>'
+    plain = f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.7">{html.escape("".join(plain_texts))}</div>'
     return as_html(texts), plain, summary
 
 
 def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The page, a `gradio.Blocks`; nothing is decoded before somebody asks."""
+    """Return the page, a `gradio.Blocks`. Nothing is decoded until the button is clicked."""
     import gradio
 
     defaults = model.generation_config
-    thresholds = checked_thresholds(getattr(defaults, "confadapt", None) or 0.5)  # one for each place: shown as the strictest
+    thresholds = checked_thresholds(getattr(defaults, "confadapt", None) or 0.5)  # the slider shows the strictest position
     with gradio.Blocks(title="mtp-trl") as page:
         gradio.Markdown("## Several tokens per forward pass\nEvery colour is one pass.")
         prompt = gradio.Textbox(EXAMPLES[-1], label="Prompt", lines=3)
@@ -97,7 +97,7 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def run_app(name: str, *, base: str | None = None, port: int | None = None, trust_remote_code: bool = False) -> None:
-    """Load an adapted model and serve the page on loopback until interrupted."""
+    """Load an adapted model and serve the page on the loopback interface until interrupted."""
     model, tokenizer = load_student(name, base=base, trust_remote_code=trust_remote_code)
-    answer(model, tokenizer, EXAMPLES[0], max_new_tokens=4)  # what is slow once should not count against either side
+    answer(model, tokenizer, EXAMPLES[0], max_new_tokens=4)  # warm up, so that one-time costs do not affect the speeds
     build(model, tokenizer).launch(server_name="127.0.0.1", server_port=port)

@@ -1,4 +1,7 @@
-"""`mtp-trl demo`, `show` and `app`: their options. Imports of torch and the like stay inside, so that --help is instant."""
+"""Options of `mtp-trl demo`, `mtp-trl show` and `mtp-trl app`.
+
+torch and other slow modules are imported inside functions, so that --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from ..argument_types import Command, block, new_file, positive, require, thresh
 
 
 def declare_demo(parser: argparse.ArgumentParser) -> Command:
-    """Adapt the bundled model live, evaluate it, show one answer: under 8 minutes on 2 CPU cores."""
+    """Adapt the bundled model, evaluate it and show one answer, in under 8 minutes on 2 CPU cores."""
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="recipes/tiny_exact.yaml (default), recipes/tiny.yaml, or one like them"
+        "--recipe", type=Path, metavar="FILE", help="recipes/tiny_exact.yaml (default), recipes/tiny.yaml or a similar recipe"
     )
 
     def command(options: argparse.Namespace) -> int:
@@ -24,21 +27,21 @@ def declare_demo(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_show(parser: argparse.ArgumentParser) -> Command:
-    """Answer a prompt in the terminal, with a colour for each forward pass."""
+    """Print the answer to a prompt, with a colour for each forward pass."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("prompt", help="text to complete, as it stands")
-    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
+    parser.add_argument("prompt", help="text to complete, without a chat template")
+    parser.add_argument("--base", metavar="MODEL", help="base of an adapter-only repository (default: the one it names)")
     parser.add_argument(
-        "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+        "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by position (default: the model's)"
     )
-    parser.add_argument("--k", type=block, metavar="K", help="largest block, or auto (default: the model's)")
+    parser.add_argument("--k", type=block, metavar="K", help="largest block size, or auto (default: the model's)")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="return exactly the model's own text (default: the model's)",
+        help="return exactly the model's single-token text (default: the model's setting)",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
-    parser.add_argument("--html", type=new_file, metavar="FILE", help="write the coloured answer there too")
+    parser.add_argument("--html", type=new_file, metavar="FILE", help="also write the coloured answer to this file")
     trust_option(parser)
 
     def command(options: argparse.Namespace) -> int:
@@ -61,14 +64,16 @@ def declare_show(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_app(parser: argparse.ArgumentParser) -> Command:
-    """A page in the browser: threshold, verification, plain decoding beside it, the ratio of speeds (needs mtp-trl[app])."""
+    """Serve a page that compares decoding in blocks with plain decoding, with the ratio of speeds (needs mtp-trl[app])."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
-    parser.add_argument("--base", metavar="MODEL", help="what an adapter alone acts on (default: the one it names)")
-    parser.add_argument("--port", type=int, metavar="N", help="on loopback (default: the first free one from 7860)")
+    parser.add_argument("--base", metavar="MODEL", help="base of an adapter-only repository (default: the one it names)")
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="port on the loopback interface (default: the first free one from 7860)"
+    )
     trust_option(parser)
 
     def command(options: argparse.Namespace) -> int:
-        require("gradio", "The page", extra="app")
+        require("gradio", "mtp-trl app", extra="app")
         from .app import run_app
 
         run_app(options.model, base=options.base, port=options.port, trust_remote_code=options.trust_remote_code)

@@ -1,4 +1,4 @@
-"""The whole way in minutes: adapt the bundled base, decode held-out problems in every mode, print what it bought."""
+"""`mtp-trl demo`: adapt the bundled base, decode held-out problems in every mode and print the results."""
 
 import ast
 import os
@@ -27,10 +27,10 @@ from .show import as_html
 RECIPE = Path("recipes") / "tiny_exact.yaml"
 OUTPUT = Path("demo_out")
 PROBLEMS = 200
-SINGLE_PROBLEMS = 15  # decoded once more one by one, for the speed that a single user sees
+SINGLE_PROBLEMS = 15  # also decoded one at a time, for the speed that a single user sees
 BATCH_SIZE = 50
 MAX_NEW_TOKENS = 192
-EXPECTED = "acceleration/confadapt_"
+ACCELERATION_PREFIX = "acceleration/confadapt_"
 SHOWN = Setting("verified", threshold=0.5)
 SETTINGS = decoding_settings(
     ks=[2, 4], confadapt=[0.99, 0.95, 0.9, 0.8], verified=[0.9, 0.7, 0.5, 0.3], trees=[(8, 0.3), (8, 0.0)]
@@ -38,10 +38,10 @@ SETTINGS = decoding_settings(
 
 
 def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
-    """Adapt, evaluate, report and show; the adapted model is left in `output`/model.
+    """Adapt the bundled base, evaluate it, write a report and show one answer. The adapted model is saved in `output`/model.
 
     Raises:
-        FileNotFoundError: no recipe; it is part of a checkout.
+        FileNotFoundError: the recipe does not exist; recipes are part of a checkout.
         ChildProcessError: the training run failed.
     """
     if not recipe.is_file():
@@ -50,7 +50,7 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
     plot = plots(extra="demo")
     base_name = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
     folder = output / "model"
-    console.rule("1  adapt the base: at masks it writes blocks, and the base corrects them", align="left")
+    console.rule("1  adapt the base: the student predicts blocks at masks, and the base corrects them", align="left")
     _train(recipe, folder, console)
 
     console.rule(f"2  decode {PROBLEMS} held-out problems in {len(SETTINGS)} ways", align="left")
@@ -73,8 +73,8 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
         next(row.tokens_per_second for row in single.rows if row.setting == setting) for setting in (Setting("base"), SHOWN)
     )
     console.print(
-        f"One answer at a time: transformers' greedy decoding of the base {base_speed:,.0f} tokens per second, "
-        f"{SHOWN.label} {speed:,.0f}: {speed / base_speed:.2f} times as many.",
+        f"One answer at a time: {base_speed:,.0f} tokens per second with transformers' greedy decoding of the base, "
+        f"{speed:,.0f} with {SHOWN.label}: {speed / base_speed:.2f} times as many.",
         highlight=False,
     )
     written = write_report(output, report, sweep, plot=plot)
@@ -91,50 +91,54 @@ def run_demo(*, recipe: Path = RECIPE, output: Path = OUTPUT) -> None:
 
 
 def _train(recipe: Path, folder: Path, console: Console) -> None:
-    """`accelerate launch RECIPE` in a process of its own, its progress bar and time left shown as they come."""
+    """Run `accelerate launch RECIPE` in a subprocess and show its progress bar and output as they arrive."""
     accelerate = str(Path(sysconfig.get_path("scripts")) / "accelerate")
     command = [accelerate, "launch", str(recipe), "--output_dir", str(folder)]
     console.print("$ " + shlex.join(["accelerate", *command[1:]]), style="bold", highlight=False)
-    # Read when OpenMP loads: threads that wait for each other then sleep instead of spinning.
+    # OpenMP reads this when it loads: threads that wait for each other then sleep instead of spinning.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             _print_log(line, console)
     if process.returncode != 0:
         raise ChildProcessError(
-            f"Training ended with exit status {process.returncode}; its messages are above. "
-            f"Run it alone to see more: {shlex.join(command)}"
+            f"Training failed with exit status {process.returncode}; its messages are above. "
+            f"Run it separately to see more: {shlex.join(command)}"
         )
 
 
 def _print_log(line: str, console: Console) -> None:
-    """What a spectator wants of a logged line: agreement with the teacher by place, expected tokens per pass."""
+    """Print a line of output. Of a trainer log, print only agreement with the teacher by position and tokens per pass."""
     try:
         log = ast.literal_eval(line)
     except (ValueError, SyntaxError):
         console.print(Text(line.rstrip()))
         return
-    places = [f"{float(value):.2f}" for name, value in log.items() if name.startswith("agreement/place_")]
-    expected = [f"{float(value):.2f} at {name.rpartition('_')[2]}" for name, value in log.items() if name.startswith(EXPECTED)]
-    if places:
-        clear = "\r\x1b[K" if console.is_terminal else ""  # the progress bar's line; it is drawn again below
-        print(f"{clear}agreement by place {' '.join(places)}  tokens per pass {', '.join(expected)}")
+    agreement = [f"{float(value):.2f}" for name, value in log.items() if name.startswith("agreement/place_")]
+    tokens_per_pass = [
+        f"{float(value):.2f} at {name.rpartition('_')[2]}"
+        for name, value in log.items()
+        if name.startswith(ACCELERATION_PREFIX)
+    ]
+    if agreement:
+        clear = "\r\x1b[K" if console.is_terminal else ""  # clears the progress bar, which is redrawn below
+        print(f"{clear}agreement by position {' '.join(agreement)}  tokens per pass {', '.join(tokens_per_pass)}")
 
 
 def _answer_to_show(answers: list[Record]) -> tuple[int, Record]:
-    """The first right answer, or the first one."""
+    """Return the first correct answer and its index, or the first answer if none is correct."""
     return next(((i, answer) for i, answer in enumerate(answers) if answer.correct), (0, answers[0]))
 
 
 def _print_next(console: Console, folder: Path, written: list[Path], *, base_name: str, prompt: str) -> None:
-    console.rule("what is there now", align="left")
+    console.rule("files written", align="left")
     for path in written:
         console.print(f"  {path}")
-    console.print(f"  {folder}  (the adapted model; it carries its decoder)\n")
-    tool = sys.argv[0]  # as it was called: works from where the user stands
+    console.print(f"  {folder}  (the adapted model, with its decoder)\n")
+    program = sys.argv[0]  # as the user called it, so that the commands below work in the same directory
     quoted = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     for line in (
-        f"{tool} show {folder} $'{quoted}' --verify",
-        f"{tool} eval {folder} --base {base_name} --limit 100 --thresholds 0.9,0.5 --verify",
+        f"{program} show {folder} $'{quoted}' --verify",
+        f"{program} eval {folder} --base {base_name} --limit 100 --thresholds 0.9,0.5 --verify",
     ):
         console.print("  $ " + line, style="bold", highlight=False, markup=False, soft_wrap=True)

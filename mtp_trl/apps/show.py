@@ -1,4 +1,4 @@
-"""`mtp-trl show`: one answer with its blocks coloured, as it comes or whole. Every colour is one forward pass."""
+"""`mtp-trl show`: print one answer pass by pass, or write it as HTML, with a colour for each forward pass."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class ColouredStreamer(BaseStreamer):
         self.prompt_is_next = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, which is not printed, then the tokens of each pass, int64 [tokens]."""
+        """Skip the prompt, which comes first, then print the tokens of each pass, int64 [tokens]."""
         if self.prompt_is_next:
             self.prompt_is_next = False
             return
         self.token_ids += value.tolist()
         self.blocks.append(len(value))
-        # The blocks so far and one to come: a character that is not complete yet waits for it.
+        # A dummy block stands for the next pass, so that a character whose bytes are incomplete is printed with that pass.
         self._print(block_texts(self.tokenizer, [*self.token_ids, self.token_ids[-1]], [*self.blocks, 1])[:-1])
 
     def end(self) -> None:
-        """The answer is over: what still waited is printed as it is."""
+        """Print the rest of the answer, including an incomplete character."""
         self._print(block_texts(self.tokenizer, self.token_ids, self.blocks))
         self.console.print()
 
@@ -51,7 +51,7 @@ class ColouredStreamer(BaseStreamer):
 
 
 def as_html(texts: Iterable[str]) -> str:
-    """Blocks as one HTML element without scripts; the texts are escaped."""
+    """Return the blocks as one HTML element without scripts, with the texts escaped."""
     spans = [
         f'<span style="background:{COLOURS[i % len(COLOURS)]};color:#000">{html.escape(text)}</span>'
         for i, text in enumerate(filter(None, texts))
@@ -60,7 +60,7 @@ def as_html(texts: Iterable[str]) -> str:
 
 
 def html_page(prompt: str, texts: Iterable[str], caption: str) -> str:
-    """A page that needs nothing else: the prompt, the answer in blocks, and what it took."""
+    """Return a self-contained HTML page with the prompt, the answer in blocks and a caption."""
     return f"""\
 <!doctype html>
 <html lang="en">
@@ -94,7 +94,7 @@ def run_show(
     html_file: Path | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Answer one prompt greedily, printed as it comes with a colour for each pass; None means the folder's default."""
+    """Answer one prompt greedily and print it pass by pass, with a colour for each. None means the model's default."""
     if confadapt is not None:
         checked_thresholds(confadapt)
     student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)

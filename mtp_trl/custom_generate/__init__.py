@@ -1,1 +1,1 @@
-"""The decoder, as a folder that is uploaded with every model."""
+"""The decoder, a folder that is uploaded with every model."""

@@ -1,4 +1,4 @@
-"""Exact mode's adapter: low-rank updates and a mask row that act at masks only (method section 4b)."""
+"""Exact mode's adapter: low-rank updates and a mask embedding that act at mask positions only (method section 4b)."""
 
 # Shapes: B rows of the batch, T columns of a forward pass
 
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from .probes import execution_device
 
 
-class _Part(nn.Module):
-    """A module, so that frameworks that shard weights gather them when it runs.
+class _AdapterModule(nn.Module):
+    """Parent of the adapter's parts. Each part is a module, so that FSDP and DeepSpeed gather its weights when it runs.
 
-    A state dict of the base, which has no adapter, loads all the same.
+    A state dict without adapter weights, such as the base's, loads without an error and leaves these weights unchanged.
     """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -30,8 +30,8 @@ class _Part(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _LowRankUpdate(_Part):
-    """output + (alpha / rank) B A x; in place where no gradient is computed."""
+class _LowRankUpdate(_AdapterModule):
+    """Compute output + (alpha / rank) B A x. Without gradients this is done in place."""
 
     def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class _LowRankUpdate(_Part):
         return output.baddbmm_(low, self.lora_B.to(output.dtype).T.expand(len(x), -1, -1), alpha=self.scale)
 
 
-class _MaskRow(_Part):
-    """The mask's input embedding; written in place where no gradient is computed."""
+class _MaskRow(_AdapterModule):
+    """Replace embeddings by the mask's embedding. Without gradients this is done in place."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -60,34 +60,34 @@ class _MaskRow(_Part):
         return output.copy_(self.weight)
 
 
-# Where the adapter acts, rows and columns of the pass, and the thread that runs it.
+# The gate (see `acting_on`), [rows, columns] of the pass, and the id of the thread that runs it.
 PassState = tuple[int | Tensor, torch.Size, int]
-_RESTING: PassState = (0, torch.Size((0, 0)), 0)
+_INACTIVE: PassState = (0, torch.Size((0, 0)), 0)
 
 
 class MaskGatedAdapter(nn.Module):
-    """Low-rank updates of linear layers, and an input row, that act at mask slots only.
+    """Low-rank updates of linear layers and an input embedding of the mask, which act at mask positions only.
 
-    At a mask y += (alpha / rank) B A x; at every other column the layer's output is left as it is, bit for bit, so the text
-    is read by the base whatever the training did. It rests unless a pass runs within `acting_on`, in the same thread:
+    At a mask y += (alpha / rank) B A x. At every other column the layer's output is unchanged, bit for bit, so the base reads
+    the text regardless of the training. The adapter is active only in passes within `acting_on`, in the same thread:
 
         with adapter.acting_on(3):      # the last 3 columns are masks
             model(input_ids)
 
     Attributes:
-        names: the adapted layers, in the order of `updates`.
-        mtp: `config.mtp` of the model it was trained in.
-        defaults: of decoding, `confadapt` and `verify`, for a base whose generation_config knows neither.
-        base: name and `base_fingerprint` of the model it was trained on; the fingerprint may be None.
-        lora_layers: where the model must have LoRA layers of PEFT's, by name: beside a LoRA, which acts at every column, this
-            adapter has no updates of its own and brings only the mask's row.
-        source: the repository and which version of its file it was read from.
+        names: names of the adapted layers, in the order of `updates`.
+        mtp: `config.mtp` of the model that was trained.
+        defaults: decoding defaults, `confadapt` and `verify`, for a base whose generation_config has neither.
+        base: name and `base_fingerprint` of the model that the adapter was trained on; the fingerprint may be None.
+        lora_layers: names of the layers that must have a LoRA of PEFT's. An adapter of a LoRA model has no updates of its
+            own, since the LoRA acts at every column: it holds only the embedding of the mask.
+        source: the repository that the adapter was read from, and the version of its file.
     """
 
     updates: Any  # a ModuleList of _LowRankUpdate, in the order of `names`
 
     def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
-        """`shapes`: (inputs, outputs) of each adapted layer, by its name in the model."""
+        """Create the adapter with zero weights; `shapes` maps each adapted layer's name to its (inputs, outputs)."""
         super().__init__()
         self.names = list(shapes)
         self.rank, self.alpha = rank, alpha
@@ -99,13 +99,13 @@ class MaskGatedAdapter(nn.Module):
         self.base: tuple[str, str | None] = ("", None)
         self.source: tuple[str, str | None] | None = None
         self.lora_layers: list[str] = []
-        self._gate, self._shape, self._thread = _RESTING
+        self._gate, self._shape, self._thread = _INACTIVE
         self._hooks: list[RemovableHandle] = []
 
-    # ---- on and off a model ----
+    # ---- attach and detach ----
 
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
-        """Become the model's submodule `mtp_adapter`, called by its layers from now on."""
+        """Set `model.mtp_adapter` to this adapter, and register its hooks on the model's layers."""
         for name, update in zip(self.names, self.updates, strict=True):
             layer, hook = _innermost(model.get_submodule(name)), functools.partial(self._adapt, name, update)
             update.to(execution_device(layer))  # layers may be spread over devices
@@ -113,12 +113,12 @@ class MaskGatedAdapter(nn.Module):
         self.mask_row.to(execution_device(model.get_input_embeddings()))
         self._hooks.append(_innermost(model.get_input_embeddings()).register_forward_hook(self._embed))
         model.mtp_adapter = self
-        # The adapter has a file of its own; the model's own file stays the base's.
+        # The adapter is saved to a file of its own: keep it out of the model's weights, which stay those of the base.
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | self._keys
         return self
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Leave the model as it was."""
+        """Remove the adapter and its hooks from the model."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -129,26 +129,26 @@ class MaskGatedAdapter(nn.Module):
     def _keys(self) -> set[str]:
         return {f"mtp_adapter.{name}" for name, _ in self.named_parameters()}
 
-    # ---- where it acts ----
+    # ---- activate at masks ----
 
     @contextmanager
     def acting_on(self, gate: int | Tensor) -> Iterator[None]:
-        """Passes of this thread within the block are adapted; after it, whatever happened, as before it.
+        """Activate the adapter for this thread's passes within the block. After it, restore the state, even on an error.
 
         Args:
-            gate: the number of columns at the end of every row that are masks, or bool [B, T].
+            gate: which columns are masks: their number at the end of every row, or bool [B, T].
         """
         with self.within((gate, torch.Size((0, 0)), threading.get_ident())):
             yield
 
     @property
     def state(self) -> PassState:
-        """What a pass of now is adapted by: for layers that run once more in backward, see `within`."""
+        """The current state. `within(state)` recomputes a layer in backward as it ran in the forward pass."""
         return self._gate, self._shape, self._thread
 
     @contextmanager
     def within(self, state: PassState) -> Iterator[None]:
-        """Passes within the block are adapted as they were when `state` was read, in whichever thread they run."""
+        """Apply an earlier `state` to the current thread's passes within the block. Backward may run in another thread."""
         before = self.state
         self._gate, self._shape, _ = state
         self._thread = threading.get_ident()
@@ -158,46 +158,46 @@ class MaskGatedAdapter(nn.Module):
             self._gate, self._shape, self._thread = before
 
     @property
-    def _rests(self) -> bool:
+    def _is_inactive(self) -> bool:
         if isinstance(self._gate, int) and self._gate == 0:
             return True
-        # A compiled pass is that of the thread which compiled it, and cannot ask.
+        # Compiled code cannot read its thread's id. Assume that it runs in the thread that compiles it.
         return not torch.compiler.is_compiling() and self._thread != threading.get_ident()
 
     def _adapt(self, name: str, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self._rests:
+        if self._is_inactive:
             return output
         flat, x = output, inputs[0]
-        if output.ndim == 2 and "expert" not in name and len(output) == math.prod(self._shape):  # OPT flattens rows
+        if output.ndim == 2 and "expert" not in name and len(output) == math.prod(self._shape):  # OPT flattens its rows
             output, x = output.view(*self._shape, -1), x.view(*self._shape, -1)
-        if output.shape[:-1] != self._shape:  # experts' tokens, or keys of the whole cache: which are masks is unknown
-            raise ValueError(f"{name} gives {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
+        if output.shape[:-1] != self._shape:  # an expert's tokens, or keys of the whole cache: the masks are unknown
+            raise ValueError(f"{name} returns {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
         return self._where_gated(output, lambda part, columns: update(part, x[:, columns])).view_as(flat)
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self._rests:
+        if self._is_inactive:
             return output
         self._shape = output.shape[:2]
         return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
-    def _where_gated(self, output: Tensor, changed: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """The output with some columns changed: `changed` takes them and their slice, and may write into them."""
+    def _where_gated(self, output: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Return the output with new columns at the masks. `change(columns, slice)` returns them, and may write in place."""
         if isinstance(self._gate, Tensor):
-            return torch.where(self._gate.to(output.device)[..., None], changed(output.clone(), slice(None)), output)
-        tail = changed(output[:, -self._gate :], slice(-self._gate, None))
+            return torch.where(self._gate.to(output.device)[..., None], change(output.clone(), slice(None)), output)
+        tail = change(output[:, -self._gate :], slice(-self._gate, None))
         if self._gate == output.shape[1]:
             return tail
         return torch.cat([output[:, : -self._gate], tail], 1) if torch.is_grad_enabled() else output
 
 
 def _innermost(layer: Any) -> Any:
-    """The layer itself where PEFT has wrapped it: there the adapter stays when PEFT merges and unwraps."""
+    """Return the layer inside PEFT's wrappers. An adapter hooked there survives when PEFT merges and unwraps."""
     while hasattr(layer, "base_layer"):
         layer = layer.base_layer
     return layer
 
 
 def adapter_of(model: PreTrainedModel) -> MaskGatedAdapter | None:
-    """The adapter that is attached to a model; None without one."""
+    """Return the adapter that is attached to a model, or None."""
     attached: MaskGatedAdapter | None = getattr(model, "mtp_adapter", None)
     return attached

@@ -1,4 +1,4 @@
-"""The file of a mask-gated adapter: LoRA's format and names for the weights, and metadata that say what it belongs to."""
+"""File format of a mask-gated adapter: weights in LoRA's format and names, and metadata about its base and mask token."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from .adapter import MaskGatedAdapter
 from .mtp_config import BROKEN_REPOSITORY, check_mtp_config, is_whole_number, shortened
 
-# Not under LoRA's own file name: transformers would load it without the gate.
+# Not LoRA's file name, under which transformers would load the adapter without its gate.
 ADAPTER_FILE = "custom_generate/mtp_adapter.safetensors"
-DECODING_DEFAULTS = ("confadapt", "verify")  # all that an adapter may say of decoding on its base
+DECODING_DEFAULTS = ("confadapt", "verify")  # the only decoding settings that an adapter may set
 
 _PREFIX, _LORA_A = "base_model.model.", ".lora_A.weight"
 
 
 def read_adapter(path: str) -> MaskGatedAdapter:
-    """The adapter in a file.
+    """Load an adapter from a file.
 
     Raises:
-        ValueError: metadata or tensors that no adapter has.
+        ValueError: the metadata or the tensors are not those of an adapter.
     """
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -32,16 +32,16 @@ def read_adapter(path: str) -> MaskGatedAdapter:
 
 
 def read_adapter_metadata(path: str) -> dict[str, Any]:
-    """What an adapter's file says of it, as `checked_metadata` returns it; the weights are not read."""
+    """Return the `checked_metadata` of an adapter's file without reading its weights."""
     with safe_open(path, framework="pt") as file:
         return checked_metadata(file.metadata())
 
 
 def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> MaskGatedAdapter:
-    """The adapter of a file's tensors and metadata.
+    """Build an adapter from the tensors and the metadata of a file.
 
     Raises:
-        ValueError: metadata or tensors that no adapter has.
+        ValueError: the metadata or the tensors are not those of an adapter.
     """
     facts = checked_metadata(metadata)
     names = [name[len(_PREFIX) : -len(_LORA_A)] for name in tensors if name.startswith(_PREFIX) and name.endswith(_LORA_A)]
@@ -49,10 +49,12 @@ def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
     for name in names:
         low, high = (_shape(tensors, f"{_PREFIX}{name}.lora_{side}.weight") for side in "AB")
         if len(low) != 2 or len(high) != 2 or not low[0] == high[1] == facts["r"]:
-            raise ValueError(f"{ADAPTER_FILE} has {name} with {low} and {high}, not of rank {facts['r']}; {BROKEN_REPOSITORY}")
+            raise ValueError(
+                f"{ADAPTER_FILE} has {name} with shapes {low} and {high}, not of rank {facts['r']}; {BROKEN_REPOSITORY}"
+            )
         shapes[name] = (low[1], high[0])
     if len(row := _shape(tensors, "mask_row")) != 1:
-        raise ValueError(f"{ADAPTER_FILE} has mask_row with {row}, not one row; {BROKEN_REPOSITORY}")
+        raise ValueError(f"{ADAPTER_FILE} has mask_row with shape {row}, not one row; {BROKEN_REPOSITORY}")
     adapter = MaskGatedAdapter(shapes, rank=facts["r"], alpha=float(facts["lora_alpha"]), hidden_size=row[0])
     adapter.mtp, adapter.defaults, adapter.lora_layers = facts["mtp"], facts["defaults"], facts["lora_layers"]
     adapter.base = (facts["base_model"], facts["base_fingerprint"])
@@ -63,7 +65,7 @@ def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
 
 
 def by_file_name(adapter: MaskGatedAdapter) -> dict[str, nn.Parameter]:
-    """An adapter's weights by their names in the file, which are those of a LoRA adapter, and the mask's row."""
+    """Return an adapter's weights by their names in the file: `mask_row`, and the names of a LoRA adapter."""
     named = {"mask_row": adapter.mask_row.weight}
     for name, update in zip(adapter.names, adapter.updates, strict=True):
         named[f"{_PREFIX}{name}.lora_A.weight"] = update.lora_A
@@ -72,7 +74,7 @@ def by_file_name(adapter: MaskGatedAdapter) -> dict[str, nn.Parameter]:
 
 
 def metadata_of(adapter: MaskGatedAdapter) -> dict[str, str]:
-    """What the file says beside the weights."""
+    """Return the metadata to save with an adapter's weights."""
     return {
         "format": "pt",
         "r": str(adapter.rank),
@@ -86,32 +88,32 @@ def metadata_of(adapter: MaskGatedAdapter) -> dict[str, str]:
 
 
 def checked_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """What `metadata_of` wrote, parsed and checked: an adapter comes with a repository, so it can say anything.
+    """Parse and check the metadata that `metadata_of` wrote. It comes from a repository, so it can hold anything.
 
     Returns:
-        `r`, `lora_alpha`, `mtp`, `defaults`, `lora_layers`, `base_model` and `base_fingerprint` (None where unknown).
+        `r`, `lora_alpha`, `mtp`, `defaults`, `lora_layers`, `base_model` and `base_fingerprint` (None if unknown).
 
     Raises:
-        ValueError: a value is missing or is not what it should be.
+        ValueError: a value is missing or invalid.
     """
     written = {"lora_layers": "[]", **(metadata or {})}
 
-    def value(name: str, is_valid: Callable[[Any], bool], wanted: str) -> Any:
+    def value(name: str, is_valid: Callable[[Any], bool], requirement: str) -> Any:
         try:
-            found = json.loads(written[name])
+            parsed = json.loads(written[name])
         except (KeyError, ValueError, RecursionError):
-            found = None
-        if not is_valid(found):
+            parsed = None
+        if not is_valid(parsed):
             raise ValueError(
-                f"{ADAPTER_FILE} has {name}={shortened(written.get(name))}, which must be {wanted}; {BROKEN_REPOSITORY}"
+                f"{ADAPTER_FILE} has {name}={shortened(written.get(name))}, which must be {requirement}; {BROKEN_REPOSITORY}"
             )
-        return found
+        return parsed
 
     facts = {
         "r": value("r", lambda r: is_whole_number(r, 1, 2**31), "a whole number >= 1"),
         "lora_alpha": value("lora_alpha", lambda alpha: type(alpha) in (int, float) and abs(alpha) < 1e9, "a number"),
-        "mtp": value("mtp", lambda mtp: isinstance(mtp, dict), "the mask token's values by name"),
-        "defaults": value("defaults", lambda defaults: isinstance(defaults, dict), "decoding defaults by name"),
+        "mtp": value("mtp", lambda mtp: isinstance(mtp, dict), "a dictionary like config.mtp"),
+        "defaults": value("defaults", lambda defaults: isinstance(defaults, dict), "a dictionary of decoding defaults"),
         "lora_layers": value(
             "lora_layers",
             lambda layers: isinstance(layers, list) and all(isinstance(layer, str) for layer in layers),

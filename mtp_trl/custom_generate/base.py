@@ -1,4 +1,4 @@
-"""Is this the base that an adapter was trained on? Its layers, vocabulary, mask token and weights are compared."""
+"""Check that a model is the base of an adapter: compare layers, vocabulary, mask token and weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .mtp_config import check_mtp_config
 
 
 def check_base(adapter: MaskGatedAdapter, model: PreTrainedModel) -> None:
-    """Raises ValueError for a model that is not the one the adapter was trained on."""
+    """Raise ValueError if a model is not the base that an adapter was trained on."""
     name, fingerprint = adapter.base
     repository = adapter.source[0] if adapter.source else None
     expected = f"The adapter in {repository or 'this file'} was trained on {name or 'another model'}"
@@ -29,10 +29,11 @@ def check_base(adapter: MaskGatedAdapter, model: PreTrainedModel) -> None:
 
 
 def compare_fingerprints(trained_on: str | None, actual: str | None, *, expected: str, remedy: str) -> None:
-    """Raises ValueError where both are known and differ; warns where the model's is unknown."""
+    """Raise ValueError if two known fingerprints differ; warn if only that of the model is unknown."""
     if trained_on is not None and actual is None:
         warnings.warn(
-            f"{expected}; whether these weights are the same cannot be told (quantised, float16 or offloaded).", stacklevel=3
+            f"{expected}; these weights cannot be compared with it (quantised, float16, offloaded or missing).",
+            stacklevel=3,
         )
     elif trained_on not in (None, actual):
         raise ValueError(f"{expected}, and these weights differ from it; {remedy}")
@@ -41,15 +42,15 @@ def compare_fingerprints(trained_on: str | None, actual: str | None, *, expected
 def _check_layers(adapter: MaskGatedAdapter, model: PreTrainedModel, *, expected: str, remedy: str) -> None:
     layers = dict(model.named_modules())
     for layer, update in zip(adapter.names, adapter.updates, strict=True):
-        wanted = (update.lora_A.shape[1], update.lora_B.shape[0])
-        if layer not in layers or linear_features(layers[layer]) != wanted:
+        inputs, outputs = update.lora_A.shape[1], update.lora_B.shape[0]
+        if layer not in layers or linear_features(layers[layer]) != (inputs, outputs):
             found = linear_features(layers[layer]) if layer in layers else "no such layer"
-            raise ValueError(f"{expected}: {layer} must map {wanted[0]} to {wanted[1]} features, found {found}; {remedy}")
+            raise ValueError(f"{expected}: {layer} must map {inputs} to {outputs} features, found {found}; {remedy}")
     for layer in adapter.lora_layers:
         if not hasattr(layers.get(layer), "lora_A"):
             repository = adapter.source[0] if adapter.source else "REPOSITORY"
             raise ValueError(
-                f"{repository} is a LoRA adapter, and this model has no LoRA at {layer}: put it on first, with "
+                f"{repository} is a LoRA adapter, and this model has no LoRA at {layer}; load it first with "
                 f"peft.PeftModel.from_pretrained(model, {repository!r})."
             )
 
@@ -58,33 +59,37 @@ def _check_vocabulary(adapter: MaskGatedAdapter, model: PreTrainedModel, *, expe
     rows = model.get_input_embeddings().weight.shape[0]
     base_rows = adapter.mtp.get("base_vocab_size")
     last = max(adapter.mtp.get("barred_token_ids", ()), default=0)
-    # As the base has it, or grown by the mask's row, padded to a multiple of 64 or not.
+    # The vocabulary of the base, or that of a base resized for the mask token, padded to a multiple of 64 or not.
     if base_rows and rows not in (base_rows, adapter.mtp["mask_token_id"] + 1, last + 1):
         raise ValueError(f"{expected}: its vocabulary has {base_rows} rows, this model's {rows}; {remedy}")
-    own = getattr(model.config, "mtp", None)
-    if own is not None:
-        check_mtp_config(own)
-        if adapter.mtp and own["mask_token_id"] != adapter.mtp["mask_token_id"]:
-            mask_ids = f"its mask token is {adapter.mtp['mask_token_id']}, this model's {own['mask_token_id']}"
+    mtp = getattr(model.config, "mtp", None)
+    if mtp is not None:
+        check_mtp_config(mtp)
+        if adapter.mtp and mtp["mask_token_id"] != adapter.mtp["mask_token_id"]:
+            mask_ids = f"its mask token is {adapter.mtp['mask_token_id']}, this model's {mtp['mask_token_id']}"
             raise ValueError(f"{expected}: {mask_ids}; {remedy}")
 
 
 def base_fingerprint(
     model: PreTrainedModel, names: Sequence[str], *, gathered: Callable[[list[Any]], Any] = nullcontext
 ) -> str | None:
-    """`weights_fingerprint` of the named layers of a model; `gathered` is a context in which sharded weights are whole."""
+    """Return the `weights_fingerprint` of the named layers of a model.
+
+    `gathered(weights)` is a context in which sharded weights are whole.
+    """
     weights: dict[str, Any] = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
     return weights_fingerprint(weights, gathered=gathered)
 
 
 def weights_fingerprint(weights: Mapping[str, Any], *, gathered: Callable[[list[Any]], Any] = nullcontext) -> str | None:
-    """A hash of each weight's first and last row, in bfloat16: equal however the weights were loaded.
+    """Return a hash of the first and the last row of each weight in bfloat16.
 
-    None where they are not there to be read as they were trained: quantised, in float16, or on no device.
+    The hash is the same whether the weights were loaded in float32 or in bfloat16. It is None if a weight is quantised, in
+    float16, offloaded or missing, so that its trained values cannot be read.
 
     Args:
-        weights: by the name of their layer.
-        gathered: as in `base_fingerprint`.
+        weights: weights by the names of their layers.
+        gathered: see `base_fingerprint`.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
@@ -99,7 +104,7 @@ def weights_fingerprint(weights: Mapping[str, Any], *, gathered: Callable[[list[
 
 
 def linear_features(layer: Any) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer, of a quantised one or of GPT-2's transposed one; None of any other module."""
+    """Return (inputs, outputs) of a linear layer, quantised ones and GPT-2's Conv1D included; None for any other module."""
     if hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features
     return (layer.nx, layer.nf) if hasattr(layer, "nf") else None

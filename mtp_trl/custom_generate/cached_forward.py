@@ -1,4 +1,4 @@
-"""Steps of models whose layers keep keys and values only: what is not cached yet is fed, every row at its own offset."""
+"""Cached steps of models whose layers cache only keys and values. Every row has its own offset in the cache."""
 
 # Shapes: A rows not finished, E blocks of masks in a row, M masks of a row, T columns of a forward pass
 
@@ -17,17 +17,18 @@ from .probes import cache_layers
 from .rows import Row
 from .settings import Settings
 
-SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots: few shapes, aligned
-STATIC_SLOT_MULTIPLE = 256  # with static shapes all slots are read: calls of about the same length share a graph
+SLOT_MULTIPLE = 64  # attention reads a multiple of this many slots, so that there are few shapes, all aligned
+STATIC_SLOT_MULTIPLE = 256  # static shapes allocate a multiple of this many slots: calls of similar length share a graph
 
 
 class CachedForward(Forward):
-    """Feeds what is not cached yet. In every row slot = position, and padding writes to a slot that nobody reads.
+    """Feeds the tokens that are not cached yet, and the masks. Padding writes to a slot that no column attends to.
 
-    Several blocks of masks in one pass share positions: they write to scratch slots, which then come first, and
-    slot = scratch + position.
-    With `cache_implementation="static"` every step but the first has the same shapes, and runs compiled where
-    transformers would compile.
+    With one block of masks, slot = position. Several blocks of masks share positions, so they write to scratch slots at the
+    start of the cache, and for the text slot = scratch + position.
+
+    With `cache_implementation="static"` all steps after the prefill have the same shapes. They run compiled if transformers
+    would compile them.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class CachedForward(Forward):
         self.blocks = settings.blocks
         self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
         self.static = config.cache_implementation == "static"
-        self.trash = self.scratch + max(row.limit for row in rows)
+        self.padding_slot = self.scratch + max(row.limit for row in rows)
         multiple = STATIC_SLOT_MULTIPLE if self.static else 1
-        self.placement = Placement(slots=-(-(self.trash + 1) // multiple) * multiple)
+        self.placement = Placement(slots=-(-(self.padding_slot + 1) // multiple) * multiple)
         self.layers = [RowOffsetLayer(self.placement) for _ in cache_layers(model)]
         self.cache = Cache(layers=self.layers)
         self.attention = AttentionMasks(
@@ -77,9 +78,9 @@ class CachedForward(Forward):
         self.placement.place(columns.slots, top=top)
         if same_shapes and self.compiles:
             self.call = self.model.get_compiled_call(self.compile_config)
-        own = pending if same_shapes else 1 + max(len(row.drafts) for row in alive)
+        pending_read = pending if same_shapes else 1 + max(len(row.drafts) for row in alive)
         logits = self.run(
-            read=own + masks,
+            read=pending_read + masks,
             gate=masks,
             input_ids=columns.ids,
             position_ids=columns.positions,
@@ -90,33 +91,36 @@ class CachedForward(Forward):
         return (logits if fed is alive else logits[[row.index for row in alive]]), masks
 
     def mask_dtype(self) -> torch.dtype | None:
-        """The cache's, once it has one: boolean masks, which need no dtype, are converted anew in every layer."""
+        """Return the dtype of the cache once it is allocated: SDPA would convert a boolean mask again in every layer."""
         first = self.layers[0]
         return first.keys.dtype if first.is_initialized else self.attention.dtype
 
     def columns(self, rows: list[Row], *, pending: int, blocks: int, k: int) -> StepColumns:
-        """[padding | pending tokens | masks] of every row; masks beyond a row's limit are padding too, and rows that ended."""
+        """Return the columns [padding | pending tokens | masks] of every row.
+
+        Masks beyond a row's limit are padding, and so are all columns of a finished row.
+        """
         fed = [[] if row.done else row.pending for row in rows]
         ids = [[0] * (pending - len(tokens)) + tokens + [self.mask] * (blocks * (k - 1)) for tokens in fed]
-        # Of each row: the first position that is fed, the position after the last token, the limit, the ends of the blocks.
-        facts = [
-            [row.end - len(tokens), row.end, row.limit, *self._block_ends(row, blocks)]
+        # Per row: the first position fed, the position after the last token, the limit, and the starts of the blocks.
+        positions = [
+            [row.end - len(tokens), row.end, row.limit, *self._block_starts(row, blocks)]
             for row, tokens in zip(rows, fed, strict=True)
         ]
-        first_A1, end_A1, limit_A1, block_end_AE = torch.tensor(facts).split([1, 1, 1, blocks], 1)
+        first_A1, end_A1, limit_A1, block_start_AE = torch.tensor(positions).split([1, 1, 1, blocks], 1)
 
         text_AT = end_A1 - pending + torch.arange(pending)
         is_text_AT = text_AT >= first_A1
         text_AT = text_AT.where(is_text_AT, 0)
-        text_slots_AT = (text_AT + self.scratch).where(is_text_AT, self.trash)
+        text_slots_AT = (text_AT + self.scratch).where(is_text_AT, self.padding_slot)
 
-        mask_AM = (block_end_AE[..., None] + torch.arange(k - 1)).flatten(1)
+        mask_AM = (block_start_AE[..., None] + torch.arange(k - 1)).flatten(1)
         is_inside_AM = mask_AM < limit_A1
         anchor_AM, mask_slots_AM = mask_AM, mask_AM
-        if self.scratch:  # a block sees the text up to where it begins, and itself in the scratch slots
-            anchor_AM = (block_end_AE - 1).repeat_interleave(k - 1, 1)
+        if self.scratch:  # a block attends to the text before it, and to itself in the scratch slots
+            anchor_AM = (block_start_AE - 1).repeat_interleave(k - 1, 1)
             mask_slots_AM = torch.arange(blocks * (k - 1)).expand_as(mask_AM)
-        mask_slots_AM = mask_slots_AM.where(is_inside_AM, self.trash)
+        mask_slots_AM = mask_slots_AM.where(is_inside_AM, self.padding_slot)
         return StepColumns.moved(
             torch.tensor(ids),
             torch.cat([text_AT, mask_AM.where(is_inside_AM, 0)], 1),
@@ -125,16 +129,16 @@ class CachedForward(Forward):
             self.device,
         )
 
-    def _block_ends(self, row: Row, blocks: int) -> list[int]:
-        """Positions at which the row's blocks of masks begin; at its limit for blocks that it does not need."""
+    def _block_starts(self, row: Row, blocks: int) -> list[int]:
+        """Return the positions at which the row's blocks of masks start; blocks that it does not need start at its limit."""
         points = [] if row.done else [len(row.tokens) + point for point in row.rejection_points(self.blocks)]
         return points + [row.limit] * (blocks - len(points))
 
     def replace_row(self, index: int) -> None:
-        """In every layer's keys and values."""
+        """Move the last row to `index` in the keys and values of every layer."""
         for layer in self.layers:
             layer.replace_row(index)
 
     def hand_back(self, past: Cache) -> None:
-        """Let the caller's cache hold the columns that are cached in all rows."""
+        """Copy the columns that are cached in all rows to the caller's cache."""
         hand_back(past, self.layers, self.rows, self.model, scratch=self.scratch)

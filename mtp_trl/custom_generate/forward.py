@@ -1,4 +1,4 @@
-"""Which way a model is run: with a cache, from recurrent states, or, where neither is known to work, without a cache."""
+"""Select how a model runs: with a cache, from recurrent states, or, if neither is known to work, without a cache."""
 
 # Shapes: A rows not finished, P positions read
 
@@ -35,10 +35,10 @@ def forward_for(
     synced: bool,
     past: Cache | None,
 ) -> Forward:
-    """The fastest way that is right for this model.
+    """Return the fastest `Forward` that is correct for this model.
 
     Raises:
-        ValueError: `mtp_blocks` or `past_key_values` where the model's layers cannot do that, or a model that is not causal.
+        ValueError: the model is not causal, or its layers do not support `mtp_blocks` or `past_key_values`.
     """
     arguments = frozenset(inspect.signature(model.forward).parameters)
     kinds = {type(layer) for layer in cache_layers(model)} if model._supports_default_dynamic_cache() else {Any}
@@ -49,27 +49,30 @@ def forward_for(
     name = type(model).__name__
     if settings.blocks > 1:
         raise ValueError(
-            f"mtp_blocks={settings.blocks} needs layers that can look back at any block, and {name} has recurrent ones, or "
-            "others whose cache is unknown; leave it out."
+            f"mtp_blocks={settings.blocks} needs a model with attention layers only, and {name} has recurrent layers or an "
+            "unsupported cache; leave it out."
         )
     if past is not None:
         raise ValueError(
-            f"past_key_values= needs layers that keep keys and values only, and {name} has recurrent ones, or others whose "
-            "cache is unknown; leave it out: the conversation is read anew."
+            f"past_key_values= needs a model with attention layers only, and {name} has recurrent layers or an unsupported "
+            "cache; leave it out to read the whole conversation again."
         )
     if kinds <= ATTENTION_LAYERS | _RECURRENT_LAYERS and continues_from_states(model):
         return RecurrentForward(model, settings, arguments, rows, config, adapter=adapter, synced=synced)
     check_left_to_right(model)
     warnings.warn(
-        f"{name} has layers whose cache is unknown, or cannot be told positions: it is decoded correctly but without a cache, "
-        "which is slow for long texts.",
+        f"{name} has an unsupported cache or takes no position_ids: it is decoded correctly but without a cache, which is "
+        "slow for long texts.",
         stacklevel=2,
     )
     return UncachedForward(model, settings, arguments, adapter=adapter, synced=synced)
 
 
 class UncachedForward(Forward):
-    """Feeds every row whole in every step, padded on the right: no causal layer sees that, whatever it makes of a mask."""
+    """Feeds every row completely in every step.
+
+    Padding is on the right, where no causal layer sees it, whether the layer supports attention masks or not.
+    """
 
     def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
         """See `Forward`."""
@@ -81,16 +84,17 @@ class UncachedForward(Forward):
         column = torch.arange(width, device=self.device)
         is_fed = column < length_A1
         read = max(len(row.drafts) for row in alive) + k
-        columns_AP = (length_A1 - read + torch.arange(read, device=self.device)).clamp(min=0)  # none is read before 0
-        kept = width - int(columns_AP.min())
+        # The logits of clamped columns are never used.
+        columns_AP = (length_A1 - read + torch.arange(read, device=self.device)).clamp(min=0)
+        logit_columns = width - int(columns_AP.min())
         logits = self.run(
-            read=kept,
-            # Ranks that share weights run the adapter in the same passes.
+            read=logit_columns,
+            # Ranks that share weights must all run the adapter in the same passes.
             gate=is_fed & (column >= length_A1 - masks) if masks or (self.synced and self.longest > 1) else 0,
             input_ids=ids,
             attention_mask=is_fed.long(),
             use_cache=False,
             **({"position_ids": column.expand_as(ids)} if self.takes_positions else {}),
         )
-        columns_AP = (columns_AP - (width - kept)).to(logits.device)
+        columns_AP = (columns_AP - (width - logit_columns)).to(logits.device)
         return logits.gather(1, columns_AP[..., None].expand(-1, -1, logits.shape[-1])), masks

@@ -1,4 +1,4 @@
-"""What all ways to run a step share: one call of the model, the adapter at its masks, ranks that wait for each other."""
+"""Base class of all ways to run a step. It calls the model, activates the adapter at masks and keeps ranks in step."""
 
 # Shapes: A rows not finished, P positions read, T columns of a forward pass, V vocabulary
 
@@ -20,13 +20,13 @@ from .settings import Settings
 
 
 class StepColumns(NamedTuple):
-    """The columns of a step, int64 [A, T] each.
+    """Columns of a step, int64 [A, T] each.
 
     Attributes:
-        ids: tokens and masks; 0 at padding.
-        positions: in each row's own text.
-        slots: of the cache, where their keys and values go; padding goes to one that nobody reads.
-        anchors: the last position of the text that a column sees.
+        ids: token ids and mask ids; 0 at padding.
+        positions: positions in the text of the row.
+        slots: cache slots to which the keys and values are written. Padding writes to a slot that no column attends to.
+        anchors: last position of the text that each column attends to.
     """
 
     ids: Tensor
@@ -36,17 +36,17 @@ class StepColumns(NamedTuple):
 
     @classmethod
     def moved(cls, ids: Tensor, positions: Tensor, slots: Tensor, anchors: Tensor, device: torch.device) -> StepColumns:
-        """On the device, in one transfer."""
+        """Build the columns on a device, in one transfer."""
         return cls(*torch.stack([ids, positions, slots, anchors]).to(device).unbind())
 
 
 class Forward:
-    """Logits of a step at the positions that are read: after every pending token that matters, and at the masks.
+    """Runs a step and returns logits at the positions read: the last confirmed token, the drafts and the masks.
 
     Attributes:
-        fed: how many columns, padding included, were fed since it was last set to 0.
-        reread: about how many tokens of a row a step with masks feeds although they were fed before.
-        keeps_rows: whether rows that ended stay in the batch.
+        fed: number of columns fed, padding included, since the caller last set it to 0.
+        reread: approximate number of tokens per row that a step with masks feeds again.
+        keeps_rows: whether finished rows stay in the batch.
     """
 
     fed = 0
@@ -69,17 +69,21 @@ class Forward:
         self.longest = settings.k
         self.takes_positions = "position_ids" in arguments
         self.keeps_logits = "logits_to_keep" in arguments
-        # The load-balancing loss of a mixture of experts fails on ready-made masks.
+        # The load-balancing loss of mixture-of-experts models fails on 4D attention masks.
         self.constants = {"output_router_logits": False} if "output_router_logits" in arguments else {}
         self.adapter = adapter
         self.synced = synced
 
     def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
-        """Logits [A, P, V] of a step with blocks of k, and how many of the P positions are masks: k - 1 of each block."""
+        """Run a step with blocks of k tokens.
+
+        Returns:
+            Logits [A, P, V], and how many of the P positions are masks: the last ones, k - 1 for each block.
+        """
         raise NotImplementedError
 
     def run(self, *, read: int, gate: int | Tensor, **inputs: Any) -> Tensor:
-        """Logits [A, read, V] of the last columns; `gate` says which columns are masks."""
+        """Call the model and return logits [A, read, V] of the last columns; `gate` marks the columns that are masks."""
         self._any_rank_decodes(True)
         if self.keeps_logits:
             inputs["logits_to_keep"] = read
@@ -89,11 +93,11 @@ class Forward:
         return logits[:, -read:]
 
     def adapted(self, gate: int | Tensor) -> Any:
-        """A context in which exact mode's adapter acts at the masks."""
+        """Return a context in which exact mode's adapter is active at the masks."""
         return nullcontext() if self.adapter is None else self.adapter.acting_on(gate)
 
     def drop_finished(self, alive: list[Row]) -> list[Row]:
-        """The rows that go on. The last row moves to where one has ended: nothing else moves, and the batch shrinks."""
+        """Return the rows that are not finished. For each finished row, the last row moves into the gap and no other moves."""
         if self.keeps_rows:
             return [row for row in alive if not row.done]
         for index in reversed(range(len(alive))):
@@ -104,11 +108,11 @@ class Forward:
         return alive
 
     def replace_row(self, index: int) -> None:
-        """In what is kept of the rows between steps, move the last one to `index`."""
+        """Move the last row to `index` in everything that is cached between steps, and drop the last row."""
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Plain decoding within the block: layers without hooks are called faster."""
+        """Detach the adapter within the block. Plain decoding does not need it, and layers without hooks run faster."""
         adapter, self.adapter = self.adapter, None
         if adapter is not None:
             adapter.detach(self.model)
@@ -119,14 +123,14 @@ class Forward:
                 self.adapter = adapter.attach(self.model)
 
     def run_until_all_ranks_finish(self) -> None:
-        """Where weights are gathered from all ranks: pass after pass, until every rank has decoded its rows."""
+        """If passes gather weights from all ranks, run further passes until all ranks have decoded their rows."""
         ids = torch.full((1, 1), self.mask, device=self.device)
         while self._any_rank_decodes(False):
             with self.adapted(int(self.longest > 1)):
                 self.call(input_ids=ids, **self.constants)
 
     def _any_rank_decodes(self, decoding: bool) -> bool:
-        """Asked by every rank before each of its passes."""
+        """Return whether any rank still decodes. Every rank must call this before each of its passes."""
         if not self.synced:
             return False
         count = torch.tensor(int(decoding), device=self.device)

@@ -1,31 +1,32 @@
-"""Multi-token decoding: several tokens per forward pass, for one row or many. Needs torch and transformers (with safetensors).
+"""Multi-token decoding of causal LMs: several tokens per forward pass, for one row or a batch.
 
-A step feeds every row, right-aligned, the tokens whose keys and values are not cached yet and a block of masks,
+Each step runs one forward pass. It feeds every row its pending tokens, which are those without cached keys and values,
+and a block of masks after them:
 
     [ padding | pending tokens | k - 1 masks ]
 
-and reads a block of k predictions: the first at the last pending token, the others at the masks. It accepts a prefix
-of the block, which is pending in the next step; the masks' keys and values are overwritten there. The prefill is the
-first step: the whole prompt is pending.
+The pass predicts a block of k tokens: the first one at the last pending token, the others at the masks. The step accepts
+a prefix of the block. The accepted tokens are pending in the next step, which overwrites the keys and values of the masks.
+The first step is the prefill: the whole prompt is pending.
 
-    static k      accept all k
-    ConfAdapt     accept the longest prefix in which every token's probability reaches a threshold
-    verified      accepted tokens are drafts: the next step feeds them anyway, so the model's own prediction after each
-                  of them can be read there, and drafts are returned only as far as they agree with it
-    tree          verified, with a block of masks for each point at which the drafts may be rejected,
+    static k      Accept all k tokens.
+    ConfAdapt     Accept the longest prefix in which the probability of every token reaches a threshold.
+    verified      Treat the accepted tokens after the first one as drafts. The next step feeds them anyway, so it also yields
+                  the model's next-token prediction after each of them. Confirm the drafts before the first one that differs
+                  from the prediction, and reject the others.
+    tree          Verified, with one block of masks for each possible rejection point, so that a step that rejects drafts
+                  still has new ones. The blocks do not attend to each other:
 
-    [ padding | pending tokens | k - 1 masks | k - 1 masks | ... ]
+                  [ padding | pending tokens | k - 1 masks | k - 1 masks | ... ]
 
-                  so that a step that rejects drafts has new ones all the same; the blocks do not see each other
+Verified text is token for token what the model generates at one token per pass: greedy, or sampled with noise that depends
+only on (seed, prompt, position).
 
-Recurrent states advance over confirmed tokens only; what comes after these is fed again in each step.
-
-Verified text is exactly the model's own, one token per pass: greedy, or sampled with noise that depends on (seed,
-prompt, position) and on nothing else.
+Recurrent states advance over confirmed tokens only. Each step feeds the tokens after the state again.
 
 This folder is uploaded with every model as `custom_generate/`. `from_pretrained(..., trust_remote_code=True)` binds
-`generate` to the model; `attach_decoder` does so for a model in memory. Read `_decode` first, then `rows`, `forward`,
-`choice`.
+`generate` to the model; `attach_decoder` binds it to a model in memory. It needs torch, transformers and safetensors. Read
+`_decode` and `_decode_rows` first, then `rows`, `forward` and `choice`.
 """
 
 # Shapes: A rows not finished, B rows of the batch, L columns of the text, P positions read, V vocabulary
@@ -50,7 +51,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-# transformers copies the files that this one imports into its cache, so all of the folder are imported here.
+# transformers copies only the files that this file imports into its module cache, so import every file of the folder here.
 from .adapter import MaskGatedAdapter
 from .adapter_file import ADAPTER_FILE  # noqa: F401
 from .base import base_fingerprint  # noqa: F401
@@ -103,40 +104,41 @@ def generate_blocks(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
-    """`GenerationMixin.generate`, several tokens per forward pass. Arguments not listed here mean what they mean there.
+    """Generate several tokens per forward pass. Arguments not listed here are those of `GenerationMixin.generate`.
 
-    A `past_key_values=` handed in (a `DynamicCache`, for a conversation that goes on) covers the first columns of
-    `inputs`; in the end it covers the columns, generated ones too, that are cached in all rows.
+    To continue a conversation, pass its `DynamicCache` as `past_key_values`. It must cover the first columns of `inputs`.
+    After the call it covers the columns, generated ones included, that are cached in every row.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("you/adapted", trust_remote_code=True)
         >>> model.generate(**tokenizer("Count to ten: 1, 2,", return_tensors="pt"), confadapt=0.9, max_new_tokens=32)
 
     Args:
-        inputs: prompts, int64 [B, L], padded on the left; `attention_mask` tells tokens from padding.
-        generation_config: may carry `confadapt`, `mtp_k`, `verify` and `mtp_blocks`, as the model's own may.
+        inputs: prompts, int64 [B, L], padded on the left. `attention_mask` marks the padding.
+        generation_config: may set `confadapt`, `mtp_k`, `verify` and `mtp_blocks`, as `model.generation_config` may.
         model: bound by `from_pretrained` and `attach_decoder`.
-        repository: bound by `from_pretrained` and `custom_generate=`: where exact mode's adapter comes from.
+        repository: source of exact mode's adapter, bound by `from_pretrained` and `custom_generate=`.
         confadapt: probability in [0, 1] that every token of an accepted block must reach; 0 accepts whole blocks
-            (static k). Or a list with one for each position of a block, the last of which holds for all that follow: the
-            first token is accepted anyway, and its own decides whether any others are. None: the repository's default, else
-            static k.
-        mtp_k: largest block; 1 is plain decoding; "auto", with `verify`: in each step the block that promises most tokens
-            per second, by the drafts accepted so far and the passes timed. None: the block size trained.
-        verify: return exactly the model's own text. None: the repository's default, else False.
-        mtp_blocks: with `verify`, how many of the points at which the drafts may be rejected get a block of masks of their
-            own: `mtp_k` covers all. More tokens per pass for wider passes, so it pays where wide passes cost little more.
-            None: 1. Logits processors that read the text take 1.
-        mtp_token_id: the mask token, for checkpoints that carry no `config.mtp`; with `tokenizer` it is found by name.
+            (static k). Or a list with one threshold for each position of a block, the last of which holds for all later
+            positions. The first token of a block is always accepted; if it misses its own threshold, no other token is.
+            None: the repository's default, else static k.
+        mtp_k: largest block size; 1 is plain decoding. "auto", only with `verify`, picks the block size of each step for the
+            most tokens per second, estimated from the confirmed drafts and the timed passes so far. None: the trained block
+            size.
+        verify: return exactly the text of one token per pass. None: the repository's default, else False.
+        mtp_blocks: with `verify`, the number of possible rejection points that get their own block of masks; `mtp_k` covers
+            all of them. More blocks give more tokens per pass but wider passes, so they pay off where wide passes cost
+            little more. None: 1. With logits processors that read the text it is always 1.
+        mtp_token_id: the mask token, for checkpoints without `config.mtp`. None: `tokenizer`, if passed, finds it by name.
         tokenizer: needed for `stop_strings`.
 
     Returns:
         Tokens int64 [B, L], or `MTPGenerateOutput` with `return_dict_in_generate=True`.
 
     Raises:
-        ValueError: for values out of range and for what multi-token decoding cannot do.
+        ValueError: a value is out of range, or multi-token decoding does not support an argument.
     """
-    if repository is not None and repository.per_call:  # transformers passes these on to us as well
+    if repository is not None and repository.per_call:  # transformers passes its Hub options on to us
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
     refuse_arguments(
         model,
@@ -145,11 +147,11 @@ def generate_blocks(
         negative_prompt_attention_mask=negative_prompt_attention_mask,
         **{name: kwargs.get(name) for name in ("custom_generate", "inputs_embeds", "cache_params", "position_ids")},
     )
-    refuse_cache(kwargs.get("cache_implementation"))  # transformers would leave for paged decoding
+    refuse_cache(kwargs.get("cache_implementation"))  # "paged" would make transformers bypass `_decode`
     config = generation_config or model.generation_config
-    if kwargs.get("eos_token_id", config.eos_token_id) == []:  # none at all; transformers would look at the first
+    if kwargs.get("eos_token_id", config.eos_token_id) == []:  # no EOS; transformers would read the first entry
         kwargs["eos_token_id"] = None
-    if generation_config is None:  # a default of False, from training, says nothing about this cache
+    if generation_config is None:  # ignore a use_cache=False that training left in model.generation_config
         kwargs.setdefault("use_cache", True)
     stopping_criteria = with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     if synced_gpus is None:
@@ -173,7 +175,7 @@ def generate_blocks(
 
 
 def __getattr__(name: str) -> Any:
-    """`generate`: while transformers is fetching it for a model, bound to the repository that it comes from."""
+    """Return `generate`. While transformers loads it from a repository, bind it to that repository."""
     if name != "generate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     repository = being_loaded_from()
@@ -181,7 +183,10 @@ def __getattr__(name: str) -> Any:
 
 
 def attach_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """Make `model.generate` this module's. Of a PEFT model its base is bound, which `PeftModel.generate` calls."""
+    """Make `model.generate` decode several tokens per forward pass, and return the model.
+
+    For a PEFT model this replaces `generate` of its base, which `PeftModel.generate` calls.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.generate = functools.partial(generate_blocks, model=base)
     return model
@@ -198,8 +203,8 @@ def _decode(
     adapter: MaskGatedAdapter | None,
     **model_kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
-    """The loop that `GenerationMixin.generate` calls, with everything of its own already merged and prepared."""
-    # 1. What is asked for, the rows, and where they end.
+    """Decode a batch. `GenerationMixin.generate` calls this after it has merged the configs and prepared the inputs."""
+    # 1. Read the settings and the stopping criteria, and split the batch into rows.
     refuse_generation_config(generation_config)
     refuse_model_inputs(model_kwargs)
     settings = settings_of(model, request, generation_config, adapter)
@@ -208,11 +213,11 @@ def _decode(
     rows = rows_of(input_ids, model_kwargs.get("attention_mask"), max_length=stops.max_length, seed=seed)
     if request.streamer is not None and len(rows) > 1:
         raise ValueError(f"A streamer takes one row, got {len(rows)}; decode the rows one by one to stream them.")
-    if not request.synced_gpus:  # masks for more tokens than can still come would be fed for nothing
-        room = max(row.limit - row.prompt_length for row in rows)
-        settings = replace(settings, k=min(settings.k, room), blocks=min(settings.blocks, room))
+    if not request.synced_gpus:  # do not feed masks for more tokens than may be generated
+        longest = max(row.limit - row.prompt_length for row in rows)
+        settings = replace(settings, k=min(settings.k, longest), blocks=min(settings.blocks, longest))
 
-    # 2. How a step is run, how its tokens are chosen, and how long its block is.
+    # 2. Prepare the forward passes, the choice of tokens and the block size of each step.
     text = Text(input_ids, rows, pad_token_id=pad_token_id(generation_config))
     choose = Choice(settings, logits_processor, text, sampling=seed is not None)
     synced, past = request.synced_gpus, request.past
@@ -221,11 +226,12 @@ def _decode(
     pace = Pace(model, choose.settings, rows, sampling=seed is not None, static=static)
     scores = Scores(generation_config, rows)
 
+    # Steps 3 to 7 are in `_decode_rows`.
     with forward.without_adapter() if settings.k == 1 and not synced else nullcontext():
-        _run(rows, forward, choose, pace, stops, text, scores, verify=settings.verify, streamer=request.streamer)
+        _decode_rows(rows, forward, choose, pace, stops, text, scores, verify=settings.verify, streamer=request.streamer)
         forward.run_until_all_ranks_finish()
 
-    # 8. Give back what was handed in, and return.
+    # 8. Update the caller's cache, and return the text.
     if isinstance(forward, CachedForward) and past is not None:
         forward.hand_back(past)
     if request.streamer is not None:
@@ -233,7 +239,7 @@ def _decode(
     return output_of(rows, text, scores, past) if generation_config.return_dict_in_generate else text.tensor()
 
 
-def _run(
+def _decode_rows(
     rows: list[Row],
     forward: Forward,
     choose: Choice,
@@ -245,36 +251,39 @@ def _run(
     verify: bool,
     streamer: BaseStreamer | None,
 ) -> None:
-    """Decode until every row has ended."""
+    """Prefill, then decode and verify in steps, until every row is finished."""
     alive = list(rows)
     while alive:
         with pace.step(alive, forward) as k:
-            # 3. Prefill or decode: one forward pass over [pending tokens | masks]. At first the whole prompt is pending.
+            # 3. Run one forward pass over [pending tokens | masks]. The first one is the prefill: the prompt is pending.
             logits_APV, masks = forward(alive, k)
-            # 4. Choose a token at every position that was read, and how much of each block is accepted.
-            choices = list(choose(logits_APV.to(text.input_ids.device), alive, k, masks=masks))  # where processors expect it
+            # 4. Choose a token at every position read, and how many tokens of each block to accept.
+            choices = list(choose(logits_APV.to(text.input_ids.device), alive, k, masks=masks))
 
-        # 5. Verify: drafts are confirmed as far as the model's own choices agree; the accepted block follows them.
+        # 5. Verify: confirm the drafts before the first one that differs from the model's choice, then add the next block.
         for row, chosen in zip(alive, choices, strict=True):
-            row.verify(chosen.own, chosen.blocks, keep_drafts=verify, eos=stops.eos)
+            row.verify(chosen.next_tokens, chosen.blocks, keep_drafts=verify, eos=stops.eos)
         stops(alive, text)
 
         # 6. Emit the new tokens.
         for member, (row, chosen) in enumerate(zip(alive, choices, strict=True)):
             new = row.finish_step()
-            first = logits_APV.shape[1] - masks - len(chosen.own)
+            first = logits_APV.shape[1] - masks - len(chosen.next_tokens)
             scores.record(row, logits_APV, choose.scores_APV, member, first=first, count=len(new))
             pace.learn(row, confirmed=len(new) - 1)
             if streamer is not None:
                 streamer.put(torch.tensor(new))
 
-        # 7. Rows that ended leave the batch.
+        # 7. Drop finished rows from the batch.
         alive = forward.drop_finished(alive)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and caches on, as in evaluation; afterwards every module is in the mode it was in."""
+    """Put all modules in evaluation mode within the block, and restore each module's mode after it.
+
+    This turns off dropout, and gradient checkpointing, which would disable the cache.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

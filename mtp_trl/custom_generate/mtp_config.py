@@ -1,4 +1,4 @@
-"""`config.mtp` and the decoding arguments: what they may hold, checked before anything is built from them."""
+"""Validation of `config.mtp` and of the decoding arguments, before anything is built from them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PAPER_K_MAX = 16  # block size that checkpoints without `config.mtp` were trained with
-LARGEST_BLOCK = 1024  # one pass feeds this many masks at most; no model is trained for more
-PAPER_MASK_TOKENS = "<|mtp_special_token_"  # prefix of the paper's mask tokens; the first one is fed
+PAPER_K_MAX = 16  # block size with which checkpoints without `config.mtp` were trained
+LARGEST_BLOCK = 1024  # limit of a block, and so of the masks that a block adds to a pass; no model is trained for more
+PAPER_MASK_TOKENS = "<|mtp_special_token_"  # prefix of the paper's mask tokens, of which the first one is fed
 BROKEN_REPOSITORY = "the repository is broken, load another revision."
 
-_ANY_VOCABULARY = 2**31  # rows, where the vocabulary is not known yet
+_ANY_VOCABULARY = 2**31  # limit of token ids if the vocabulary is not known yet
 
 
 def check_mtp_config(mtp: Any, *, rows: int = _ANY_VOCABULARY, where: str = "config.mtp") -> None:
-    """Raises ValueError unless `mtp` is a valid `config.mtp`. It comes with a repository, so it can hold anything.
+    """Raise ValueError unless `mtp` is a valid `config.mtp`. It comes from a repository, so it can hold anything.
 
     Args:
         mtp: the value to check.
-        rows: height of the embedding matrix.
-        where: what error messages call it.
+        rows: number of rows of the embedding matrix.
+        where: name of the value in error messages.
     """
     if not isinstance(mtp, dict):
-        raise ValueError(f"{where} must hold values by name, got {shortened(mtp)}; {BROKEN_REPOSITORY}")
+        raise ValueError(f"{where} must be a dictionary, got {shortened(mtp)}; {BROKEN_REPOSITORY}")
     barred = mtp.get("barred_token_ids")
     valid = {
         "mask_token_id": is_whole_number(mtp.get("mask_token_id"), 0, rows - 1),
@@ -39,17 +39,17 @@ def check_mtp_config(mtp: Any, *, rows: int = _ANY_VOCABULARY, where: str = "con
     for name, is_valid in valid.items():
         if not is_valid:
             raise ValueError(
-                f"{where} has {name}={shortened(mtp.get(name))}: ids are rows of the vocabulary, 0 to {rows - 1}, not all of "
-                f"them barred, k_max is 1 to {LARGEST_BLOCK}, base_vocab_size a number >= 1, mask_token text, exact true or "
-                f"false; {BROKEN_REPOSITORY}"
+                f"{where} has {name}={shortened(mtp.get(name))}: token ids must be 0 to {rows - 1} and not all barred, k_max 1 "
+                f"to {LARGEST_BLOCK}, base_vocab_size a whole number >= 1, mask_token a string, exact true or false; "
+                f"{BROKEN_REPOSITORY}"
             )
 
 
 def mtp_config_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The model's own `config.mtp`, checked; None where it has none.
+    """Return the model's `config.mtp`, or None if it has none.
 
     Raises:
-        ValueError: a value that no adapted model has.
+        ValueError: `config.mtp` is invalid.
     """
     mtp = getattr(model.config, "mtp", None)
     if mtp is None:
@@ -59,50 +59,48 @@ def mtp_config_of(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def is_whole_number(value: Any, low: int, high: int) -> bool:
-    """Whether it is an integer from `low` to `high`; True and False are not."""
+    """Whether a value is an integer from `low` to `high`. Booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def shortened(value: Any) -> str:
-    """A value from a repository as an error message may show it."""
+    """Shorten a value from a repository for an error message."""
     return repr(str(value)[:50])
 
 
 def within_vocabulary(mtp: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """`mtp` for a base that has no row for the mask. Any token can stand there: the adapter replaces its embedding."""
+    """Adjust `mtp` to a base without a row for the mask. Any token id serves: the adapter replaces its embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     barred = [token for token in mtp["barred_token_ids"] if token < rows]
     return mtp | {"mask_token_id": min(mtp["mask_token_id"], rows - 1), "barred_token_ids": barred}
 
 
 def mask_ids_by_name(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Ids of a tokenizer's mask tokens; the first is the one that is fed."""
+    """Return the ids of a tokenizer's mask tokens. The first one is fed."""
     vocabulary: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
     ours = [vocabulary["<|mtp|>"]] if "<|mtp|>" in vocabulary else []
     return ours + [vocabulary[name] for name in sorted(vocabulary) if name.startswith(PAPER_MASK_TOKENS)]
 
 
 def checked_block_size(k: Any) -> int:
-    """`mtp_k` as a number; raises ValueError for anything that is not a block size."""
+    """Return `mtp_k` as an int. Raise ValueError if it is not a valid block size."""
     if not is_whole_number(k, 1, LARGEST_BLOCK):
-        raise ValueError(
-            f"mtp_k must be a whole number >= 1, at most {LARGEST_BLOCK}, or 'auto', got {k!r}; 1 is plain decoding."
-        )
+        raise ValueError(f"mtp_k must be a whole number from 1 to {LARGEST_BLOCK}, or 'auto', got {k!r}; 1 is plain decoding.")
     return int(k)
 
 
 def checked_blocks(blocks: Any) -> int:
-    """`mtp_blocks` as a number; raises ValueError for anything that is not a number of blocks."""
+    """Return `mtp_blocks`. Raise ValueError if it is not a whole number >= 1."""
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         raise ValueError(f"mtp_blocks must be a whole number >= 1, got {blocks!r}; 1 feeds one block of masks per pass.")
     return blocks
 
 
 def checked_thresholds(confadapt: Any) -> tuple[float, ...]:
-    """One threshold for each block position, the last of which holds for all that follow.
+    """Return the thresholds by block position, of which the last one holds for all later positions.
 
     Raises:
-        ValueError: anything but a probability or a list of them.
+        ValueError: `confadapt` is not a probability or a non-empty list of probabilities.
     """
     is_list = isinstance(confadapt, list | tuple)
     thresholds = tuple(confadapt) if is_list else (confadapt,)
@@ -114,11 +112,11 @@ def checked_thresholds(confadapt: Any) -> tuple[float, ...]:
             )
     if not thresholds:
         raise ValueError(
-            "confadapt is an empty list; give at least one probability, the last holds for all positions that follow."
+            "confadapt is an empty list; give at least one probability, of which the last holds for all later positions."
         )
     return tuple(map(float, thresholds))
 
 
 def thresholds_by_position(thresholds: Sequence[float], k: int) -> list[float]:
-    """One threshold for each of the k positions of a block; the last one is repeated."""
+    """Return one threshold for each of the k positions of a block, repeating the last one."""
     return [*thresholds, *[thresholds[-1]] * (k - len(thresholds))][:k]

@@ -1,4 +1,4 @@
-"""`mtp_k="auto"`: the block of each step is the one that promises most tokens per second."""
+"""`mtp_k="auto"`: choose the block size of each step for the most tokens per second."""
 
 from __future__ import annotations
 
@@ -18,38 +18,45 @@ from .forward_base import Forward
 from .rows import Row
 from .settings import Settings
 
-MARGIN = 1.05  # how many times the tokens per second of plain decoding a longer block must promise
-DECAY = 0.98  # per draft: about the last 50 drafts of a position count
-PROBE_SHARE = 0.02  # of the time may be spent on trying other block lengths
+MARGIN = 1.05  # a longer block must promise this many times the tokens per second of plain decoding
+DECAY = 0.98  # weight of older drafts, per draft: about the last 50 drafts of a position count
+PROBE_SHARE = 0.02  # share of the time that may be spent on probes of other block sizes
 
 
 class Measurements:
-    """What a model's calls have shown so far: passes timed, apart by one column per row or more, and drafts confirmed."""
+    """Times of passes and counts of confirmed drafts, measured in a model's calls so far."""
 
     def __init__(self, k_max: int) -> None:
-        self.plain: deque[tuple[int, float]] = deque(maxlen=16)  # columns fed, seconds
+        # (columns fed, seconds) of passes with one column per row, and of wider passes.
+        self.plain: deque[tuple[int, float]] = deque(maxlen=16)
         self.wide: deque[tuple[int, float]] = deque(maxlen=16)
-        # How often draft 1, 2, ... was verified, and was confirmed.
+        # How often draft 1, 2, ... was verified and how often it was confirmed, with older drafts weighted down.
         self.verified, self.confirmed = [0.0] * k_max, [0.0] * k_max
         self.since_probe = 0.0  # seconds
-        self.longer_next = False  # whether the next probe is of a longer block than the best one, or of plain decoding
+        self.longer_next = False  # whether the next probe is a block longer than the best one; else it is plain decoding
 
     def seconds(self) -> Callable[[float], float]:
-        """A pass's time by the columns it takes: the line through what was timed, without compilation and hiccups."""
+        """Return a linear fit of a pass's seconds as a function of its columns.
+
+        The fit ignores passes that took over three times the median, which include compilation or an interruption.
+        """
         passes = [
-            one
+            (columns, elapsed)
             for timed in (self.plain, self.wide)
-            for one in timed
-            if one[1] <= 3 * statistics.median(seconds for _, seconds in timed)
+            for columns, elapsed in timed
+            if elapsed <= 3 * statistics.median(seconds for _, seconds in timed)
         ]
-        fed, took = (sum(column) / len(passes) for column in zip(*passes, strict=True))
-        spread = sum((n - fed) ** 2 for n, _ in passes)
-        slope = max(0.0, sum((n - fed) * (t - took) for n, t in passes) / spread) if spread else 0.0
-        slope = min(slope, took / fed)  # no pass takes less than no time
-        return lambda n: took + slope * (n - fed)
+        mean_n, mean_t = (sum(column) / len(passes) for column in zip(*passes, strict=True))
+        spread = sum((n - mean_n) ** 2 for n, _ in passes)
+        slope = max(0.0, sum((n - mean_n) * (t - mean_t) for n, t in passes) / spread) if spread else 0.0
+        slope = min(slope, mean_t / mean_n)  # the fit must not be negative at 0 columns
+        return lambda n: mean_t + slope * (n - mean_n)
 
     def survival(self) -> list[float]:
-        """Probability that at least 1, 2, ... drafts are confirmed; a position never verified is like the one before."""
+        """Return the probabilities that at least 1, 2, ... drafts are confirmed.
+
+        Each rate is smoothed towards that of the position before it, which an unmeasured position inherits.
+        """
         rates, rate = [], 0.7
         for verified, confirmed in zip(self.verified, self.confirmed, strict=True):
             rate = (confirmed + 2 * rate) / (verified + 2)
@@ -58,26 +65,27 @@ class Measurements:
 
 
 class Pace:
-    """How long the block of the next step shall be."""
+    """Chooses the block size of each step: the largest one, or with `mtp_k="auto"` the fastest one."""
 
     measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Measurements]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, settings: Settings, rows: list[Row], *, sampling: bool, static: bool) -> None:
         self.longest, self.auto, self.rows = settings.k, settings.auto, rows
         self.k = settings.k
-        self.masks_fed: dict[int, int] = {}  # in the row's last step, by its index
-        self.probes: list[int] = []  # blocks to try next, whatever they promise
-        # Static shapes know two lengths: every other would be compiled too.
+        self.masks_fed: dict[int, int] = {}  # masks of a block in the row's last step, by the row's index
+        self.probes: list[int] = []  # block sizes to try next, regardless of the estimates
+        # With static shapes only two sizes are used, since each size is compiled.
         self.lengths = sorted({1, self.longest} if static else {1, *(k for k in (2, 4, 8) if k < self.longest), self.longest})
         if self.auto:
-            # What a pass takes depends on the rows, of which a line says little beyond those measured, and on the context.
+            # The time of a pass also depends on the number of rows and on the context length, and the fit does not extrapolate
+            # well. Keep separate measurements for each power of two of both.
             sizes = len(rows).bit_length(), max(row.limit for row in rows).bit_length()
             key = (settings.thresholds, settings.k, sampling, static, *sizes)
-            self.so_far = self.measured.setdefault(model, {}).setdefault(key, Measurements(settings.k))
+            self.measurements = self.measured.setdefault(model, {}).setdefault(key, Measurements(settings.k))
 
     @contextmanager
     def step(self, alive: list[Row], forward: Forward) -> Iterator[int]:
-        """The block of a step, which is timed."""
+        """Yield the block size of a step, and time the step."""
         if not self.auto:
             yield self.longest
             return
@@ -89,48 +97,48 @@ class Pace:
         seconds = time.perf_counter() - started
         if not is_prefill:
             is_plain = forward.fed == rows  # one column per row
-            (self.so_far.plain if is_plain else self.so_far.wide).append((forward.fed, seconds))
-            self.so_far.since_probe += seconds
+            (self.measurements.plain if is_plain else self.measurements.wide).append((forward.fed, seconds))
+            self.measurements.since_probe += seconds
 
     def learn(self, row: Row, *, confirmed: int) -> None:
-        """So many drafts of the row's block before this one were confirmed; older blocks count less and less."""
+        """Record that `confirmed` drafts of the row's previous block were confirmed."""
         if not self.auto:
             return
-        so_far = self.so_far
-        if not row.done:  # else the end may have cut the block short
+        measurements = self.measurements
+        if not row.done:  # the end of a finished row may have cut its block short
             for draft in range(min(self.masks_fed.get(row.index, 0), confirmed + 1)):
-                so_far.verified[draft] = DECAY * so_far.verified[draft] + 1
-                so_far.confirmed[draft] = DECAY * so_far.confirmed[draft] + (draft < confirmed)
+                measurements.verified[draft] = DECAY * measurements.verified[draft] + 1
+                measurements.confirmed[draft] = DECAY * measurements.confirmed[draft] + (draft < confirmed)
         self.masks_fed[row.index] = self.k - 1
 
     def next(self, rows: int, reread: int) -> int:
-        """The block that promises most tokens per second, or one that has not been tried for long."""
-        so_far = self.so_far
-        if not so_far.wide:
+        """Return the block size with the highest estimated tokens per second, or a probe of another size."""
+        measurements = self.measurements
+        if not measurements.wide:
             return self.longest
-        if len(so_far.plain) < 2:
+        if len(measurements.plain) < 2:
             return 1
         if self.probes:
             return self.probes.pop()
-        seconds = so_far.seconds()
+        seconds = measurements.seconds()
         best = self.best(rows, reread, seconds)
         longer = self.lengths[self.lengths.index(best) + 1 :][:1]
-        # The first step of one token reads what is pending, the second shows what such a step takes.
-        other = longer if longer and (best == 1 or so_far.longer_next) else [1, 1]
-        costs = sum(seconds(rows * (1 if k == 1 else 2 * k + reread)) for k in other)
-        if PROBE_SHARE * so_far.since_probe > costs:
-            so_far.since_probe, so_far.longer_next, self.probes = 0.0, not so_far.longer_next, other
+        # The first step without masks still feeds the pending drafts, so only the second one times a plain step.
+        probe = longer if longer and (best == 1 or measurements.longer_next) else [1, 1]
+        costs = sum(seconds(rows * (1 if k == 1 else 2 * k + reread)) for k in probe)
+        if PROBE_SHARE * measurements.since_probe > costs:
+            measurements.since_probe, measurements.longer_next, self.probes = 0.0, not measurements.longer_next, probe
             return self.probes.pop()
         return best
 
     def best(self, rows: int, reread: int, seconds: Callable[[float], float]) -> int:
-        """The block that promises most tokens per second; 1 unless another beats it by a margin."""
-        survival = self.so_far.survival()
+        """Return the block size with the highest estimated tokens per second: 1 unless another one beats it by `MARGIN`."""
+        survival = self.measurements.survival()
 
         def tokens_per_second(k: int) -> float:
             drafts = survival[: k - 1]
-            widest = 1 + sum(1 - (1 - share) ** rows for share in drafts)  # of the rows' pending tokens
-            columns = widest + k - 1 + (reread if k > 1 else 0)
+            pending = 1 + sum(1 - (1 - share) ** rows for share in drafts)  # expected maximum over the rows
+            columns = pending + k - 1 + (reread if k > 1 else 0)
             return (1 + sum(drafts)) / seconds(rows * columns)
 
         best = max(self.lengths, key=tokens_per_second)

@@ -1,4 +1,4 @@
-"""A cache that the caller hands in: its keys and values taken over before decoding, and given back after it."""
+"""The caller's `past_key_values`: copy its keys and values before decoding, and update it after decoding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def take_over(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, scratch: int) -> None:
-    """Copy keys and values that were handed in, one column for each of the first columns of the prompts.
+    """Copy the keys and values of a cache that covers the first columns of the prompts.
 
     Raises:
-        ValueError: another kind of cache, or one that does not fit the prompts.
+        ValueError: the cache is not a DynamicCache, or does not fit the prompts or the model.
     """
     if any(type(layer) not in ATTENTION_LAYERS for layer in past.layers):
         found = f"{type(past).__name__} of {sorted({type(layer).__name__ for layer in past.layers})}"
@@ -27,32 +27,32 @@ def take_over(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, scr
         return
     _check_fit(past, layers, rows, cached=cached)
     for row in rows:
-        row.cached = min(sum(row.is_prompt[:cached]), len(row.tokens) - 1)  # the last is fed for its logits
-        for theirs in past.layers:
-            if isinstance(theirs, DynamicSlidingWindowLayer):
-                # It holds only its last columns. Where padding takes their room, or the last token is fed again, they do not
-                # reach back to all that the next token sees: then the row is read anew.
-                first = sum(row.is_prompt[: cached - theirs.keys.shape[2]])
-                if first > max(0, row.cached - theirs.sliding_window + 1):
+        row.cached = min(sum(row.is_prompt[:cached]), len(row.tokens) - 1)  # the last token is fed for its logits
+        for past_layer in past.layers:
+            if isinstance(past_layer, DynamicSlidingWindowLayer):
+                # A sliding layer holds only its last columns. If some of them are padding, or if the last token is fed again,
+                # they may not cover the window of the next token. Then the row is read from its start.
+                first = sum(row.is_prompt[: cached - past_layer.keys.shape[2]])
+                if first > max(0, row.cached - past_layer.sliding_window + 1):
                     row.cached = 0
-    for layer, theirs in zip(layers, past.layers, strict=True):
-        layer.lazy_initialization(theirs.keys, theirs.values)
-        first = cached - theirs.keys.shape[2]  # sliding layers hold only the last columns
+    for layer, past_layer in zip(layers, past.layers, strict=True):
+        layer.lazy_initialization(past_layer.keys, past_layer.values)
+        first = cached - past_layer.keys.shape[2]  # sliding layers hold only the last columns
         for row in rows:
             columns = [column - first for column, real in enumerate(row.is_prompt[:cached]) if real and column >= first]
             end = scratch + sum(row.is_prompt[:cached])
-            layer.keys[row.index, :, end - len(columns) : end] = theirs.keys[row.index][:, columns]
-            layer.values[row.index, :, end - len(columns) : end] = theirs.values[row.index][:, columns]
+            layer.keys[row.index, :, end - len(columns) : end] = past_layer.keys[row.index][:, columns]
+            layer.values[row.index, :, end - len(columns) : end] = past_layer.values[row.index][:, columns]
 
 
 def _check_fit(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, cached: int) -> None:
     found, width = len(past.layers[0].keys), len(rows[0].is_prompt)
     if found != len(rows) or cached > width:
-        remedy = "pass the whole conversation as input_ids, what is cached included"
+        remedy = "pass the whole conversation as input_ids, cached tokens included"
         if found != len(rows):
-            remedy = "for several answers to one prompt call its batch_repeat_interleave(num_return_sequences) first"
+            remedy = "for several answers to one prompt, call its batch_repeat_interleave(num_return_sequences) first"
         raise ValueError(
-            f"past_key_values= holds {found} rows of {cached} tokens, the prompts are {len(rows)} rows of {width}: {remedy}."
+            f"past_key_values= holds {found} rows of {cached} tokens, the prompts are {len(rows)} rows of {width}; {remedy}."
         )
     if len(past.layers) != len(layers):
         sizes = f"{len(past.layers)} layers, the model {len(layers)}"
@@ -60,16 +60,16 @@ def _check_fit(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, ca
 
 
 def hand_back(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], model: PreTrainedModel, *, scratch: int) -> None:
-    """Let `past` hold the columns that are cached in all rows."""
+    """Set the layers of `past` to the columns that are cached in all rows."""
     is_text = [[*row.is_prompt, *[True] * (len(row.tokens) - row.prompt_length)] for row in rows]
-    # A stop may have cut a row shorter than what is cached of it.
+    # A stopping criterion may have cut a row to fewer tokens than are cached.
     cached = min(len(row.is_prompt) - row.prompt_length + min(row.cached, len(row.tokens)) for row in rows)
     past.layers = cache_layers(model)
-    for theirs, layer in zip(past.layers, layers, strict=True):
+    for past_layer, layer in zip(past.layers, layers, strict=True):
         keys, values = (states.new_zeros((*states.shape[:2], cached, states.shape[3])) for states in (layer.keys, layer.values))
         for row, real in zip(rows, is_text, strict=True):
-            where = [column for column in range(cached) if real[column]]
-            text = slice(scratch, scratch + len(where))
-            keys[row.index][:, where] = layer.keys[row.index, :, text]
-            values[row.index][:, where] = layer.values[row.index, :, text]
-        theirs.update(keys, values)
+            columns = [column for column in range(cached) if real[column]]
+            slots = slice(scratch, scratch + len(columns))
+            keys[row.index][:, columns] = layer.keys[row.index, :, slots]
+            values[row.index][:, columns] = layer.values[row.index, :, slots]
+        past_layer.update(keys, values)

@@ -1,4 +1,4 @@
-"""Where `generate` was loaded from, and the adapter that an exact-mode repository brings with it."""
+"""The repository from which `generate` was loaded, and the adapter of an exact-mode repository."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .adapter_file import ADAPTER_FILE, read_adapter
 from .base import check_base
 from .mtp_config import BROKEN_REPOSITORY, mtp_config_of, within_vocabulary
 
-# Of `from_pretrained` and of `generate(custom_generate=...)`: how a repository's files are found.
+# Arguments of `from_pretrained` and of `generate(custom_generate=...)` that locate a repository's files.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A folder or a repository on the Hub, and how its files are found.
+    """A folder or a repository on the Hub, with the options to load its files.
 
     Attributes:
         name: folder or Hub id.
-        options: arguments of `cached_file`, from `HUB_OPTIONS`.
-        per_call: it was named in this call, `generate(..., custom_generate=name)`: its adapter replaces any other.
-        adapter: read while the model was loading; None where a call names the repository, or it has no adapter.
+        options: arguments for `cached_file`, from `HUB_OPTIONS`.
+        per_call: whether this call named the repository, as in `generate(..., custom_generate=name)`. Its adapter then
+            replaces any other.
+        adapter: the adapter that was read while the model was loading. None if `per_call`, or if there is no adapter.
     """
 
     name: str
@@ -38,22 +39,22 @@ class Repository:
     adapter: MaskGatedAdapter | None = None
 
     def adapter_file(self) -> Path | None:
-        """The adapter's file; None where there is none."""
+        """Return the path of the adapter's file, or None if there is none."""
         path = cached_file(self.name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **self.options)
         return None if path is None else Path(path).resolve()
 
     def read(self, path: Path) -> MaskGatedAdapter:
-        """The adapter in that file, not yet attached. Raises ValueError for a file that no adapter has."""
+        """Read the adapter in a file, without attaching it. Raise ValueError if the file is not that of an adapter."""
         adapter = read_adapter(str(path))
         adapter.source = self.source(path)
         return adapter
 
     def read_own(self) -> MaskGatedAdapter:
-        """The adapter that this exact-mode repository must have.
+        """Read the adapter that this exact-mode repository must have.
 
         Raises:
-            ValueError: it cannot be read. Not OSError: transformers would take that for "has no `generate`", and the model
-                would decode one token per pass.
+            ValueError: the adapter cannot be read. An OSError would make transformers assume that there is no custom
+                `generate`, and the model would decode one token per pass.
         """
         try:
             path = self.adapter_file()
@@ -64,23 +65,27 @@ class Repository:
         return self.read(path)
 
     def source(self, path: Path) -> tuple[str, str]:
-        """Tells versions of the file apart: the name of a cached file holds its commit, a local one is dated."""
+        """Return the repository and a string that identifies this version of the file.
+
+        The string is the path, which contains a hash if the file is in the Hub's cache, and the modification time.
+        """
         return self.name, f"{path} {path.stat().st_mtime_ns}"
 
 
 def being_loaded_from() -> Repository | None:
-    """The repository from which transformers is fetching `generate` at this moment; None outside of that.
+    """Return the repository from which transformers is loading `generate` right now, or None.
 
-    transformers keeps the name and the options to itself, so they are read from its waiting call. In `from_pretrained` an
-    exact-mode model's adapter is read at once: later the token, the network or the folder may be gone.
+    transformers does not pass on the name and the options, so they are read from its frame on the call stack. In
+    `from_pretrained` the adapter of an exact-mode model is read at once, since the token, the network or the folder may not be
+    available later.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not _LOADING:
         frame = frame.f_back
     if frame is None:
         return None
-    given, model = frame.f_locals["kwargs"], frame.f_locals["self"]
-    options = {name: given[name] for name in HUB_OPTIONS if given.get(name) not in (None, "")}
+    kwargs, model = frame.f_locals["kwargs"], frame.f_locals["self"]
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) not in (None, "")}
     per_call = frame.f_back is not None and frame.f_back.f_code is _GENERATING
     repository = Repository(str(frame.f_locals["pretrained_model_name_or_path"]), options, per_call)
     if per_call or not (mtp_config_of(model) or {}).get("exact"):
@@ -93,16 +98,19 @@ _GENERATING = inspect.unwrap(GenerationMixin.generate).__code__
 
 
 def attach_adapter(model: PreTrainedModel, repository: str) -> PreTrainedModel:
-    """Put the adapter of an adapter-only repository on its base for good: `config.mtp` then names the mask token.
+    """Attach the adapter of an adapter-only repository to its base permanently, and set `config.mtp` to its mask token.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the adapter was trained on another base, or the repository has none.
+        ValueError: the adapter was trained on another base, or the repository has no adapter.
     """
     source = Repository(repository, per_call=True)
     with one_at_a_time(model, source):
         adapter = adapter_for(model, source)
     if adapter is None:
-        raise ValueError(f"{repository} has no {ADAPTER_FILE}; pass a repository of exact mode, or of a LoRA and its mask row.")
+        raise ValueError(f"{repository} has no {ADAPTER_FILE}; pass a repository of an exact-mode or a LoRA adapter.")
     model.config.mtp = within_vocabulary(adapter.mtp, model)
     for name, default in adapter.defaults.items():
         setattr(model.generation_config, name, default)
@@ -110,11 +118,13 @@ def attach_adapter(model: PreTrainedModel, repository: str) -> PreTrainedModel:
 
 
 def adapter_for(model: PreTrainedModel, repository: Repository | None) -> MaskGatedAdapter | None:
-    """The adapter that this call decodes with, attached; None where the model decodes as it is.
+    """Attach and return the adapter of this call, or return None if the model decodes without one.
+
+    Call it within `one_at_a_time`.
 
     Args:
-        model: called within `one_at_a_time`.
-        repository: where the call's `generate` came from; None for a model in memory.
+        model: the model that decodes.
+        repository: source of the call's `generate`; None for a model in memory.
 
     Raises:
         ValueError: the adapter was trained on another base, or its file is broken.
@@ -122,19 +132,21 @@ def adapter_for(model: PreTrainedModel, repository: Repository | None) -> MaskGa
     mtp = mtp_config_of(model)
     attached = adapter_of(model)
     if repository is not None and repository.per_call:
-        return _swapped(model, repository, attached)
+        return _replace_adapter(model, repository, attached)
     if attached is not None or not (mtp or {}).get("exact"):
         return attached
     if repository is not None and repository.adapter is not None:
-        return _attached(repository.adapter, model)
-    # Loaded without its own `generate`, which was bound later.
+        return _check_and_attach(repository.adapter, model)
+    # The model was loaded without its `generate`, which `attach_decoder` bound later.
     commit = getattr(model.config, "_commit_hash", None)
-    own = Repository(model.config._name_or_path, {} if commit is None else {"revision": commit})
-    return _attached(own.read_own(), model)
+    source = Repository(model.config._name_or_path, {} if commit is None else {"revision": commit})
+    return _check_and_attach(source.read_own(), model)
 
 
-def _swapped(model: PreTrainedModel, repository: Repository, attached: MaskGatedAdapter | None) -> MaskGatedAdapter | None:
-    """The repository's adapter in place of the one attached; none where the repository has none."""
+def _replace_adapter(
+    model: PreTrainedModel, repository: Repository, attached: MaskGatedAdapter | None
+) -> MaskGatedAdapter | None:
+    """Replace the attached adapter by that of the repository. If the repository has none, detach it and return None."""
     path = repository.adapter_file()
     if path is None:
         if attached is not None:
@@ -142,10 +154,10 @@ def _swapped(model: PreTrainedModel, repository: Repository, attached: MaskGated
         return None
     if attached is not None and attached.source == repository.source(path):
         return attached
-    return _attached(repository.read(path), model, instead_of=attached)
+    return _check_and_attach(repository.read(path), model, instead_of=attached)
 
 
-def _attached(
+def _check_and_attach(
     adapter: MaskGatedAdapter, model: PreTrainedModel, *, instead_of: MaskGatedAdapter | None = None
 ) -> MaskGatedAdapter:
     check_base(adapter, model)
@@ -155,7 +167,7 @@ def _attached(
 
 
 class _Lock:
-    """An RLock that may stand on a model: a copy of the model gets one of its own."""
+    """An RLock that can be copied and pickled with a model. The copy gets a new lock."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -168,14 +180,15 @@ class _Lock:
 
 
 def one_at_a_time(model: PreTrainedModel, repository: Repository | None) -> AbstractContextManager[Any]:
-    """Threads that decode with an adapter take turns: which adapter is on a model is a state that they would share.
+    """Return a lock of the model if the call uses an adapter, since threads share the adapter that is attached to a model.
 
-    The lock stands on the model, since every repository has its own copy of this code.
+    The lock is an attribute of the model, since every repository has its own copy of this code.
     """
     mtp = getattr(model.config, "mtp", None)
     is_exact = adapter_of(model) is not None or (isinstance(mtp, dict) and mtp.get("exact"))
-    is_swapped = repository is not None and repository.per_call
-    if is_exact or is_swapped or "mtp_lock" in model.__dict__:  # whose adapter another thread may have taken off
+    may_replace = repository is not None and repository.per_call
+    # If the model has a lock, it may have an adapter that another thread has detached for the moment.
+    if is_exact or may_replace or "mtp_lock" in model.__dict__:
         lock: AbstractContextManager[Any] = model.__dict__.setdefault("mtp_lock", _Lock()).lock
         return lock
     return nullcontext()

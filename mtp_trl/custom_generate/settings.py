@@ -1,4 +1,4 @@
-"""What a call asks for: its own arguments, else those of generation_config, else defaults; and what is refused."""
+"""Settings of a call, from its arguments, its generation_config and defaults, and checks for unsupported arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .mtp_config import (
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of the call that transformers does not know or does not pass on."""
+    """Arguments of the call that transformers does not know or does not pass on to a custom decoding loop."""
 
     confadapt: float | Sequence[float] | None
     mtp_k: int | str | None
@@ -41,14 +41,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a call decodes.
+    """Decoding settings of a call.
 
     Attributes:
-        k: largest block.
-        auto: whether each step chooses its block by the clock.
-        thresholds: of position 1, 2, ... of a block, the last of which holds for all that follow; 0 is static k.
+        k: largest block size.
+        auto: whether each step chooses its block size by measured times (`mtp_k="auto"`).
+        thresholds: one threshold per block position. The last one holds for all later positions; 0 is static k.
         verify: whether accepted tokens are drafts that the next pass verifies.
-        blocks: how many rejection points get a block of masks of their own.
+        blocks: number of rejection points that get their own block of masks.
         mask_token_id: the token that is fed as a mask.
         barred_token_ids: tokens that are never emitted.
     """
@@ -65,46 +65,51 @@ class Settings:
 def settings_of(
     model: PreTrainedModel, request: Request, config: GenerationConfig, adapter: MaskGatedAdapter | None
 ) -> Settings:
-    """The call's own values, else those of generation_config, else the adapter's, else the defaults.
+    """Return the settings of a call. Each comes from the call, else generation_config, else the adapter, else a default.
 
     Raises:
-        ValueError: values out of range, combinations that mean nothing, or no mask token.
+        ValueError: a value is out of range, values contradict each other, or there is no mask token.
     """
 
     def value(name: str, default: Any) -> Any:
         defaults = {} if adapter is None else adapter.defaults
-        given = (getattr(request, name), getattr(config, name, None), defaults.get(name), default)
-        return next(one for one in given if one is not None)
+        candidates = (getattr(request, name), getattr(config, name, None), defaults.get(name), default)
+        return next(candidate for candidate in candidates if candidate is not None)
 
     mtp = _mask_tokens(model, request, adapter)
     k = value("mtp_k", mtp["k_max"])
     auto = k == "auto"
     k = mtp["k_max"] if auto else checked_block_size(k)
     if k > mtp["k_max"]:
-        warnings.warn(f"mtp_k={k} is more than the block size trained, {mtp['k_max']}; use at most that.", stacklevel=2)
+        warnings.warn(f"mtp_k={k} exceeds the trained block size, {mtp['k_max']}; set it to at most that.", stacklevel=2)
     if k > 1 and mtp["mask_token_id"] is None:
         raise ValueError(
-            f"{type(model).__name__} has no mask token: its config carries no `mtp`. Pass mtp_token_id=, or tokenizer= "
-            f"if it has {PAPER_MASK_TOKENS}0|> or <|mtp|>; or decode one token per pass with mtp_k=1."
+            f"{type(model).__name__} has no mask token, since its config has no `mtp`; pass mtp_token_id=, or tokenizer= if "
+            f"it has {PAPER_MASK_TOKENS}0|> or <|mtp|>, or decode one token per pass with mtp_k=1."
         )
     verify = value("verify", False)
     if not isinstance(verify, bool):
         raise ValueError(f"verify must be True or False, got {verify!r}.")
     if auto and (not verify or request.synced_gpus):
-        reason = "ranks that share weights must agree on the block" if verify else "only verified text does not depend on it"
-        raise ValueError(f"mtp_k='auto' goes by the clock, and {reason}; pass a number, or verify=True on its own.")
+        reason = (
+            "ranks that share weights must use the same sizes" if verify else "only verified text does not depend on the sizes"
+        )
+        raise ValueError(
+            f"mtp_k='auto' chooses block sizes by measured times, and {reason}; pass a number, or verify=True without "
+            "synced_gpus."
+        )
     blocks = checked_blocks(value("mtp_blocks", 1))
     if auto and (request.mtp_blocks or 1) > 1:
-        raise ValueError(f"mtp_blocks={blocks} does not go with mtp_k='auto'; pass a number as mtp_k, or leave mtp_blocks out.")
+        raise ValueError(f"mtp_blocks={blocks} is not supported with mtp_k='auto'; pass a number as mtp_k, or omit mtp_blocks.")
     if request.mtp_blocks is not None and blocks > 1 and not verify:
-        raise ValueError(f"mtp_blocks={blocks} prepares for drafts that are rejected; pass verify=True, or leave it out.")
+        raise ValueError(f"mtp_blocks={blocks} needs drafts that can be rejected; pass verify=True, or omit mtp_blocks.")
     thresholds = checked_thresholds(value("confadapt", 0.0))
-    blocks = min(blocks, k) if verify and not auto else 1  # a default for verified decoding says nothing about other calls
+    blocks = min(blocks, k) if verify and not auto else 1  # a default of generation_config is for verified decoding only
     return Settings(k, auto, thresholds, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 
 def _mask_tokens(model: PreTrainedModel, request: Request, adapter: MaskGatedAdapter | None) -> dict[str, Any]:
-    """`config.mtp` of the model or of its adapter, or the same made from `mtp_token_id` or the tokenizer's token names."""
+    """Return `config.mtp` of the model or its adapter, else a substitute from `mtp_token_id` or the tokenizer's token names."""
     recorded = mtp_config_of(model)
     if recorded is None and adapter is not None:
         recorded = within_vocabulary(adapter.mtp, model)
@@ -121,7 +126,7 @@ def _mask_tokens(model: PreTrainedModel, request: Request, adapter: MaskGatedAda
     if mask is None:
         mask = barred[0] if barred else None
     elif isinstance(mask, bool) or not 0 <= mask < rows:
-        raise ValueError(f"mtp_token_id must be a row of the vocabulary, 0 to {rows - 1}, got {mask!r}.")
+        raise ValueError(f"mtp_token_id must be a token id, 0 to {rows - 1}, got {mask!r}.")
     return {
         "mask_token_id": mask,
         "barred_token_ids": sorted({*barred, *([] if mask is None else [mask])}),
@@ -130,13 +135,13 @@ def _mask_tokens(model: PreTrainedModel, request: Request, adapter: MaskGatedAda
 
 
 def pad_token_id(config: GenerationConfig) -> int:
-    """What a row that ended is filled up with: the pad token, else an end-of-text token."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return next((int(token) for token in (config.pad_token_id, *ends) if token is not None), 0)
+    """Return the token that pads finished rows: the pad token, else the first EOS token, else 0."""
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return next((int(token) for token in (config.pad_token_id, *eos) if token is not None), 0)
 
 
-_PLAIN = "leave it out, or decode one token per pass with transformers' own GenerationMixin.generate(model, ...)"
-_UNSUPPORTED: dict[str, Any] = {  # of GenerationConfig, with the value that asks for nothing
+_REMEDY = "leave it out, or decode one token per pass with transformers' own GenerationMixin.generate(model, ...)"
+_UNSUPPORTED: dict[str, Any] = {  # settings of GenerationConfig, with the values that disable them
     "num_beams": 1,
     "num_beam_groups": 1,
     "constraints": None,
@@ -157,34 +162,34 @@ _UNSUPPORTED: dict[str, Any] = {  # of GenerationConfig, with the value that ask
 
 
 def refuse_arguments(model: PreTrainedModel, **arguments: Any) -> None:
-    """Raises ValueError for an encoder-decoder, and for arguments of `generate` that multi-token decoding cannot honour."""
+    """Raise ValueError for an encoder-decoder, and for arguments of `generate` that multi-token decoding does not support."""
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; multi-token decoding takes a causal LM.")
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; multi-token decoding needs a causal LM.")
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise ValueError(f"{name}= does not go with multi-token decoding: {_PLAIN}.")
+            raise ValueError(f"{name}= is not supported by multi-token decoding; {_REMEDY}.")
 
 
 def refuse_cache(implementation: str | None) -> None:
-    """Raises ValueError for a kind of cache that is not this decoder's."""
+    """Raise ValueError for a cache implementation that this decoder does not have."""
     if implementation not in (None, "dynamic", "static", "hybrid"):
         raise ValueError(
-            f"cache_implementation={implementation!r} does not go with multi-token decoding, which keeps its own cache; "
-            "leave it out, or pass 'static' for shapes that compile."
+            f"cache_implementation={implementation!r} is not supported by multi-token decoding, which has its own cache; "
+            "leave it out, or pass 'static' for static shapes that compile."
         )
 
 
 def refuse_generation_config(config: GenerationConfig) -> None:
-    """Raises ValueError for settings that multi-token decoding would ignore."""
+    """Raise ValueError for settings that multi-token decoding would ignore."""
     refuse_cache(config.cache_implementation)
-    for name, nothing in _UNSUPPORTED.items():
-        if (value := getattr(config, name, None)) is not None and value != nothing:
-            raise ValueError(f"{name}={value!r} does not go with multi-token decoding: {_PLAIN}.")
+    for name, disabled in _UNSUPPORTED.items():
+        if (value := getattr(config, name, None)) is not None and value != disabled:
+            raise ValueError(f"{name}={value!r} is not supported by multi-token decoding; {_REMEDY}.")
 
 
 def refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for whatever else is given beside the text: images, token types, ..."""
+    """Raise ValueError for model inputs other than text, such as images or token types."""
     known = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
     for name, value in model_kwargs.items():
         if name not in known and value is not None:
-            raise ValueError(f"{name}= would be ignored, only input_ids and attention_mask are read: {_PLAIN}.")
+            raise ValueError(f"{name}= would be ignored, since only input_ids and attention_mask are read; {_REMEDY}.")

@@ -1,4 +1,4 @@
-"""Whether ranks share a model's weights: then all of them must run the same number of passes."""
+"""Detection of models whose weights are sharded over ranks, which must then all run the same number of passes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def ranks_wait_for_each_other(model: nn.Module) -> bool:
-    """Whether a pass gathers weights from other ranks: DeepSpeed ZeRO-3, FSDP 1 or FSDP 2, by whoever wrapped the model.
+    """Whether a pass gathers weights from other ranks: DeepSpeed ZeRO-3, FSDP 1 or FSDP 2.
 
-    transformers' own test knows only models that it has wrapped itself, and not those of accelerate.
+    transformers' own check misses models that accelerate wrapped.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return False

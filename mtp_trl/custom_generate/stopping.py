@@ -1,4 +1,4 @@
-"""Where a row ends: end-of-text tokens, the longest length, stop strings and any other stopping criterion."""
+"""Stopping criteria of a row: EOS tokens, the maximum length, stop strings and all other criteria."""
 
 # Shapes: B rows of the batch, L columns of the text
 
@@ -20,7 +20,7 @@ from .rows import Row, Text
 
 
 class Stops:
-    """EOS ids and the longest length, read from transformers' criteria; the other criteria are asked at every token."""
+    """EOS ids and the maximum length, taken from transformers' criteria. The other criteria run after every new token."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         eos = [criterion.eos_token_id.tolist() for criterion in criteria if type(criterion) is EosTokenCriteria]
@@ -30,7 +30,10 @@ class Stops:
         self.others = StoppingCriteriaList(c for c in criteria if type(c) not in known)
 
     def __call__(self, alive: list[Row], text: Text) -> None:
-        """Ask once per new token and length, on the columns that one token per pass would have shown; cut the rows."""
+        """Cut each row after the first new token at which another criterion holds.
+
+        A criterion gets the columns that it would get at one token per pass, and runs once for each width of the text.
+        """
         if not self.others:
             return
         history_BL = text.tensor()
@@ -39,11 +42,11 @@ class Stops:
             for length in range(row.emitted + 1, len(row.tokens) + 1):
                 reached.setdefault(text.width(row, length), []).append((row, length))
         for width in sorted(reached):
-            going_on = [(row, length) for row, length in reached[width] if length <= len(row.tokens)]
-            if going_on:
-                verdicts = self.others(history_BL[:, :width], None).tolist()
-                for row, length in going_on:
-                    if verdicts[row.index]:
+            not_cut = [(row, length) for row, length in reached[width] if length <= len(row.tokens)]
+            if not_cut:
+                stops = self.others(history_BL[:, :width], None).tolist()
+                for row, length in not_cut:
+                    if stops[row.index]:
                         row.stop_at(length)
 
 
@@ -54,13 +57,13 @@ def with_stop_strings(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> StoppingCriteriaList:
-    """The criteria with one for `stop_strings`, which is taken out of `kwargs`.
+    """Return the criteria with an additional one for `stop_strings`, which is removed from `kwargs`.
 
-    transformers gives a custom loop no tokenizer, and then raises for stop strings.
+    transformers passes no tokenizer to a custom loop, and would raise an error for stop strings.
     """
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
-    found = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs)]
-    stop_strings = next((strings for strings in found if strings is not None), None)
+    candidates = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs)]
+    stop_strings = next((strings for strings in candidates if strings is not None), None)
     kwargs["stop_strings"] = None
     criteria = StoppingCriteriaList(criteria or [])
     if stop_strings is not None:

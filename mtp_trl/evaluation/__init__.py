@@ -1,1 +1,1 @@
-"""Accuracy against acceleration: decode held-out prompts in several ways and report what each way costs and gains."""
+"""Measure accuracy against acceleration: decode held-out prompts in several settings and report the results."""

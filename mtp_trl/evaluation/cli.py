@@ -1,4 +1,7 @@
-"""`mtp-trl eval` and `calibrate`: their options. Imports of torch and the like stay inside, so that --help is instant."""
+"""Options of `mtp-trl eval` and `mtp-trl calibrate`.
+
+torch and other slow modules are imported inside functions, so that --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,40 @@ if TYPE_CHECKING:
 
 
 def declare_eval(parser: argparse.ArgumentParser) -> Command:
-    """Accuracy against acceleration: decode held-out prompts at k=1, in blocks and at several thresholds."""
+    """Measure accuracy against acceleration: decode held-out prompts at k=1, in static blocks and at several thresholds."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     _data_options(parser)
     parser.add_argument(
-        "--base", metavar="MODEL", help="also decode the model before adaptation, which an adapter alone acts on, and compare"
+        "--base", metavar="MODEL", help="also decode the base and compare; an adapter-only repository is applied to this base"
     )
     parser.add_argument(
-        "--thresholds", type=thresholds, default=[0.9], metavar="T,T,...", help="ConfAdapt (default: 0.9); T/T/... by place"
+        "--thresholds",
+        type=thresholds,
+        default=[0.9],
+        metavar="T,T,...",
+        help="ConfAdapt thresholds (default: 0.9); T/T/... by position",
     )
-    parser.add_argument("--static", type=integers, default=[], metavar="K,K,...", help="static blocks as well")
-    parser.add_argument("--verify", action="store_true", help="the thresholds verified as well")
     parser.add_argument(
-        "--blocks", type=positive, default=1, metavar="N", help="with --verify: also with N blocks of masks a pass"
+        "--static", type=integers, default=[], metavar="K,K,...", help="also decode static blocks of these sizes"
+    )
+    parser.add_argument("--verify", action="store_true", help="also decode each threshold with verification")
+    parser.add_argument(
+        "--blocks", type=positive, default=1, metavar="N", help="with --verify: also decode with N blocks of masks per pass"
     )
     parser.add_argument("--batch-size", type=positive, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
-    parser.add_argument("--output", type=new_folder, metavar="FOLDER", help="write Markdown, JSON, answers and plot there")
+    parser.add_argument(
+        "--output", type=new_folder, metavar="FOLDER", help="write Markdown, JSON, answers and a plot to this folder"
+    )
     trust_option(parser)
-    harness = parser.add_argument_group("lm-evaluation-harness", "its tasks in place of --data, with its prompts and stops")
-    harness.add_argument("--tasks", type=names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks`)")
+    harness = parser.add_argument_group(
+        "lm-evaluation-harness", "evaluate its tasks instead of --data, with its prompts and stop strings"
+    )
+    harness.add_argument("--tasks", type=names, metavar="TASK,...", help="gsm8k_cot,ifeval,... (`lm_eval ls tasks` lists all)")
     harness.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
-        help="put prompts through the tokenizer's chat template (default: as the paper, for its Llama and no other)",
+        help="apply the tokenizer's chat template to prompts (default: only for the paper's Llama, as in the paper)",
     )
     harness.add_argument(
         "--task-data",
@@ -44,13 +57,13 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
         action="append",
         default=[],
         metavar="TASK=FILE",
-        help="JSON Lines as the test set",
+        help="use a JSON Lines file as the task's test set",
     )
-    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own")
+    harness.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with additional tasks")
 
     def command(options: argparse.Namespace) -> int:
         if options.blocks > 1 and not options.verify:
-            options.parser.error("--blocks needs --verify: several blocks are drafts of the text that is then verified")
+            options.parser.error("--blocks needs --verify: several blocks of masks only provide drafts, which must be verified")
         if options.tasks:
             require("lm_eval", "--tasks", extra="eval")
         from .commands import run_eval, run_tasks
@@ -92,20 +105,28 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_calibrate(parser: argparse.ArgumentParser) -> Command:
-    """Find the lowest threshold that keeps a bound on the loss, with a stated confidence, and make it the default.
+    """Find the lowest threshold whose loss stays within a bound, with a stated confidence, and make it the default.
 
-    It is a threshold for unverified text: verify=False becomes the folder's default too, also in exact mode.
+    The threshold is for unverified text, so verify=False becomes the folder's default too, also in exact mode.
     """
-    parser.add_argument("model", help="folder of an adapted model; its defaults are changed")
+    parser.add_argument("model", help="folder of an adapted model; its decoding defaults are changed")
     _data_options(parser)
-    parser.add_argument("--max-drop", type=float, default=0.01, metavar="D", help="loss allowed, a share (default: 0.01)")
-    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="default: 0.95")
-    parser.add_argument("--per-place", action="store_true", help="also search thresholds that differ by place in the block")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.01, metavar="D", help="largest allowed loss, as a fraction (default: 0.01)"
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="confidence that the loss stays within the bound (default: 0.95)",
+    )
+    parser.add_argument("--per-place", action="store_true", help="also search thresholds that differ by position in the block")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="B")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
 
     def command(options: argparse.Namespace) -> int:
-        require("scipy", "The test of a threshold", extra="eval")
+        require("scipy", "mtp-trl calibrate", extra="eval")
         from .commands import run_calibrate
 
         run_calibrate(
@@ -124,9 +145,12 @@ def declare_calibrate(parser: argparse.ArgumentParser) -> Command:
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="word_problems", help="word_problems (default) or a JSON Lines file")
-    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="in the file (default: prompt)")
+    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="column of prompts (default: prompt)")
     parser.add_argument(
-        "--completion-column", default="completion", metavar="NAME", help="scored where it ends in '#### number'"
+        "--completion-column",
+        default="completion",
+        metavar="NAME",
+        help="column of completions (default: completion); answers are scored if each of them has '#### number'",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N problems")
 

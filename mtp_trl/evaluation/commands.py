@@ -1,4 +1,4 @@
-"""What `mtp-trl eval`, `calibrate` and `show` do: load a model, decode, print and write."""
+"""Run `mtp-trl eval` and `mtp-trl calibrate`: load a model, decode, print and write the results."""
 
 import hashlib
 import json
@@ -38,23 +38,24 @@ def run_eval(
     output: Path | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Decode a task at k=1, in static blocks and at every threshold, also verified with `verify`; print the table.
+    """Decode a task at k=1, in static blocks and at every threshold, and print the table.
 
     Args:
-        blocks: with `verify` and more than 1, the thresholds also with so many blocks of masks in each pass.
-        base: a model whose plain decoding the others are compared with; none by default. An adapter alone acts on it, too,
-            and refuses one that it was not trained on.
-        output: a folder for Markdown, JSON, answers and plot; nothing is written without one. A run that was interrupted
-            goes on there.
+        base: a base model that is decoded as well and compared with; None omits the comparison. An adapter-only repository
+            is applied to this base, which must be the one that it was trained on.
+        verify: also decode every threshold with verification.
+        blocks: with `verify` and if more than 1, also decode every threshold with this many blocks of masks per pass.
+        output: a folder for Markdown, JSON, answers and a plot; None writes nothing. An interrupted run resumes from the
+            parts in this folder.
 
     Raises:
-        ValueError: a threshold that is no probability, a block below 2, a model that was not adapted.
+        ValueError: a threshold is not a probability, a block is shorter than 2, or the model was not adapted.
     """
-    _check(ks, thresholds)
+    _check_settings(ks, thresholds)
     plot = output is not None and task.scorer is not None and plots(extra="eval")
     student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
     settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
-    parts = _parts(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
+    parts = _parts_folder(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
     sweep = evaluate_decoding(
         student,
         tokenizer,
@@ -74,7 +75,7 @@ def run_eval(
     if output is not None and parts is not None:
         console.print("\n".join(map(str, write_report(output, report, sweep, plot=plot))))
         shutil.rmtree(parts, ignore_errors=True)
-        with suppress(OSError):  # others are there
+        with suppress(OSError):  # not empty: another evaluation has parts there
             parts.parent.rmdir()
 
 
@@ -86,11 +87,11 @@ def _settings(
     return decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
 
 
-def _parts(output: Path | None, model: str, base: str | None, asked: Sequence[str | int]) -> Path | None:
-    """Where an evaluation keeps what it has finished: another place for other weights, or for anything else asked of them."""
+def _parts_folder(output: Path | None, model: str, base: str | None, arguments: Sequence[str | int]) -> Path | None:
+    """Return the folder for finished parts of an evaluation. It differs for different weights or arguments."""
     if output is None:
         return None
-    return output / "parts" / hashlib.sha256(json.dumps([identity(model, base), asked]).encode()).hexdigest()[:16]
+    return output / "parts" / hashlib.sha256(json.dumps([identity(model, base), arguments]).encode()).hexdigest()[:16]
 
 
 def run_tasks(
@@ -110,20 +111,25 @@ def run_tasks(
     output: Path | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; a table for each task.
+    """Evaluate tasks of lm-evaluation-harness at k=1, in static blocks and at every threshold; print a table for each task.
+
+    The arguments that are not listed here are those of `run_eval`.
 
     Args:
-        blocks: as in `run_eval`.
-        chat_template: whether prompts go through the tokenizer's chat template; None: as the paper did with the model's base.
-        data: JSON Lines files in place of tasks' own test sets, by task.
-        output: a folder, with one more for each task; a run that was interrupted goes on from what is there.
+        limit: number of problems of each task; None means all.
+        chat_template: whether to apply the tokenizer's chat template to prompts. None applies it if the paper does so for the
+            model's base.
+        data: JSON Lines files that replace the tasks' own test sets, by task.
+        tasks_folder: a folder with additional tasks.
+        output: a folder that gets a subfolder for each task; an interrupted run resumes from the parts in this folder.
 
     Raises:
-        ValueError: as `run_eval`; tasks that the harness does not know or that do not generate text.
+        ValueError: as in `run_eval`, or the harness does not know a task, a task does not generate text, or the tokenizer has
+            no chat template to apply.
     """
     from .harness import PAPER_CHAT_TEMPLATE, HarnessModel, check_task, run_settings, table
 
-    _check(ks, thresholds)
+    _check_settings(ks, thresholds)
     for task in tasks:
         check_task(task, tasks_folder)
     plot = output is not None and plots(extra="eval")
@@ -140,7 +146,7 @@ def run_tasks(
             harness,
             task,
             settings,
-            parts=_parts(output, model, base, [batch_size]),
+            parts=_parts_folder(output, model, base, [batch_size]),
             limit=limit,
             chat_template=chat_template,
             data=(data or {}).get(task),
@@ -168,22 +174,28 @@ def run_calibrate(
     batch_size: int,
     max_new_tokens: int,
 ) -> Calibration:
-    """Find the lowest threshold that keeps the bound and make it the folder's default; the evidence goes beside it.
+    """Find the lowest threshold that satisfies the bound, make it the folder's default and save the evidence in the folder.
 
-    Accuracy is compared where the task has an answer key, otherwise agreement with the model's own text. The threshold is for
-    unverified text: a folder whose default was `verify=True` has `verify=False` then, and that is said.
+    Accuracy is compared if the task has an answer key, otherwise agreement with the model's own single-token output. The
+    threshold is for unverified text, so the default becomes `verify=False`. If it was `verify=True`, a message says so.
 
     Args:
-        per_place: also look for thresholds that differ by place.
+        per_place: also search thresholds that differ by position.
+
+    Returns:
+        The calibration, as written to the folder.
 
     Raises:
-        ValueError: not a folder, too few problems, or not even the strictest threshold keeps the bound; then nothing is
-            changed.
+        ValueError: `model` is not a folder, there are too few problems, or even the strictest threshold breaks the bound. The
+            folder is then unchanged.
     """
-    _check((), thresholds)
+    _check_settings((), thresholds)
     folder = Path(model)
     if not folder.is_dir():
-        raise ValueError(f"{model} is no folder, and the threshold is written there; `hf download {model} --local-dir FOLDER`.")
+        raise ValueError(
+            f"{model} is not a folder, but calibrate writes the threshold into the model's folder; "
+            f"run `hf download {model} --local-dir FOLDER` first."
+        )
     task = task.without_repetitions()
     measure: Measure = "agreement" if task.scorer is None else "accuracy"
     shapes = BY_POSITION if per_place else BY_POSITION[:1]
@@ -201,9 +213,9 @@ def run_calibrate(
             scorer=task.scorer,
         )
 
-    own = answers(Setting("plain"))
+    plain = answers(Setting("plain"))
     chosen, steps = calibrate(
-        lambda threshold: compare(answers(Setting("confadapt", threshold=threshold)), own),
+        lambda threshold: compare(answers(Setting("confadapt", threshold=threshold)), plain),
         max_drop=max_drop,
         confidence=confidence,
         measure=measure,
@@ -215,24 +227,24 @@ def run_calibrate(
     Console().print(Markdown(calibration.markdown()))
     if chosen is None:
         raise ValueError(
-            f"{model} is left as it was: even {threshold_text(steps[0].threshold)} loses too much to show less than "
-            f"{max_drop:g}; take more problems or a larger bound. verify=True loses nothing at any threshold."
+            f"{model} is unchanged: even threshold {threshold_text(steps[0].threshold)} loses too much to show a loss under "
+            f"{max_drop:g}; use more problems or a larger bound. verify=True loses nothing at any threshold."
         )
     calibration.write(folder / CALIBRATION_FILE)
     write_decoding_defaults(folder, confadapt=chosen, verify=False)
     if getattr(student.generation_config, "verify", False):
         Console().print(
-            f"{model} verified its text by default and does so no more: the threshold is for unverified text. "
-            "verify=True in a call, or --verify, still gives exactly the model's own.",
+            f"{model} no longer verifies by default, because the threshold is for unverified text. "
+            "Pass verify=True or --verify to get exactly the model's own text.",
             highlight=False,
             markup=False,
         )
     return calibration
 
 
-def _check(ks: Sequence[int], thresholds: Sequence[Threshold]) -> None:
+def _check_settings(ks: Sequence[int], thresholds: Sequence[Threshold]) -> None:
     for threshold in thresholds:
         checked_thresholds(threshold)
     for k in ks:
         if k < 2:
-            raise ValueError(f"A static block has at least 2 tokens, got {k}; k=1 is always in the table.")
+            raise ValueError(f"A static block must have at least 2 tokens, got {k}; k=1 is always in the table.")

@@ -1,4 +1,7 @@
-"""lm-evaluation-harness with every decoding in one model load: its tasks, prompts, stops and answer extraction."""
+"""Evaluate lm-evaluation-harness tasks in every decoding setting, with one model load.
+
+Tasks, prompts, stop strings and answer extraction are those of the harness.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from ..publishing.report import Setting, TableRow
 from .statistics import mean_with_error, paired_difference, share_identical
 from .sweep import answer_length, end_of_text_ids
 
-# The figures that the paper reports: (metric, filter) of each of its tasks. Other tasks report their first metric.
+# (metric, filter) that the paper reports for each of its tasks. Other tasks report their first metric.
 PAPER_TASKS = {
     "gsm8k_cot": ("exact_match", "flexible-extract"),
     "bbh_cot_fewshot": ("exact_match", "get-answer"),
@@ -35,13 +38,13 @@ PAPER_TASKS = {
     "gpqa_main_cot_n_shot": ("exact_match", "flexible-extract"),
 }
 
-# Whether the paper's prompts went through the chat template, by the base of the model. Other models go without.
+# Whether the paper applies the chat template, by base model. For other models it is not applied by default.
 PAPER_CHAT_TEMPLATE = {"Magpie-Align/Llama-3.1-8B-Magpie-Align-SFT-v0.1": True, "Qwen/Qwen3-4B-Instruct-2507": False}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One task decoded in one setting. `scores` and `answers` are in the task's order, one per problem."""
+    """Results of one task in one setting. `scores` and `answers` have one entry per problem, in the task's order."""
 
     scores: list[float]
     answers: list[str]
@@ -52,7 +55,7 @@ class Part:
 
 
 class HarnessModel(HFLM):
-    """A model that decodes as its `setting` says, and counts tokens, passes and seconds."""
+    """A harness model that decodes with its current `setting` and counts tokens, passes and seconds."""
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class HarnessModel(HFLM):
         self.use(Setting("plain"))
 
     def use(self, setting: Setting) -> None:
-        """Decode so from now on, and count from zero."""
+        """Decode with `setting` from now on, and reset the counts."""
         self.setting = setting
         self.tokens = self.passes = 0
         self.seconds = 0.0
@@ -76,7 +79,10 @@ class HarnessModel(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], temperature: float = 0.0, **generation_kwargs: Any
     ) -> torch.Tensor:
-        """As the harness's own, but each row ends at its own stop: there a batch goes on until all its rows have one."""
+        """Generate as `HFLM` does, but end each row at its own stop string.
+
+        `HFLM` continues a batch until every row has reached a stop string.
+        """
         arguments: dict[str, Any] = self.setting.arguments(self.student.config.mtp)
         if temperature:
             arguments["temperature"] = temperature
@@ -91,7 +97,7 @@ class HarnessModel(HFLM):
             return_dict_in_generate=True,
             **{"do_sample": False} | generation_kwargs | arguments,
         )
-        answers = output.sequences[:, context.shape[1] :].tolist()  # waits for the device
+        answers = output.sequences[:, context.shape[1] :].tolist()  # synchronises with the device
         self.seconds += time.perf_counter() - started
         if self.setting.kind == "base":
             ends = end_of_text_ids(self.model)
@@ -105,28 +111,28 @@ class HarnessModel(HFLM):
 
 
 class OwnStop(StoppingCriteria):
-    """Ends a row with the token that completes a stop string in what was generated, whatever the other rows do.
+    """Ends each row at the token that completes a stop string in its generated text, independently of the other rows.
 
-    Transformers' `stop_strings` also look at the end of the prompt, the harness does not.
+    Transformers' `stop_strings` also match text at the end of the prompt. The harness does not, and neither does this class.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, prompt_length: int) -> None:
         self.tokenizer, self.stops, self.prompt_length = tokenizer, [stop for stop in stops if stop], prompt_length
-        # At worst a token for each byte; a few more, because tokenizers drop a space before the first token.
+        # At most one token per byte of a stop string, plus a margin for tokenizers that drop a space before the first token.
         self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 4
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """A verdict for each row."""
+        """Return whether each row has ended, bool [rows]."""
         generated = input_ids[:, self.prompt_length :].tolist()
         return torch.tensor([self.reached(token_ids) for token_ids in generated], device=input_ids.device)
 
     def reached(self, token_ids: list[int]) -> bool:
-        """Whether the last of these tokens completes a stop string, or one shortly before it did."""
+        """Whether the last token, or one shortly before it, completes a stop string."""
         text = self.tokenizer.decode(token_ids[-self.window :])
         return any(stop in text for stop in self.stops)
 
     def length(self, token_ids: list[int]) -> int:
-        """Tokens up to the first that completes a stop string, inclusive; all without one."""
+        """Return the number of tokens through the first that completes a stop string, or of all tokens if none does."""
         return next((n for n in range(1, len(token_ids)) if self.reached(token_ids[:n])), len(token_ids))
 
 
@@ -140,24 +146,26 @@ def run_task(
     data: Path | None = None,
     tasks_folder: Path | None = None,
 ) -> Part:
-    """Decode and score one task or group of tasks.
+    """Decode and score one task or group of tasks in one setting.
 
     Args:
-        task: a name that the harness knows.
-        limit: problems of each task; all by default.
-        chat_template: whether prompts go through the tokenizer's chat template.
-        data: a JSON Lines file in place of the task's test set.
-        tasks_folder: where tasks of one's own are.
+        model: the model; its setting and counts are replaced.
+        task: name of a task or group that the harness knows.
+        setting: how to decode.
+        limit: number of problems of each task; None means all.
+        chat_template: whether to apply the tokenizer's chat template to prompts.
+        data: a JSON Lines file that replaces the task's test set.
+        tasks_folder: a folder with additional tasks.
 
     Raises:
-        ValueError: no such task, or one that does not generate text.
+        ValueError: the harness does not know the task, the task does not generate text, or `data` is given for a group.
     """
     manager = check_task(task, tasks_folder)
     source: str | dict[str, Any] = task
     if data is not None:
         definition = manager.task_index[task].yaml_path
         if definition is None:
-            raise ValueError(f"{task!r} is a group of tasks: give each of them its own file.")
+            raise ValueError(f"{task!r} is a group of tasks; pass a file for each of its tasks instead.")
         files = {"data_files": {"test": str(data.resolve())}}
         changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "test_split": "test"}
         source = {**load_yaml(definition), **changes, "training_split": None, "validation_split": None}
@@ -173,7 +181,7 @@ def run_task(
     )
     samples = [sample for name in sorted(results["samples"]) for sample in results["samples"][name]]
     if model.passes == 0:
-        raise ValueError(f"The task {task!r} generates no text, so there is nothing to accelerate; take a generating one.")
+        raise ValueError(f"The task {task!r} generates no text, so there is nothing to accelerate; choose a task that does.")
     metric, chosen = PAPER_TASKS.get(task, (samples[0]["metrics"][0], samples[0]["filter"]))
     samples = [sample for sample in samples if sample["filter"] == chosen]
     configuration = next(iter(results["configs"].values()))
@@ -188,50 +196,58 @@ def run_task(
 
 
 def check_task(task: str, tasks_folder: Path | None = None) -> TaskManager:
-    """The harness's list of tasks, with this one in it; raises ValueError without."""
+    """Return the harness's task manager; raise ValueError if it does not know the task."""
     manager = _task_manager(tasks_folder)
     if task not in manager.all_tasks:
-        raise ValueError(f"lm-evaluation-harness knows no task {task!r}; `lm_eval ls tasks` lists them.")
+        raise ValueError(f"lm-evaluation-harness does not know the task {task!r}; `lm_eval ls tasks` lists all tasks.")
     return manager
 
 
 @functools.cache
 def _task_manager(folder: Path | None) -> TaskManager:
-    """Reading the list of all tasks takes seconds."""
+    """Return the task manager, cached because reading the list of all tasks takes seconds."""
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
 def run_settings(
     model: HarnessModel, task: str, settings: Sequence[Setting], *, parts: Path | None = None, **options: Any
 ) -> dict[Setting, Part]:
-    """A task in every setting. With a folder for `parts`, what an earlier run with the same options finished is read there.
+    """Run a task in every setting and return the results by setting.
 
-    Files among the options are told apart by what is in them.
+    Args:
+        model: the model that decodes.
+        task: name of the task.
+        settings: the settings to run, in this order.
+        parts: a folder for the result of each setting. Results of an earlier run are read from it instead of running again.
+        options: arguments of `run_task`. Two files or folders are the same if their contents are.
 
     Raises:
-        ValueError: the parts there were made with other options.
+        ValueError: the results in `parts` were made with other options.
     """
     finished: dict[Setting, Part] = {}
     console = Console(stderr=True)
     for number, setting in enumerate(settings, start=1):
         path = None if parts is None else parts / f"{task}.{re.sub('[ ,/]+', '_', setting.label)}.json"
-        asked = {"task": task} | {name: _by_content(option) for name, option in options.items()}
+        current = {"task": task} | {name: _by_content(option) for name, option in options.items()}
         if path is not None and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["options"] != asked:
-                raise ValueError(f"{path} was made with {saved['options']}, not {asked}; name another output folder.")
+            if saved["options"] != current:
+                raise ValueError(f"{path} was made with {saved['options']}, not {current}; use another output folder.")
             finished[setting] = Part(**saved["part"])
             continue
         console.print(f"{task}: {setting.label} ({number} of {len(settings)})", highlight=False)
         finished[setting] = run_task(model, task, setting, **options)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"options": asked, "part": vars(finished[setting])}) + "\n")
+            write_atomically(path, json.dumps({"options": current, "part": vars(finished[setting])}) + "\n")
     return finished
 
 
 def _by_content(option: Any) -> Any:
-    """Of a file its hash, of a folder that of the tasks in it: they may be written anew under the same name, or be moved."""
+    """Return the hash of a file, or of the task files in a folder; other options are returned unchanged.
+
+    Paths do not identify contents: a file can be rewritten under the same name, or be moved.
+    """
     if not isinstance(option, Path):
         return option
     tasks = {path for pattern in ("*yaml", "*yml", "*.py") for path in option.rglob(pattern)}
@@ -242,7 +258,7 @@ def _by_content(option: Any) -> Any:
 
 
 def table(parts: Mapping[Setting, Part]) -> list[TableRow]:
-    """The rows of a report; pure. Differences are paired by problem."""
+    """Return the rows of a report. Differences are paired by problem."""
     plain, base = parts[Setting("plain")], parts.get(Setting("base"))
     return [_row(setting, part, plain=plain, base=base) for setting, part in parts.items()]
 

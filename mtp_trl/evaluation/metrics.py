@@ -1,4 +1,4 @@
-"""The measures of multi-token decoding as `evaluate.Metric`s, for people who use `evaluate`."""
+"""Metrics of multi-token decoding for the `evaluate` library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CITATION = "Kirchenbauer et al., Multi-Token Prediction via Self-Distillation, 
 
 
 class _Metric(evaluate.Metric):
-    """A metric that says what it is in its docstring and what it takes in `_FEATURES`."""
+    """A metric whose docstring is its description and whose `_FEATURES` are its inputs."""
 
     _FEATURES: dict[str, Any]
 
@@ -26,7 +26,7 @@ class _Metric(evaluate.Metric):
 
 
 class Acceleration(_Metric):
-    """Tokens per forward pass: the ratio of the sums. Predictions are `block_lengths` of `MTPGenerateOutput`, one per row."""
+    """Tokens per forward pass, as a ratio of sums. Predictions are the `block_lengths` of `MTPGenerateOutput`."""
 
     _FEATURES = {"predictions": Sequence(Value("int64"))}
 
@@ -35,25 +35,25 @@ class Acceleration(_Metric):
 
 
 class BlockAgreement(_Metric):
-    """Share of tokens before the first difference, and of whole answers that do not differ.
+    """Share of tokens before the first difference, and share of answers without any difference.
 
-    Predictions and references are token ids: of a block or an answer, and of the model's own one-token decoding.
+    Predictions are the token ids of a block or an answer, references those of the model's own single-token decoding.
     """
 
     _FEATURES = {"predictions": Sequence(Value("int64")), "references": Sequence(Value("int64"))}
 
     def _compute(self, predictions: list[list[int]], references: list[list[int]]) -> dict[str, float]:
         agreed, lengths, same = [], [], []
-        for ids, own in zip(predictions, references, strict=True):
-            differing = (i for i, pair in enumerate(zip(ids, own, strict=False)) if pair[0] != pair[1])
-            agreed.append(next(differing, min(len(ids), len(own))))
-            lengths.append(max(len(ids), len(own)))
-            same.append(float(list(ids) == list(own)))
+        for ids, reference in zip(predictions, references, strict=True):
+            differing = (i for i, pair in enumerate(zip(ids, reference, strict=False)) if pair[0] != pair[1])
+            agreed.append(next(differing, min(len(ids), len(reference))))
+            lengths.append(max(len(ids), len(reference)))
+            same.append(float(list(ids) == list(reference)))
         return {"block_agreement": ratio_of_sums(agreed, lengths), "identical": mean_with_error(same).value}
 
 
 class FinalAnswer(_Metric):
-    """Share of texts whose first `#### number` is the reference's, as in GSM8K, with its standard error."""
+    """Share of texts whose first `#### number` equals that of the reference, as in GSM8K, with its standard error."""
 
     _FEATURES = {"predictions": Value("string"), "references": Value("string")}
 

@@ -1,4 +1,4 @@
-"""The statistics of a decoding comparison. Pure functions of numbers and token ids; no model, no I/O."""
+"""Statistics for comparing decodings. Pure functions of numbers and token ids; no model, no I/O."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from ..publishing.report import Estimate
 
 
 def mean_with_error(values: Sequence[float]) -> Estimate:
-    """Sample mean and its standard error, sqrt(s^2 / n) with the n - 1 variance; needs two values for an error.
+    """Return the sample mean and its standard error sqrt(s^2 / n), with the n - 1 variance. The error of one value is NaN.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
     """
     n = len(values)
     if n == 0:
@@ -23,9 +23,9 @@ def mean_with_error(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Estimate:
-    """Mean of value - reference over the same problems, with the standard error of the paired differences.
+    """Return the mean of value - reference over the same problems, with the standard error of the paired differences.
 
-    Two decodings of the same problems are strongly correlated: this error is far below that of two separate samples.
+    Two decodings of the same problems are strongly correlated, so this error is far below that of two separate samples.
 
     Raises:
         ValueError: the lengths differ.
@@ -34,16 +34,16 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Es
 
 
 def share_identical(sequences: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Share of problems whose token ids are the reference's, all of them, in order."""
+    """Return the share of problems whose token ids are exactly those of the reference."""
     pairs = zip(sequences, reference, strict=True)
     return mean_with_error([float(list(ids) == list(other)) for ids, other in pairs]).value
 
 
 def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """sum(numerators) / sum(denominators): tokens per pass or per second over problems of different length.
+    """Return sum(numerators) / sum(denominators), e.g. tokens per pass or per second over problems of different lengths.
 
     Raises:
-        ValueError: the denominators sum to nothing.
+        ValueError: the sum of the denominators is not above 0.
     """
     total = math.fsum(denominators)
     if total <= 0:

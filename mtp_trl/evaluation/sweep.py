@@ -1,4 +1,4 @@
-"""Decode the same prompts in several ways and compare them: accuracy, acceleration, speed, agreement."""
+"""Decode the same prompts in several settings and compare accuracy, acceleration, speed and agreement."""
 
 # Shapes: B rows of the batch, L columns of the text
 
@@ -18,7 +18,7 @@ from ..modeling.files import write_atomically
 from ..publishing.report import Estimate, Setting, TableRow, Threshold
 from .statistics import mean_with_error, paired_difference, ratio_of_sums, share_identical
 
-# Whether the answer (text without special tokens) to problem i is right.
+# Returns whether the answer (text without special tokens) to problem i is right.
 Scorer = Callable[[int, str], bool]
 
 
@@ -30,7 +30,15 @@ def decoding_settings(
     trees: Iterable[tuple[int, Threshold]] = (),
     base: bool = True,
 ) -> list[Setting]:
-    """The usual table: base and student at k=1, then static blocks, ConfAdapt and verified thresholds, (blocks, threshold)."""
+    """Return the settings of the usual table, in its order.
+
+    Args:
+        ks: sizes of static blocks.
+        confadapt: ConfAdapt thresholds, decoded without verification.
+        verified: thresholds decoded with verification.
+        trees: (blocks, threshold) pairs, decoded with verification and this many blocks of masks per pass.
+        base: include the base at k=1. The student at k=1 is always included.
+    """
     settings = [Setting("base")] if base else []
     settings.append(Setting("plain"))
     settings += [Setting("static", k=k) for k in ks]
@@ -42,7 +50,7 @@ def decoding_settings(
 
 @dataclass(frozen=True)
 class Record:
-    """One answer. `blocks` are the accepted lengths per pass; `seconds` its equal share of its batch's wall-clock."""
+    """One answer. `blocks` are the accepted lengths per pass; `seconds` is an equal share of the batch's wall-clock time."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -54,7 +62,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every setting's records, in the order of the prompts, and the table made of them."""
+    """The records of every setting, in the order of the prompts, and the table computed from them."""
 
     records: dict[Setting, list[Record]]
     rows: list[TableRow]
@@ -75,23 +83,26 @@ def evaluate_decoding(
     parts: Path | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Decode all prompts greedily in every setting and aggregate. Settings take turns, so that their speeds compare.
+    """Decode all prompts greedily in every setting and aggregate the results.
+
+    Each batch is decoded in all settings before the next batch, so that their speeds are comparable.
 
     Args:
         model: the student, with the multi-token `generate` bound to it.
-        tokenizer: encodes prompts as they stand and knows a pad token.
+        tokenizer: encodes the prompts; it must have a pad token.
         prompts: texts to complete.
-        settings: must contain the student's k=1 (`Setting("plain")`), which the others are compared with.
+        settings: must contain the student's k=1 (`Setting("plain")`), which the other settings are compared with.
         batch_size: rows decoded together.
         max_new_tokens: longest answer, in tokens.
-        scorer: whether the answer to problem i is right; without one the table has no accuracies.
-        base: the model before adaptation; needed when a setting is of kind `base`.
-        parts: a folder that keeps every finished batch. What is there is not decoded again, so it must be of the same
-            models, prompts and arguments.
-        progress: shows a bar with the time left on stderr.
+        scorer: returns whether the answer to problem i is right; without one the table has no accuracies.
+        base: the model before adaptation; required if a setting is of kind `base`.
+        parts: a folder that stores every finished batch. Stored batches are not decoded again, so they must come from the
+            same models, prompts and arguments.
+        progress: show a progress bar with the remaining time on stderr.
 
     Raises:
-        ValueError: no prompts, no k=1 setting, a base setting without a base, or a tokenizer without a pad token.
+        ValueError: there are no prompts, `settings` has no k=1 or has the base while `base` is None, or the tokenizer has no
+            pad token.
     """
     _check(tokenizer, prompts, settings, base)
     records: dict[Setting, list[Record]] = {setting: [] for setting in settings}
@@ -99,9 +110,9 @@ def evaluate_decoding(
         task = bar.add_task("", total=len(settings) * len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            kept = None if parts is None else parts / f"{start}.json"
-            done = {} if kept is None or not kept.is_file() else _read_part(kept)
-            finished = len(done)
+            file = None if parts is None else parts / f"{start}.json"
+            done = {} if file is None or not file.is_file() else _read_part(file)
+            stored = len(done)
             for setting, answers in records.items():
                 bar.update(task, description=setting.label)
                 if setting.label not in done:
@@ -110,9 +121,9 @@ def evaluate_decoding(
                     )
                 answers += done[setting.label]
                 bar.advance(task, len(batch))
-            if kept is not None and len(done) > finished:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(kept, json.dumps({label: list(map(asdict, part)) for label, part in done.items()}) + "\n")
+            if file is not None and len(done) > stored:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps({label: list(map(asdict, part)) for label, part in done.items()}) + "\n")
     if scorer is not None:
         records = {setting: _scored(answers, scorer) for setting, answers in records.items()}
     return Sweep(records, aggregate(records, batch_size=batch_size), batch_size, max_new_tokens)
@@ -138,7 +149,7 @@ def decode(
     scorer: Scorer | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """All prompts in one setting of the student; arguments as for `evaluate_decoding`."""
+    """Decode all prompts with the student in one setting. The arguments are those of `evaluate_decoding`."""
     answers: list[Record] = []
     with progress_bar(shown=progress) as bar:
         for start in bar.track(range(0, len(prompts), batch_size), description=setting.label):
@@ -148,13 +159,13 @@ def decode(
 
 
 def progress_bar(*, shown: bool) -> Progress:
-    """A bar with the time left, on stderr; gone when it is done."""
+    """Return a progress bar with the remaining time, on stderr. It disappears when it is done."""
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
 
 
 def aggregate(records: dict[Setting, list[Record]], *, batch_size: int) -> list[TableRow]:
-    """The table of decoded settings; pure. Needs the student's k=1, compares with the base where it is there."""
+    """Return the table of decoded settings. `records` must include the student's k=1; the base is optional."""
     plain = records[Setting("plain")]
     base = records.get(Setting("base"))
     return [_row(setting, answers, batch_size, plain=plain, base=base) for setting, answers in records.items()]
@@ -182,7 +193,7 @@ SPEEDS = "the median batch"
 
 
 def _median_speed(answers: list[Record], batch_size: int) -> float:
-    """Tokens per second of the median batch: one during which the machine was busy elsewhere decides nothing."""
+    """Return the tokens per second of the median batch, so that a batch slowed down by other processes has no effect."""
     batches = [answers[start : start + batch_size] for start in range(0, len(answers), batch_size)]
     return statistics.median(
         ratio_of_sums([len(record.token_ids) for record in batch], [record.seconds for record in batch]) for batch in batches
@@ -217,7 +228,9 @@ def _check(
     if not prompts:
         raise ValueError("There is nothing to decode: prompts is empty; pass at least one.")
     if Setting("plain") not in settings:
-        raise ValueError("The student's k=1 is missing from settings, and the others are compared with it; add it.")
+        raise ValueError(
+            "The student's k=1 is missing from settings, but the others are compared with it; add Setting('plain')."
+        )
     if Setting("base") in settings and base is None:
         raise ValueError("A setting decodes the base, but base is None; pass the base model or drop the setting.")
     if tokenizer.pad_token_id is None:
@@ -237,7 +250,7 @@ def _decode_batch(
     setting: Setting,
     max_new_tokens: int,
 ) -> list[Record]:
-    """Greedy answers to a batch, not yet scored. The wall-clock is that of `generate`, shared equally by the rows."""
+    """Return greedy answers to a batch, not scored yet. The rows share the wall-clock time of `generate` equally."""
     model = base if setting.kind == "base" and base is not None else student
     encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     prompt_BL = encoded["input_ids"]
@@ -251,9 +264,9 @@ def _decode_batch(
         pad_token_id=tokenizer.pad_token_id,
         **setting.arguments(student.config.mtp),
     )
-    answers = output.sequences[:, prompt_BL.shape[1] :].tolist()  # waits for the device
+    answers = output.sequences[:, prompt_BL.shape[1] :].tolist()  # synchronises with the device
     seconds = (time.perf_counter() - started) / len(prompts)
-    if setting.kind == "base":  # transformers' own decoding: one token per pass, padded behind the end of text
+    if setting.kind == "base":  # transformers' own generate: one token per pass, padding after EOS
         ends = end_of_text_ids(model)
         blocks = [[1] * answer_length(answer, ends) for answer in answers]
         passes = [len(lengths) for lengths in blocks]
@@ -268,11 +281,11 @@ def _decode_batch(
 
 
 def end_of_text_ids(model: PreTrainedModel) -> set[int]:
-    """Tokens that end a text, by the model's generation_config."""
+    """Return the EOS token ids of the model's generation_config."""
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
 
 
 def answer_length(token_ids: Sequence[int], ends: set[int]) -> int:
-    """Tokens up to the first end of text, inclusive."""
+    """Return the number of tokens through the first EOS, or of all tokens if there is none."""
     return next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))

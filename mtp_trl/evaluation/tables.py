@@ -1,4 +1,4 @@
-"""A sweep on screen and on disk: a terminal table, files, and the plot of accuracy against acceleration."""
+"""Show and save the results of a sweep: a terminal table, files, and a plot of accuracy against acceleration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def terminal_table(report: Report) -> Table:
-    """The same table for `rich`, in 80 columns; the verified rows, whose text is the model's own, stand out."""
+    """Return the report's table for `rich`, 80 columns wide. Verified rows, whose text is the model's own, are bold."""
     table = Table(title=report.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for i, name in enumerate(report.header):
         table.add_column(name.replace(" ", "\n"), justify="left" if i == 0 else "right", vertical="bottom")
@@ -33,7 +33,7 @@ def terminal_table(report: Report) -> Table:
 
 
 def plots(*, extra: str) -> bool:
-    """Whether Matplotlib is there; without it, a line says that there will be no picture, and which extra has it."""
+    """Whether Matplotlib is installed. If not, print that no plot will be written and which extra installs it."""
     if importlib.util.find_spec("matplotlib") is not None:
         return True
     missing = f"There will be no pareto.png: it needs matplotlib, which is not installed; pip install 'mtp-trl[{extra}]'."
@@ -42,9 +42,12 @@ def plots(*, extra: str) -> bool:
 
 
 def write_report(folder: Path, report: Report, sweep: Sweep | None = None, *, plot: bool = True) -> list[Path]:
-    """Write results.md, results.json, a sweep's answers.jsonl and, with accuracies, pareto.png; each whole or not at all.
+    """Write results.md, results.json, answers.jsonl if there is a sweep, and pareto.png if there are accuracies.
 
-    Without `plot` there is no pareto.png.
+    Each file is written atomically. `plot=False` omits pareto.png.
+
+    Returns:
+        The paths of the files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -71,16 +74,16 @@ def _answer_lines(records: dict[Setting, list[Record]]) -> list[str]:
 
 
 def plot_pareto(report: Report, path: Path) -> None:
-    """Accuracy against tokens per pass as a PNG: the base's level, static blocks, ConfAdapt, verified decoding.
+    """Plot accuracy against tokens per pass as a PNG: the base's accuracy, static blocks, ConfAdapt and verified decoding.
 
-    The PNG's metadata name the report as its `Source`, by `fingerprint`.
+    `Source` in the PNG's metadata is the report's `fingerprint`.
 
     Raises:
         ValueError: the report has no accuracies.
     """
     if report.rows[0].accuracy is None:
         raise ValueError("There is no accuracy to plot: the sweep ran without a scorer; plot only scored sweeps.")
-    # The object interface: no global state, no display.
+    # The object-oriented interface needs no global state and no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -102,7 +105,7 @@ def plot_pareto(report: Report, path: Path) -> None:
     partial.replace(path)
 
 
-# Colours of Okabe and Ito: told apart with any colour vision, and in print by marker and line.
+# The colours of Okabe and Ito are distinct for any colour vision; markers and lines are distinct in print.
 _STYLES: dict[str, dict[str, Any]] = {
     "static": {"label": "static blocks", "color": "#999999", "marker": "s", "linestyle": ":"},
     "confadapt": {"label": "ConfAdapt", "color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -134,7 +137,7 @@ def _draw(axes: Axes, rows: list[TableRow], *, label: str, color: str, marker: s
         capsize=2,
     )
     fastest = max(row.tokens_per_pass for row in rows)
-    level = len({estimate.value for estimate in estimates}) == 1  # side by side: names would hide each other
+    level = len({estimate.value for estimate in estimates}) == 1  # labels at one height would overlap: label only the fastest
     for row, estimate in zip(rows, estimates, strict=True):
         if level and row.tokens_per_pass < fastest:
             continue

@@ -1,4 +1,4 @@
-"""Where held-out prompts come from: the bundled word problems or a JSON Lines file, with or without answers."""
+"""Load held-out prompts from the bundled word problems or from a JSON Lines file, with or without answers."""
 
 import codecs
 import json
@@ -11,20 +11,20 @@ from ..word_problems import test_problems
 from .sweep import Scorer
 
 BUNDLED = "word_problems"
-# GSM8K's form of a worked answer's last line; thousands may be grouped.
+# The last line of a worked answer in GSM8K; thousands may be grouped by commas.
 _RESULT = re.compile(r"####\s*(-?[\d,]*\d(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to decode and, where their right answers are known, the scorer."""
+    """Prompts to decode and, if their right answers are known, a scorer."""
 
     title: str
     prompts: list[str]
     scorer: Scorer | None
 
     def without_repetitions(self) -> "Task":
-        """Every prompt once, the first time it occurs: repeated evidence is no evidence."""
+        """Return the task without repeated prompts, which are no additional evidence. The first of each is kept."""
         first = {prompt: i for i, prompt in reversed(list(enumerate(self.prompts)))}
         kept = sorted(first.values())
         scorer = self.scorer
@@ -34,20 +34,20 @@ class Task:
 
 
 def load_task(data: str, *, limit: int | None = None, prompt: str = "prompt", completion: str = "completion") -> Task:
-    """The first `limit` problems of the bundled test set (`word_problems`) or of a JSON Lines file.
+    """Load the first `limit` problems of the bundled test set (`word_problems`) or of a JSON Lines file.
 
-    A file's answers are scored when every completion ends in `#### number`, as in GSM8K; otherwise only agreement and
-    speed are measured.
+    Answers are scored if every completion of the file has `#### number`, as in GSM8K. Otherwise only agreement and speed are
+    measured.
 
     Args:
         data: `word_problems` or a path.
-        limit: how many problems; all by default.
+        limit: number of problems; None means all.
         prompt: the file's column of prompts.
-        completion: the file's column of completions; may be absent.
+        completion: the file's column of completions; it may be missing.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object, or without the prompt column; nothing to evaluate.
+        FileNotFoundError: the file does not exist.
+        ValueError: `limit` is below 1, a line is not a JSON object or has no prompt, or the file has no lines.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be >= 1, got {limit}; leave it out for all problems.")
@@ -60,7 +60,7 @@ def load_task(data: str, *, limit: int | None = None, prompt: str = "prompt", co
         raise FileNotFoundError(f"There is no file {data!r}; pass {BUNDLED!r} or a JSON Lines file.")
     rows = _read_rows(path, column=prompt)[:limit]
     if not rows:
-        raise ValueError(f"{data} has no lines; one JSON object per line is needed, with a column {prompt!r}.")
+        raise ValueError(f"{data} has no lines; write one JSON object per line, with a column {prompt!r}.")
     references = [result(str(row.get(completion, ""))) for row in rows]
     known = [reference for reference in references if reference is not None]
     scorer = _matches(known) if len(known) == len(rows) else None
@@ -68,7 +68,7 @@ def load_task(data: str, *, limit: int | None = None, prompt: str = "prompt", co
 
 
 def result(text: str) -> str | None:
-    """The number after the first `####` of a worked answer, without grouping commas; None when there is none."""
+    """Return the number after the first `####` of a worked answer, without grouping commas; None if there is none."""
     match = _RESULT.search(text)
     return match.group(1).replace(",", "") if match else None
 
@@ -79,7 +79,7 @@ def _matches(references: Sequence[str]) -> Scorer:
 
 def _read_rows(path: Path, *, column: str) -> list[dict[str, object]]:
     rows = []
-    # Text as JSON allows it has line ends of its own (U+2028), and some editors begin a file with a mark.
+    # Split at \n only: JSON strings may contain other line ends (U+2028). Some editors begin a file with a byte order mark.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -92,6 +92,6 @@ def _read_rows(path: Path, *, column: str) -> list[dict[str, object]]:
             raise ValueError(f"{path.name}, line {number} is not JSON ({error.msg}); one object per line.") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path.name}, line {number} has no text {column!r}, only: {names}; name the column.")
+            raise ValueError(f"{path.name}, line {number} has no text column {column!r}, only: {names}; name the column.")
         rows.append(row)
     return rows

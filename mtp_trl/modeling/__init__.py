@@ -1,1 +1,1 @@
-"""What touches a causal language model: its mask token, adapters, attention masks, logits, and checks of what it can do."""
+"""Changes to a causal language model and passes over it: mask token, adapters, attention masks, logits and checks."""

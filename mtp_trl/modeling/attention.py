@@ -1,4 +1,4 @@
-"""Attention masks for packed rows, in the form that each layer type and attention backend takes."""
+"""Attention masks for packed rows, in the form that each layer type and attention backend expects."""
 
 # Shapes: T columns of a forward pass, X layout rows
 
@@ -19,28 +19,32 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .checks import can_pack
 
 logger = get_logger(__name__)
-# FlexAttention skips masks in blocks of 128 x 128: in shorter rows hardly a block is empty
+# FlexAttention skips blocks of 128 x 128 that are fully masked. Shorter rows have hardly any such block.
 _FLEX_FROM_TOKENS = 512
-# Of the largest value, between two backends in half precision
+# Largest accepted difference between two backends in half precision, relative to the largest value
 _FLEX_TOLERANCE = 2e-2
 
 
 def take_flex_attention(model: PreTrainedModel, row_tokens: int, device: torch.device) -> None:
-    """FlexAttention in place of SDPA on CUDA, for rows long enough to have empty blocks, where a trial finds both alike."""
+    """Switch a model from SDPA to FlexAttention on CUDA, if its rows are long enough and a trial gives equal results."""
     config = model.config.get_text_config()
     supported = model._supports_flex_attn and can_pack(model) and config._attn_implementation == "sdpa"
     if device.type != "cuda" or row_tokens < _FLEX_FROM_TOKENS or not supported:
         return
     if fault := flex_attention_fault(config, model.dtype, device):
-        logger.warning(f"Training with SDPA, since FlexAttention does not do here: {fault}")
+        logger.warning(f"Training with SDPA, since FlexAttention does not work here: {fault}")
     else:
         model.set_attn_implementation("flex_attention")
 
 
 def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What one attention of this model's shape finds wrong with FlexAttention, forward and backward; None if nothing.
+    """Compare FlexAttention with SDPA in one attention of this model's shape, forward and backward.
 
-    It depends on device, PyTorch, compiler, head size and precision, so it is tried. The compiled kernel is used again.
+    Whether it works depends on device, PyTorch, compiler, head size and precision, so it has to be tried. The model reuses the
+    compiled kernel.
+
+    Returns:
+        What is wrong with FlexAttention, or None if it works.
     """
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -58,11 +62,11 @@ def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: t
             mask = _backend_mask(config, allowed, dtype, backend)
             output, _ = ALL_ATTENTION_FUNCTIONS[backend](layer, *states, mask, scaling=size**-0.5, dropout=0.0)
             results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
-    except Exception as error:  # a compiler fails in ways of its own
+    except Exception as error:  # compilers raise many types of exceptions
         first_line = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first_line}"
-    for name, one, other in zip(("output", "dq", "dk", "dv"), *results, strict=True):
-        gap = ((one - other).abs().max() / one.abs().max()).item()
+    for name, expected, actual in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        gap = ((expected - actual).abs().max() / expected.abs().max()).item()
         if not gap <= _FLEX_TOLERANCE:
             return f"its {name} is off by {gap:.1%}."
     return None
@@ -70,7 +74,7 @@ def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: t
 
 @contextmanager
 def dense_masks(model: PreTrainedModel) -> Iterator[None]:
-    """SDPA, or eager attention, in place of FlexAttention within the block: `generate` makes dense masks."""
+    """Replace FlexAttention by SDPA or eager attention within the block, since `generate` makes dense masks."""
     if model.config.get_text_config()._attn_implementation != "flex_attention":
         yield
         return
@@ -90,15 +94,17 @@ def attention_masks(
     queries: slice = slice(None),
     keys: slice = slice(None),
 ) -> Tensor | dict[str, Tensor]:
-    """The mask argument that this architecture's forward expects, in its attention backend's own form.
+    """Return the mask argument that this architecture's forward expects, in the form of its attention backend.
 
-    A config with `layer_types` wants a dict by layer type, any other one mask (one tensor for mixed layers would be
-    silently wrong). Windows and chunks are measured in positions.
+    If the config has `layer_types`, this is a dict by layer type, otherwise a single mask. A single mask for mixed layers would
+    be silently wrong. Windows and chunks are measured in positions.
 
     Args:
-        allowed_XTT: which key (last axis) a query may see, before windows and chunks.
-        positions_XT: where each column stands in its text.
-        queries, keys: columns to make the mask for.
+        config: the model's config.
+        allowed_XTT: which keys (last axis) a query may attend to, before windows and chunks.
+        positions_XT: position of each column in its text.
+        dtype: dtype of the model.
+        queries, keys: columns for which the mask is made.
     """
     config = config.get_text_config()
     window: Any = getattr(config, "sliding_window", None)
@@ -136,7 +142,7 @@ def _backend_mask(config: PretrainedConfig, allowed: Tensor, dtype: torch.dtype,
 
 
 def window_by_position(allowed_XTT: Tensor, positions_XT: Tensor, *, window: int) -> Tensor:
-    """Restrict attention to the last `window` POSITIONS; array indices mean nothing in a packed row."""
+    """Restrict attention to the last `window` positions. Column indices would be wrong in a packed row."""
     return allowed_XTT & (positions_XT[:, :, None] - positions_XT[:, None, :] < window)
 
 

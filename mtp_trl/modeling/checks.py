@@ -1,4 +1,4 @@
-"""What a model must be able to do before it is trained: tried on a few tokens, and refused with a remedy."""
+"""Checks, made before training, that a model can be trained. Each error names a remedy."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from ..custom_generate.generate import evaluating
 from ..custom_generate.probes import check_left_to_right, windows_by_column
 from .logits import backbone, output_logits
 
-# attention whose mask can be restated for a packed row; every other layer type takes the suffix layout
+# layer types whose mask can be expressed for a packed row; all others need the suffix layout
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether several regions may share one row of this model.
 
-    They may where attention is all that mixes tokens. A recurrent or convolutional layer cannot skip tokens, and a model
-    that takes no `position_ids`, or counts windows in columns, cannot be told where a slot stands.
+    Only attention may mix tokens, since recurrent and convolutional layers cannot skip tokens. The model must also accept
+    `position_ids` and measure windows in positions, since otherwise it uses the column of a slot instead of its position.
     """
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     arguments = inspect.signature(backbone(model).forward).parameters
-    # Models without a cache are from before masks could be handed in.
+    # Models without `past_key_values` predate custom attention masks.
     takes_layouts = {"position_ids", "past_key_values"} <= set(arguments) and not windows_by_column(model)
     return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 
 def check_attention_backend(model: PreTrainedModel) -> None:
-    """Raises ValueError for a backend that cannot express a packed mask."""
+    """Raise ValueError for an attention backend that cannot express a packed mask."""
     backend = model.config._attn_implementation
     if "flash" in str(backend):
         raise ValueError(
-            f"attn_implementation={backend!r} takes 2D masks only and cannot express packed regions; "
-            "load the model with attn_implementation='sdpa' (or 'eager' for models that refuse sdpa)."
+            f"attn_implementation={backend!r} supports only 2D masks and cannot express packed regions; "
+            "load the model with attn_implementation='sdpa' (or 'eager' for models without sdpa support)."
         )
 
 
 def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> None:
-    """Raises ValueError where slots would stand beyond a table of learned positions (GPT-2, OPT)."""
-    needed = max_length + k_max - 2  # the last block begins behind the last token but one
+    """Raise ValueError if the positions of slots would exceed a table of learned positions (GPT-2, OPT)."""
+    needed = max_length + k_max - 2  # the last anchor is the second to last token
     for name, table in backbone(model).named_modules():
         if not isinstance(table, nn.Embedding) or not re.search(r"wpe$|position", name):
             continue
         rows = table.num_embeddings - getattr(table, "offset", 0)
         if needed > rows:
             raise ValueError(
-                f"Texts of max_length={max_length} tokens with blocks of up to k_max={k_max} behind them need {needed} "
-                f"positions, and {name} of {type(model).__name__} has {rows}; set max_length to {rows - k_max + 2} or less."
+                f"Texts of max_length={max_length} tokens and blocks of up to k_max={k_max} tokens need {needed} positions, "
+                f"but {name} of {type(model).__name__} has {rows}; set max_length to {rows - k_max + 2} or less."
             )
 
 
 @torch.no_grad()
 def check_output_logits(model: PreTrainedModel) -> None:
-    """Raises ValueError when `output_logits` is not what `model(...).logits` returns on a few tokens.
+    """Raise ValueError if `output_logits` differs from `model(...).logits` on a few tokens.
 
-    Or where logits depend on tokens or padding behind them.
+    For models that cannot pack, also raise if logits depend on later tokens or on padding after them.
     """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model):
@@ -72,5 +72,5 @@ def check_output_logits(model: PreTrainedModel) -> None:
     if gap > 1e-2 * max(1.0, expected.abs().max().item()):
         raise ValueError(
             f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "
-            f"{gap:.3g}); please report the architecture, since training on other logits would go silently wrong."
+            f"{gap:.3g}); please report the architecture, since training on other logits would be silently wrong."
         )

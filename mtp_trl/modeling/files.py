@@ -1,4 +1,4 @@
-"""Files of a model's folder or repository: where they are, what they are called, and how they are written whole."""
+"""Names of the files in a model's folder or repository, and functions that find, read and write them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 _PACKAGE = Path(__file__).resolve().parents[1]
 PROVENANCE_FILE = "mtp_provenance.json"
 LORA_CONFIG, LORA_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Whatever a tokenizer may consist of.
+# Patterns of all files that a tokenizer may have.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -27,18 +27,22 @@ TOKENIZER_FILES = (
 
 
 def repository_file(name: str | Path, file: str, revision: str | None = None) -> str | None:
-    """Where a file of a folder or of a repository on the Hub lies; None where it has none."""
+    """Return the local path of a file in a folder or Hub repository; None if it does not exist there."""
     path: str | None = cached_file(str(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return path
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository's: owner/name."""
+    """Whether a name has the form of a Hub id, owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def public_name(source: str) -> str:
-    """A Hub id or a path inside this package as it is; of other files the name, since their paths mean nothing elsewhere."""
+    """Return a name of `source` that means the same on other machines.
+
+    A Hub id is returned unchanged. A path inside this package becomes relative to the folder that contains the package. Any
+    other path is reduced to its last part.
+    """
     path = Path(source)
     if path.resolve().is_relative_to(_PACKAGE) and path.exists():
         return str(Path(_PACKAGE.name) / path.resolve().relative_to(_PACKAGE))
@@ -46,13 +50,13 @@ def public_name(source: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
+    """Write a text file atomically: an interrupted call leaves the previous file unchanged."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def read_provenance(name: str | Path) -> dict[str, Any] | None:
-    """What a folder or repository says of how it was made; None where it says nothing."""
+    """Return the provenance recorded in a folder or repository; None if it has none."""
     path = repository_file(name, PROVENANCE_FILE)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

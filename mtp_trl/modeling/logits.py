@@ -1,4 +1,4 @@
-"""The model's own hidden states and logits, computed apart: the output head only reads the positions that matter."""
+"""Hidden states and logits, computed separately so that the output head runs only at the positions that are needed."""
 
 # Shapes: H hidden features, P positions read, T columns of a forward pass, V vocabulary, X layout rows
 
@@ -14,7 +14,7 @@ from .parallelism import is_whole_fsdp_unit
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its output head, also where `base_model` is the model itself (Llama 4)."""
+    """Return the model without its output head, also if `base_model` is the model itself (Llama 4)."""
     if model.base_model is not model:
         return model.base_model
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
@@ -23,11 +23,13 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def hidden_states(
     model: PreTrainedModel, ids_XT: Tensor, masks: Tensor | dict[str, Tensor], positions_XT: Tensor | None = None
 ) -> Tensor:
-    """Last hidden state [X * T, H] of the backbone, flat. The output head is not applied.
+    """Return the backbone's last hidden states, flattened to [X * T, H]. The output head is not applied.
 
     Args:
-        masks: as `attention_masks` makes them, or 1 and 0 for tokens and right padding, int64 [X, T].
-        positions_XT: where each column stands in its text; by default, its index.
+        model: a causal LM.
+        ids_XT: token ids.
+        masks: masks from `attention_masks`, or int64 [X, T] with 1 at tokens and 0 at right padding.
+        positions_XT: position of each column in its text; by default, its index.
     """
     inputs: dict[str, Any] = {"input_ids": ids_XT, "attention_mask": masks, "use_cache": False}
     if positions_XT is not None:
@@ -37,11 +39,12 @@ def hidden_states(
 
 
 def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
-    """The model's own logits [P, V] from hidden states: output head, multiplier, softcap.
+    """Compute the model's logits [P, V] from hidden states: output head, multiplier, softcap.
 
-    The names are those that transformers' configs use: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier`
+    The names are those of transformers' configs: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier`
     (Falcon-H1), `logits_scaling` (Granite divides, HyperCLOVA X multiplies), and the softcaps of Gemma, RecurrentGemma, xLSTM.
-    `check_output_logits` compares with `model(...).logits`, so an architecture with another rule is refused, not mistrained.
+    `check_output_logits` compares the result with `model(...).logits`, so that an architecture with another rule is refused
+    instead of trained wrongly.
     """
     config = model.config.get_text_config()
     logits = _head(model, hidden_PH)
@@ -59,8 +62,8 @@ def output_logits(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
 def _head(model: PreTrainedModel, hidden_PH: Tensor) -> Tensor:
     head: Any = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and is_whole_fsdp_unit(head):
-        # accelerate makes one FSDP unit of the last norm and the head, whose hooks expect one call in each pass. Once the norm
-        # has run, the weight stays whole until its gradient is reduced.
+        # accelerate wraps the last norm and the head in one FSDP unit, whose hooks expect one call per pass. After the norm has
+        # run, the head's weight stays gathered until its gradient is reduced, so we use it without the hooks.
         return nn.functional.linear(hidden_PH, head.weight, head.bias)
     logits: Tensor = head(hidden_PH)
     return logits

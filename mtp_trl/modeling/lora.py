@@ -1,4 +1,4 @@
-"""LoRA through PEFT: the mask's row beside the adapters, the base below them, adapters of a folder put back on their base."""
+"""LoRA through PEFT: train the mask token's row with the adapters, load adapters onto their base, check them for publishing."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ if TYPE_CHECKING:
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The causal LM itself, with a PEFT wrapper taken off."""
+    """Return the causal LM, without its PEFT wrapper if it has one."""
     causal: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
     return causal
 
 
 @contextmanager
 def adapters_disabled(model: PeftModel) -> Iterator[None]:
-    """The base as the teacher sees it: no adapters, no dropout."""
+    """Turn adapters and dropout off within the block, so that the model is the base, which is the teacher."""
     with evaluating(model), model.disable_adapter():
         yield
 
 
 def with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int) -> PeftConfig:
-    """Train the mask token's embedding row beside the adapters: adapters cannot teach a model what a new input means."""
+    """Return a PEFT configuration that also trains the mask token's embedding row.
+
+    Adapters cannot teach a model the meaning of a new input token. A configuration that already trains token rows or whole
+    modules is returned unchanged.
+    """
     if getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "modules_to_save", None):
         return peft_config
     embeddings = model.get_input_embeddings()
@@ -50,29 +54,32 @@ def with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int)
 
 
 def named_base(name: str | Path) -> tuple[str, str | None]:
-    """The base that LoRA adapters name, and its revision."""
+    """Return the name and the revision of the base that LoRA adapters specify. The revision may be None."""
     adapters = json.loads(Path(str(repository_file(name, LORA_CONFIG))).read_text(encoding="utf-8"))
     return adapters["base_model_name_or_path"], adapters.get("revision")
 
 
 def load_lora(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:
-    """A base with the adapters of a run's folder or of a repository, and their mask token and decoding defaults.
+    """Load LoRA adapters onto their base, with their mask token and decoding defaults.
 
-    `load_base` is called once it is clear that the adapters can be put on.
+    Args:
+        load_base: loads the base; called after the files of the adapters have been checked.
+        tokenizer: extended in place by the mask token.
+        name: folder of a run, or a repository.
 
     Raises:
-        ValueError: the adapters were not trained by this package, are a pickle, or were trained on another base.
+        ValueError: if the adapters were not trained by this package, are stored as a pickle, or were trained on another base.
     """
     from peft import PeftModel
 
     if repository_file(name, LORA_FILE) is None:
-        raise ValueError(f"{name} has no {LORA_FILE}; adapters are loaded from safetensors alone.")
-    made = read_provenance(name)
-    if made is None:
-        raise ValueError(f"{name} has adapters without {PROVENANCE_FILE}: MTPDistillTrainer did not save them.")
+        raise ValueError(f"{name} has no {LORA_FILE}; adapters are loaded only from safetensors files.")
+    provenance = read_provenance(name)
+    if provenance is None:
+        raise ValueError(f"{name} has adapters but no {PROVENANCE_FILE}, so MTPDistillTrainer did not save them.")
     base = load_base()
-    defaults = {"confadapt": 0.9, "verify": False} | made["settings"]
-    mask_id = add_mask_token(base, tokenizer, mask_token=made["mask_token"], k_max=made["k_max"])
+    defaults = {"confadapt": 0.9, "verify": False} | provenance["settings"]
+    mask_id = add_mask_token(base, tokenizer, mask_token=provenance["mask_token"], k_max=provenance["k_max"])
     mask_row = None
     if (path := repository_file(name, ADAPTER_FILE)) is not None:
         mask_row = read_adapter(path)
@@ -96,45 +103,46 @@ def load_lora(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTok
 
 
 def embedding_scale(*modules: nn.Module) -> float:
-    """What a model multiplies its embeddings by (Gemma), from whichever of its modules does it; 1 for other models.
+    """Return the factor by which a model multiplies its embeddings (Gemma); 1 for other models.
 
-    In transformers that is the embedding itself, in vLLM the module that owns it.
+    Args:
+        modules: modules among which one may have the factor. In transformers, this is the embedding; in vLLM, its parent.
     """
     scales = (getattr(module, name) for module in modules for name in ("embed_scale", "normalizer") if hasattr(module, name))
     return float(next(scales, 1.0))
 
 
-_NOT_ALONE = (
-    "adapter_only=True publishes LoRA that fits its base as it is: no `modules_to_save`, no `trainable_token_indices` of its "
-    "own, no LoRA on an output embedding that the mask token made grow, and no other kind of PEFT's; change peft_config, or "
-    "leave adapter_only out, which publishes merged weights."
+_NEEDS_MERGING = (
+    "adapter_only=True needs LoRA adapters that fit the unmodified base: without `modules_to_save`, without "
+    "`trainable_token_indices` other than the mask token, without LoRA on an output embedding that was enlarged for the mask "
+    "token, and no other PEFT method; change peft_config, or set adapter_only=False to publish merged weights."
 )
 
 
 def check_publishable_lora(config: PeftConfig) -> None:
-    """Raises ValueError for a configuration whose adapters cannot be published alone, as far as it says so."""
-    if not _trains_lora_and(config, rows=[]):
-        raise ValueError(_NOT_ALONE)
+    """Raise ValueError if the configuration already shows that its adapters cannot be published without the base's weights."""
+    if not _is_lora_training_rows(config, rows=[]):
+        raise ValueError(_NEEDS_MERGING)
 
 
 def check_fits_base(model: PeftModel) -> None:
-    """Raises ValueError for adapters that cannot be published alone."""
+    """Raise ValueError if these adapters cannot be published without the base's weights."""
     if not fits_base(model):
-        raise ValueError(_NOT_ALONE)
+        raise ValueError(_NEEDS_MERGING)
 
 
 def fits_base(model: PeftModel) -> bool:
-    """Whether the adapters, without the mask's row, fit their base as it was before the mask token."""
+    """Whether the adapters, apart from the mask token's row, fit the base before the mask token was added to it."""
     base = model.get_base_model()
     mtp = base.config.mtp
     has_grown = mtp["mask_token_id"] >= mtp.get("base_vocab_size", math.inf)
     if has_grown and hasattr(base.get_output_embeddings(), "lora_A"):
         return False
-    return _trains_lora_and(model.active_peft_config, rows=[[mtp["mask_token_id"]]])
+    return _is_lora_training_rows(model.active_peft_config, rows=[[mtp["mask_token_id"]]])
 
 
-def _trains_lora_and(config: PeftConfig, *, rows: list[list[int]]) -> bool:
-    """Whether it is LoRA, and of embeddings trains these rows alone."""
+def _is_lora_training_rows(config: PeftConfig, *, rows: list[list[int]]) -> bool:
+    """Whether the configuration is LoRA, and trains exactly these embedding rows and no whole modules."""
     trained = getattr(config, "trainable_token_indices", None) or {}
     named = isinstance(trained, dict) and list(trained.values()) == rows
     return config.peft_type == "LORA" and not config.modules_to_save and named

@@ -1,4 +1,4 @@
-"""Find or add the mask token `<|mtp|>`, initialise its row, and record it in `config.mtp`."""
+"""Choose or add the mask token, initialise its embedding row, and record it in `config.mtp`."""
 
 # Shapes: H hidden features, V vocabulary
 
@@ -16,7 +16,7 @@ from ..custom_generate.mtp_config import check_mtp_config
 from .parallelism import gathered
 
 MASK_TOKEN = "<|mtp|>"
-_ROW_MULTIPLE = 64  # matrix heights that tensor cores like
+_ROW_MULTIPLE = 64  # tensor cores are fast if the number of rows is a multiple of this
 _RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>|<unused(\d+)>")
 
 
@@ -28,25 +28,26 @@ def add_mask_token(
     k_max: int = 16,
     seed: int = 0,
 ) -> int:
-    """Give `model` and `tokenizer` the mask token and write `config.mtp`. A second call changes only `k_max`.
+    """Add the mask token to `model` and `tokenizer`, and write `config.mtp`. A second call changes only `k_max`.
 
-    The token takes an unused embedding row where there is one: a row beyond the tokenizer's last token (Qwen3), or a
-    reserved special token (Llama 3, Gemma), which keeps its own string. Otherwise the matrix grows to the next multiple
-    of 64. The new rows are drawn from a normal with the per-dimension mean and standard deviation of the rows in use, in the
-    input and, if untied, in the output embedding; the same `seed` gives the same rows. Works under DeepSpeed ZeRO-3.
+    The token uses a spare embedding row if there is one: a row beyond the tokenizer's last token (Qwen3), or the row of a
+    reserved special token (Llama 3, Gemma), which keeps its string. Otherwise, the embedding matrix grows to the next multiple
+    of 64 rows. The token's row and any added rows are drawn from a normal distribution with the per-dimension mean and
+    standard deviation of the rows in use, in the input embedding and, if untied, in the output embedding. The same `seed` gives
+    the same rows. Works under DeepSpeed ZeRO-3.
 
     Args:
-        model: a causal LM (of a PEFT model, its `get_base_model()`).
+        model: a causal LM; for a PEFT model, pass its `get_base_model()`.
         tokenizer: extended in place.
-        mask_token: the string of a token that has to be added.
-        k_max: largest block size trained, recorded as the default for decoding.
-        seed: of the row's noise.
+        mask_token: string of the mask token, if a token has to be added.
+        k_max: largest trained block size, recorded as the default for decoding.
+        seed: seed of these rows.
 
     Returns:
         The id of the mask token.
 
     Raises:
-        ValueError: the model's `config.mtp` is broken.
+        ValueError: if the model's existing `config.mtp` is broken.
     """
     if (recorded := getattr(model.config, "mtp", None)) is not None:
         _register(tokenizer, _recorded_token(recorded))
@@ -54,12 +55,12 @@ def add_mask_token(
         return int(recorded["mask_token_id"])
 
     rows, tokens = _embedding_height(model), len(tokenizer)
-    mask_token = _token_within(rows, tokenizer, mask_token)
+    mask_token = _choose_token(rows, tokenizer, mask_token)
     mask_id = _register(tokenizer, mask_token)
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=_ROW_MULTIPLE, mean_resizing=False)
     barred = sorted({mask_id, *range(rows, _embedding_height(model))})
-    in_use = [row for row in range(min(tokens, rows)) if row != mask_id]  # the same whether or not the token was there
+    in_use = [row for row in range(min(tokens, rows)) if row != mask_id]  # equal for tokenizers with and without the token
     _initialise_rows(model, barred, torch.tensor(in_use), seed=seed)
     model.config.mtp = {
         "mask_token": mask_token,
@@ -72,27 +73,27 @@ def add_mask_token(
 
 
 def chosen_mask_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, mask_token: str = MASK_TOKEN) -> str:
-    """The string of the token that `add_mask_token` will take, known before any weights load; nothing is changed."""
+    """Return the string of the token that `add_mask_token` will use. Needs no weights and changes nothing."""
     if (recorded := getattr(config, "mtp", None)) is not None:
         return _recorded_token(recorded)
-    return _token_within(config.get_text_config().vocab_size, tokenizer, mask_token)
+    return _choose_token(config.get_text_config().vocab_size, tokenizer, mask_token)
 
 
 def _recorded_token(mtp: Any) -> str:
     check_mtp_config(mtp)
     if "mask_token" not in mtp:
-        raise ValueError("config.mtp does not name its mask_token; add it to config.json, or load another revision.")
+        raise ValueError("config.mtp has no mask_token; add it to config.json, or load another revision.")
     return str(mtp["mask_token"])
 
 
-def _token_within(rows: int, tokenizer: PreTrainedTokenizerBase, mask_token: str) -> str:
+def _choose_token(rows: int, tokenizer: PreTrainedTokenizerBase, mask_token: str) -> str:
     if len(tokenizer) >= rows and mask_token not in tokenizer.get_vocab():
         return _reserved_token(tokenizer) or mask_token
     return mask_token
 
 
 def _reserved_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The last token that the tokenizer keeps for later use, such as `<|reserved_special_token_247|>` or `<unused98>`."""
+    """Return the highest-numbered reserved token, such as `<|reserved_special_token_247|>` or `<unused98>`, or None."""
     reserved = {token: int(m[1] or m[2]) for token in tokenizer.get_vocab() if (m := _RESERVED.fullmatch(token))}
     return max(reserved, key=reserved.__getitem__, default=None)
 
@@ -115,18 +116,21 @@ def _initialise_rows(model: PreTrainedModel, new: list[int], in_use: Tensor, *, 
         weights.append(head.weight)
     with gathered(weights):
         for weight in weights:
-            weight[new] = _row_like_the_others(weight[in_use.to(weight.device)], seed).to(weight.dtype)
+            weight[new] = _sample_row(weight[in_use.to(weight.device)], seed).to(weight.dtype)
 
 
-def _row_like_the_others(rows_VH: Tensor, seed: int) -> Tensor:
-    """Normal with the rows' per-dimension mean and standard deviation, float32 [H]; drawn on the CPU, equal on all ranks."""
+def _sample_row(rows_VH: Tensor, seed: int) -> Tensor:
+    """Draw a row from a normal with the per-dimension mean and standard deviation of the given rows, float32 [H].
+
+    The noise is drawn on the CPU, so it is equal on all ranks.
+    """
     rows_VH = rows_VH.float()
     noise_H = torch.randn(rows_VH.shape[1], generator=torch.Generator().manual_seed(seed))
     return rows_VH.mean(0) + noise_H.to(rows_VH.device) * rows_VH.std(0)
 
 
 def set_decoding_defaults(model: PreTrainedModel, *, confadapt: float | Sequence[float], verify: bool | None) -> None:
-    """Defaults for `generate` that travel in generation_config.json."""
+    """Set the defaults of `generate` that are saved in generation_config.json."""
     config = model.generation_config
     config.confadapt, config.verify = confadapt, verify
-    config._from_model_config = False  # otherwise transformers drops the extras when the file is read back
+    config._from_model_config = False  # otherwise transformers drops custom fields when it reads the file

@@ -1,6 +1,7 @@
-"""How the weights of a run are spread over ranks, and what has to be done about it: DeepSpeed ZeRO, FSDP, or neither.
+"""How a run distributes its weights over ranks (DeepSpeed ZeRO, FSDP, or neither), and helpers for sharded weights.
 
-TRL's `DistributedBackend` says the same of a built `Accelerator`; this is known from the arguments, before a model loads.
+TRL's `DistributedBackend` reads the same from an existing `Accelerator`. This module reads it from the training arguments,
+before a model loads.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from transformers import TrainingArguments
 from transformers.integrations import deepspeed as zero
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-_GATHERS = "stage3_gather_16bit_weights_on_model_save"
+_GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a run spreads its weights.
+    """How a run distributes its weights.
 
     Attributes:
-        zero_stage: of DeepSpeed, 0 to 3; None without DeepSpeed.
-        gathers_on_save: ZeRO-3 gathers the weights when a model is saved.
+        zero_stage: stage of DeepSpeed ZeRO, 0 to 3; None without DeepSpeed.
+        gathers_on_save: whether ZeRO-3 gathers the weights when a model is saved.
         fsdp_version: 1 or 2; None without FSDP.
-        fsdp_state_dict: which kind of state dict FSDP saves.
+        fsdp_state_dict: kind of state dict that FSDP saves.
     """
 
     zero_stage: int | None = None
@@ -38,12 +39,12 @@ class Parallelism:
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Parallelism:
-        """As the arguments or `accelerate launch` say."""
+        """Read the settings from the training arguments, or from the environment variables that `accelerate launch` sets."""
         stage, gathers = None, False
         if args.deepspeed_plugin is not None:
             config = args.deepspeed_plugin.hf_ds_config
             stage = int(config.get_value("zero_optimization.stage", 0))
-            gathers = bool(config.get_value(f"zero_optimization.{_GATHERS}", False))
+            gathers = bool(config.get_value(f"zero_optimization.{_GATHER_ON_SAVE}", False))
         version, kind = None, "FULL_STATE_DICT"
         if args.fsdp_plugin_args is not None:
             plugin = args.fsdp_plugin_args
@@ -54,39 +55,43 @@ class Parallelism:
 
     @property
     def is_wrapped(self) -> bool:
-        """Whether DeepSpeed or FSDP runs the model, and only through its own forward."""
+        """Whether DeepSpeed or FSDP wraps the model, so that it can run only through the wrapper's forward."""
         return self.zero_stage is not None or self.fsdp_version is not None
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no rank has whole weights."""
+        """Whether the weights are sharded, so that no rank has all of them."""
         return self.zero_stage == 3 or self.fsdp_version is not None
 
     def check_adapter_is_saved_whole(self) -> None:
-        """Raises ValueError where exact mode's adapter would not be gathered when it is saved."""
+        """Raise ValueError if exact mode's adapter would not be gathered when it is saved."""
         if self.fsdp_version is not None and (self.fsdp_version, self.fsdp_state_dict) != (2, "FULL_STATE_DICT"):
             raise ValueError(
-                "exact mode's adapter is saved whole, which needs FSDP version 2 and FULL_STATE_DICT, got version "
+                "exact mode gathers its adapter to save it, which needs FSDP version 2 and FULL_STATE_DICT, got version "
                 f"{self.fsdp_version} and {self.fsdp_state_dict}; change these, or use DDP or DeepSpeed ZeRO."
             )
         if self.zero_stage == 3 and not self.gathers_on_save:
-            raise ValueError(f"exact mode's adapter is saved whole; set {_GATHERS} to true in the DeepSpeed configuration.")
+            raise ValueError(
+                f"exact mode gathers its adapter to save it; set {_GATHER_ON_SAVE} to true in the DeepSpeed configuration."
+            )
 
     def check_completions(self, *, gathers: bool) -> None:
-        """Raises ValueError where ranks whose texts end at different times would wait for each other's layers forever.
+        """Raise ValueError if bare prompts cannot be completed.
+
+        If ZeRO-3 gathers layer by layer, ranks whose texts end at different times would wait for each other forever.
 
         Args:
-            gathers: whether the weights are gathered before bare prompts are completed.
+            gathers: whether all weights are gathered before bare prompts are completed.
         """
         if self.zero_stage == 3 and not gathers:
             raise ValueError(
-                "ds3_gather_for_generation=False cannot complete bare prompts under ZeRO-3; set it to true, or bring "
-                "completions."
+                "ds3_gather_for_generation=False cannot complete bare prompts under ZeRO-3; set it to true, or use "
+                "data with completions."
             )
 
 
 def is_whole_fsdp_unit(module: nn.Module) -> bool:
-    """Whether FSDP 2 shards this very module, and has gathered its weights at the moment."""
+    """Whether this module is an FSDP 2 unit whose weights are currently gathered."""
     if not dist.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -96,7 +101,10 @@ def is_whole_fsdp_unit(module: nn.Module) -> bool:
 
 
 def prepare_loading() -> None:
-    """Called before weights load. Under ZeRO-3 they are sharded meanwhile, and without CUDA nobody has started DeepSpeed."""
+    """Initialise DeepSpeed before weights load, if ZeRO-3 is used.
+
+    ZeRO-3 shards weights while they load. Without CUDA, nothing else has initialised DeepSpeed by then.
+    """
     if is_deepspeed_zero3_enabled():
         import deepspeed
 
@@ -105,7 +113,7 @@ def prepare_loading() -> None:
 
 @contextmanager
 def gathered(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block the parameters are whole where ZeRO-3 has sharded them; every rank writes the same values."""
+    """Gather parameters within the block if ZeRO-3 has sharded them. Every rank must write the same values."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -117,7 +125,7 @@ def gathered(weights: list[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def loading_whole_weights() -> Iterator[None]:
-    """Within the block this rank loads whole weights, which ZeRO-3 would otherwise shard among all of them."""
+    """Let this rank load whole weights within the block. ZeRO-3 would otherwise shard them over all ranks."""
     configured: Any = zero._hf_deepspeed_config_weak_ref
     zero.unset_hf_deepspeed_config()
     try:

@@ -1,1 +1,1 @@
-"""From a training folder to a repository on the Hub: decoder, provenance, card, and a push in one commit."""
+"""Publish trained models: write decoder, provenance and model card, and push the repository to the Hub in one commit."""

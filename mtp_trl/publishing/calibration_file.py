@@ -1,4 +1,4 @@
-"""`mtp_calibration.json`: the threshold that `mtp-trl calibrate` chose, and the tests behind it."""
+"""Read and write `mtp_calibration.json`: the threshold that `mtp-trl calibrate` chose, and the tests that support it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ CALIBRATION_FILE = "mtp_calibration.json"
 
 @dataclass(frozen=True)
 class Counts:
-    """A threshold's answers beside the model's own on the same problems.
+    """The answers at a threshold compared with the model's single-token answers to the same problems.
 
-    With an answer key `lost` are right only in the model's own text and `gained` right only at the threshold; without one
-    `lost` are all that differ, and none are gained.
+    Attributes:
+        problems: number of problems.
+        lost: answers that are correct only in single-token decoding. Without an answer key, all answers that differ.
+        gained: answers that are correct only at the threshold. Without an answer key, 0.
+        tokens_per_pass: average number of tokens per forward pass at the threshold.
     """
 
     problems: int
@@ -32,7 +35,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Step:
-    """One test: the p-value of "this threshold loses more than the bound", and whether that was refuted."""
+    """One hypothesis test of a threshold.
+
+    Attributes:
+        threshold: the tested threshold.
+        counts: the answers at this threshold compared with the single-token answers.
+        p_value: of the null hypothesis that the threshold loses at least the bound.
+        accepted: whether the null hypothesis was rejected, so that the threshold keeps the bound.
+    """
 
     threshold: Threshold
     counts: Counts
@@ -42,7 +52,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, None where not even the strictest keeps the bound, and the evidence for it."""
+    """The result of a calibration and its evidence.
+
+    Attributes:
+        measure: what the bound limits, the loss of `accuracy` or of `agreement` with the single-token answers.
+        max_drop: the bound on the loss, a share in (0, 1).
+        confidence: the confidence level of the bound, in (0, 1).
+        threshold: the chosen threshold. None if no threshold keeps the bound.
+        steps: the tests, in the order in which they were made.
+        provenance: how the calibration was made; see `run_facts`.
+    """
 
     measure: Measure
     max_drop: float
@@ -52,21 +71,21 @@ class Calibration:
     provenance: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the calibration to `path` as JSON."""
         write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
-        """What `write` wrote.
+        """Read a calibration that `write` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: another kind of JSON.
+            KeyError, TypeError, ValueError: the file does not contain the JSON of a calibration.
         """
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["measure"] not in get_args(Measure):
             raise ValueError(f"{path} has measure={fields['measure']!r}, which must be one of {', '.join(get_args(Measure))}.")
         for values in (fields, *fields["steps"]):
-            if isinstance(values["threshold"], list):  # what JSON makes of a tuple
+            if isinstance(values["threshold"], list):  # JSON has no tuples
                 values["threshold"] = tuple(values["threshold"])
         steps = []
         for step in fields["steps"]:
@@ -76,26 +95,26 @@ class Calibration:
 
     @property
     def promise(self) -> str:
-        """What the threshold stands for, in one sentence."""
+        """What the calibration guarantees, as text."""
         problems = self.steps[0].counts.problems
         if self.threshold is None:
-            return f"No threshold keeps the loss of {self.measure} under {100 * self.max_drop:g} points on {problems} problems."
+            return f"No threshold keeps the loss of {self.measure} below {100 * self.max_drop:g} points on {problems} problems."
         return (
-            f"At confadapt={argument(self.threshold)} the loss of {self.measure} against the model's own single-token text "
-            f"stays under {100 * self.max_drop:g} points with {100 * self.confidence:g} % confidence, "
-            f"as measured on {problems} problems; it holds for problems like these."
+            f"With confadapt={argument(self.threshold)}, the loss of {self.measure} compared with single-token decoding is "
+            f"below {100 * self.max_drop:g} points with {100 * self.confidence:g} % confidence, measured on {problems} "
+            "problems. This applies only to problems like these."
         )
 
     def markdown(self) -> str:
-        """The promise and the tests behind it."""
+        """Return the guarantee and a table of the tests as Markdown."""
         lines = [
             self.promise,
             "",
-            "| threshold | lost | gained | tokens per pass | p-value | |",
+            "| threshold | lost | gained | tokens per pass | p-value | result |",
             "| ---: | ---: | ---: | ---: | ---: | --- |",
         ]
         for step in self.steps:
-            counts, verdict = step.counts, "kept" if step.accepted else "stop"
+            counts, verdict = step.counts, "accepted" if step.accepted else "rejected"
             lines.append(
                 f"| {threshold_text(step.threshold)} | {counts.lost} | {counts.gained} | {counts.tokens_per_pass:.2f} | "
                 f"{step.p_value:.2g} | {verdict} |"
@@ -104,6 +123,6 @@ class Calibration:
 
 
 def argument(threshold: Threshold) -> str:
-    """As `generate` takes it: 0.9, or [0, 0.9]."""
+    """Format a threshold as the `confadapt` argument of `generate`: 0.9, or [0, 0.9]."""
     text = threshold_text(threshold)
     return f"[{text.replace('/', ', ')}]" if isinstance(threshold, tuple) else text

@@ -1,4 +1,4 @@
-"""The model card: what was adapted from what, what it cost and gained, how to use it. Pure text of facts that lie in files."""
+"""Render the model card from a model's provenance, results and calibration. The same facts always give the same text."""
 
 from __future__ import annotations
 
@@ -31,14 +31,20 @@ PAPER = {
 TAGS = ("custom_generate", "mtp", "trl")
 CARD = "README.md"
 RESULTS_FOLDER = "mtp_results"
-# The first line of a card's text; a card without it is its author's own and is left alone.
-MARK = "<!-- mtp-trl writes this card anew with every push. Delete this line to keep your own text. -->"
+# The first line after a card's metadata. A card without this line was written by its author and is never overwritten.
+MARK = "<!-- mtp-trl overwrites this card on every push. Delete this line to keep your own text. -->"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a model beside its weights: results by file name, plots, and the calibration of its threshold."""
+    """Measurements of a model that its card shows.
+
+    Attributes:
+        reports: results by file name, without the extension.
+        plots: names of the results that have a plot.
+        calibration: calibration of the model's threshold, or None.
+    """
 
     reports: dict[str, Report] = field(default_factory=dict)
     plots: tuple[str, ...] = ()
@@ -46,10 +52,10 @@ class Evidence:
 
 
 def read_evidence(folder: str | Path) -> Evidence:
-    """The results, plots and calibration in a model's folder; empty where there are none.
+    """Read the results, plots and calibration in a model's folder, if there are any.
 
     Raises:
-        ValueError: a results file that is not one.
+        ValueError: a file in the results folder is not a results file.
     """
     results = Path(folder) / RESULTS_FOLDER
     reports = {path.stem: read_report(path) for path in sorted(results.glob("*.json"))}
@@ -59,11 +65,11 @@ def read_evidence(folder: str | Path) -> Evidence:
 
 
 def read_report(path: Path) -> Report:
-    """A results file of `mtp-trl eval`.
+    """Read a results file of `mtp-trl eval`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a results file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}; pass the results.json of `mtp-trl eval --output`.")
@@ -83,16 +89,17 @@ def render_card(
     adapter_only: bool | None = None,
     tags: Sequence[str] = (),
 ) -> str:
-    """The card's Markdown; equal facts give equal text.
+    """Return the model card as Markdown.
 
     Args:
-        provenance: what `mtp_provenance.json` holds.
-        model_name: the heading.
-        repo_id: what readers load; the model's name by default.
-        evidence: results; without them the card says that there are none yet.
-        dataset_name: what it was trained on, unless the provenance says so.
-        adapter_only: whether the repository holds no weights of the base; the provenance's setting by default.
-        tags: beside the usual ones.
+        provenance: content of `mtp_provenance.json`.
+        model_name: title of the card.
+        repo_id: repository id that the examples in the card load. Defaults to `model_name`.
+        evidence: results to show. Without results, the card says that nothing has been measured yet.
+        dataset_name: training dataset, used if the provenance names none.
+        adapter_only: whether the repository contains only an adapter, without the base's weights. Defaults to the setting in
+            the provenance.
+        tags: additional tags for the card's metadata.
     """
     base, settings = provenance["base_model"], provenance["settings"]
     evidence = evidence or Evidence()
@@ -117,21 +124,21 @@ def render_card(
         model_name=escape_markdown(model_name),
         repo_id=json.dumps(name),
         base=json.dumps(base),
-        repo_id_shell=_on_a_command_line(name),
-        evaluate=code_span(f"mtp-trl eval {_on_a_command_line(name)} --base {_on_a_command_line(base)} --verify"),
+        repo_id_shell=_shell_quoted(name),
+        evaluate=code_span(f"mtp-trl eval {_shell_quoted(name)} --base {_shell_quoted(base)} --verify"),
         base_code=code_span(base),
         mask_token=code_span(provenance["mask_token"]),
-        lora=_lora(provenance.get("adapter")),
+        lora=_lora_description(provenance.get("adapter")),
         dataset=dataset and code_span(dataset),
         paper=PAPER,
         provenance=provenance,
         exact=bool(settings.get("exact")),
         adapter_only=adapter_only,
-        # a calibrated threshold is for unverified text; verified text loses nothing at low thresholds
+        # A calibrated threshold is for unverified decoding; verified decoding loses no accuracy at low thresholds.
         confadapt=argument(
             settings.get("confadapt", 0.5 if settings.get("exact") else 0.9) if calibrated is None else calibrated
         ),
-        by_place=isinstance(calibrated, tuple),
+        by_position=isinstance(calibrated, tuple),
         verify=bool(settings.get("verify")) and calibrated is None,
         command=code_span(provenance["command"]),
         objective=code_span(provenance["objective"]),
@@ -148,19 +155,19 @@ def render_card(
     return str(card).rstrip() + "\n"
 
 
-def _on_a_command_line(name: str) -> str:
+def _shell_quoted(name: str) -> str:
     return shlex.quote(" ".join(name.split()))
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block of code whose fence is longer than any within it."""
+    """Return text as a code block whose fence is longer than any run of backquotes in the text, which cannot end it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _lora(adapter: dict[str, Any] | None) -> str | None:
-    """The LoRA that was trained, in a few words; None for exact mode's adapter, full fine-tuning and unknown adapters."""
+def _lora_description(adapter: dict[str, Any] | None) -> str | None:
+    """Describe the trained LoRA adapters; None for exact mode's adapter, full fine-tuning and unknown adapters."""
     if adapter is None or adapter["kind"] != "lora":
         return None
     targets = adapter["target_modules"]
@@ -178,11 +185,21 @@ def write_card(
     adapter_only: bool | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """Write `folder`/README.md from what lies in the folder, unless its author has made the card their own.
+    """Write `folder`/README.md from the provenance, results and calibration in the folder.
+
+    A card that its author has written, without the line that marks a generated card, is left unchanged.
+
+    Args:
+        folder: model folder, created if it does not exist.
+        model_name: as in `render_card`, which also describes `repo_id`, `dataset_name`, `adapter_only` and `tags`.
+        provenance: content of `mtp_provenance.json`. Read from the folder by default.
+
+    Returns:
+        The path of the card.
 
     Raises:
-        FileNotFoundError: no provenance given, and none in the folder.
-        ValueError: a results file that is not one.
+        FileNotFoundError: `provenance` is None and the folder has no `mtp_provenance.json`.
+        ValueError: a file in the results folder is not a results file.
     """
     folder = Path(folder)
     path = folder / CARD
@@ -205,9 +222,9 @@ def write_card(
 
 
 def eval_result_entries(report: Report) -> list[EvalResultEntry]:
-    """What the Hub shows beside a benchmark: one entry per decoding, for results on a dataset of the Hub.
+    """Return entries for the Hub's leaderboards: one per decoding setting of the adapted model.
 
-    Other results have no place there and give none.
+    The list is empty if the results are not on a dataset of the Hub.
     """
     dataset = report.provenance.get("dataset")
     if dataset is None:

@@ -1,4 +1,4 @@
-"""`mtp-trl push`, `export` and `check-decoder`: their options. Imports of torch and the like stay inside."""
+"""Options of `mtp-trl push`, `export` and `check-decoder`. Slow imports, such as torch, stay inside the commands."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..argument_types import Command
 
 
 def declare_push(parser: argparse.ArgumentParser) -> Command:
-    """Upload an adapted model to the Hub in one commit, with its decoder, defaults, provenance and card."""
-    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
-    parser.add_argument("repository", help="you/name; made if it is not there")
+    """Upload an adapted model to the Hub in one commit, with its decoder, decoding defaults, provenance and card."""
+    parser.add_argument("folder", type=Path, help="output folder of a run, or one of its checkpoints")
+    parser.add_argument("repository", help="you/name; created if it does not exist")
     _publishing_options(parser)
-    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
-    parser.add_argument("--revision", metavar="BRANCH", help="a branch (default: main)")
-    parser.add_argument("--message", default="Upload model", help="of the commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument("--message", default="Upload model", help="commit message (default: Upload model)")
 
     def command(options: argparse.Namespace) -> int:
         from .push import push
@@ -36,11 +36,13 @@ def declare_push(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_export(parser: argparse.ArgumentParser) -> Command:
-    """Write what `push` would upload into a new folder."""
-    parser.add_argument("folder", type=Path, help="where a run saved its model, or one of its checkpoints")
-    parser.add_argument("output", type=Path, help="the folder to make")
+    """Write the files that `push` would upload into a new folder."""
+    parser.add_argument("folder", type=Path, help="output folder of a run, or one of its checkpoints")
+    parser.add_argument("output", type=Path, help="folder to create")
     _publishing_options(parser)
-    parser.add_argument("--repository", metavar="NAME", help="what the card tells readers to load")
+    parser.add_argument(
+        "--repository", metavar="NAME", help="repository id that the card shows in its examples (default: the name of OUTPUT)"
+    )
 
     def command(options: argparse.Namespace) -> int:
         from .export import export
@@ -61,19 +63,24 @@ def declare_export(parser: argparse.ArgumentParser) -> Command:
 
 def _publishing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--adapter-only", action="store_true", help="the adapter of exact mode, or the LoRA, without the base's weights"
+        "--adapter-only", action="store_true", help="publish only the exact-mode or LoRA adapter, without the base's weights"
     )
     parser.add_argument(
-        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of `mtp-trl eval`, for the card"
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results.json files of `mtp-trl eval` to show in the card",
     )
 
 
 def declare_check_decoder(parser: argparse.ArgumentParser) -> Command:
-    """Say whether the code of a repository is a decoder of this package's, before anyone trusts it.
+    """Check, without running it, whether the code in a repository is an unmodified mtp-trl decoder.
 
-    Nothing of the repository is run. The exit status is 1 where other code would be.
+    The exit status is 1 if `trust_remote_code=True` would run any other code.
     """
-    parser.add_argument("repository", help="folder or Hub id")
+    parser.add_argument("repository", help="local folder or Hub id")
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (default: main)")
 
     def command(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""From a training folder to a folder that holds a model repository and nothing else."""
+"""Export a training folder to a new folder that contains exactly the files of a model repository."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .card import RESULTS_FOLDER, eval_result_entries, read_evidence, read_repor
 from .merging import merge_folder, write_lora
 from .repository import DECODER_FILE, decoder_names, is_linked_decoder, write_decoder_files
 
-# What a repository holds. All else stays at home: optimizer states, training arguments (a pickle), logs, checkpoints.
+# Only these files are published: not optimizer states, training arguments (a pickle), logs or checkpoints.
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.py", *WEIGHT_FILES)
-# What the author wrote and what was measured; it belongs to the folder, also where merged weights come from elsewhere.
+# Files by the author and measurements. They are copied from the model's folder even if merged weights come from another folder.
 _EVIDENCE = (CALIBRATION_FILE, f"{RESULTS_FOLDER}/*", "LICENSE*", "README.md")
 
 
@@ -39,26 +39,29 @@ def export(
     merged: Path | None = None,
     copy: Callable[[Path, Path], Any] = shutil.copy2,
 ) -> Path:
-    """Write everything a model repository needs, and nothing else, into a new folder; whole or not at all.
+    """Write the files of a model repository, and no others, into a new folder. If this fails, the folder is not created.
 
     Args:
-        folder: where a run saved its model, or one of its checkpoints. LoRA adapters are merged into their base.
-        output: the folder to make.
-        repo_id: what the card tells readers to load; the output's name by default.
-        adapter_only: the adapter of exact mode, or the LoRA, and the decoder alone, without the base's weights.
-        results: files `results.json` of `mtp-trl eval`, for the card; a `pareto.png` beside one goes along.
-        tags: of the card.
-        merged: a folder that holds LoRA adapters merged into their base already.
-        copy: how a file gets there.
+        folder: output folder of a run, or one of its checkpoints. LoRA adapters are merged into their base.
+        output: folder to create.
+        repo_id: repository id that the examples in the card load. Defaults to the name of `output`.
+        adapter_only: write only the exact-mode or LoRA adapter and the decoder, without the base's weights.
+        results: `results.json` files of `mtp-trl eval` to show in the card. A `pareto.png` in the same folder is also copied.
+        tags: additional tags for the card's metadata.
+        merged: folder that already contains the LoRA adapters merged into their base.
+        copy: function that copies a file from a source path to a target path.
+
+    Returns:
+        The path of the new folder.
 
     Raises:
-        FileExistsError: the output folder is there already.
-        ValueError: nothing that this package trained, weights that are missing or are not safetensors, or an adapter
-            asked of a model that has none.
+        FileExistsError: `output` already exists.
+        ValueError: the folder does not contain a model that this package trained, its weights are missing or are not
+            safetensors, or `adapter_only` is set and the model has no adapter that can be published without its base.
     """
     folder, output = existing_folder(folder), Path(output)
     if output.exists():
-        raise FileExistsError(f"{output} is there already; name another folder or remove it.")
+        raise FileExistsError(f"{output} already exists; name another folder or remove it.")
     for path in results:
         read_report(path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def export(
             _copy(folder, partial, _EVIDENCE, copy=copy)
         else:
             _copy(folder, partial, _repository_files(folder, adapter_only=adapter_only), copy=copy)
-        if is_linked_decoder(folder):  # of this checkout's own models: a repository stands alone
+        if is_linked_decoder(folder):  # bundled models import the installed package; a repository needs its own copy
             write_decoder_files(partial)
         if is_lora and adapter_only:
             write_lora(folder, partial)
@@ -86,7 +89,7 @@ def export(
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """The folder as a path; raises ValueError where there is none."""
+    """Return the folder as a path; raise ValueError if it does not exist."""
     if not Path(folder).is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}; pass the output folder of a run or one of its checkpoints.")
     return Path(folder)
@@ -101,16 +104,16 @@ def _copy(source: Path, target: Path, patterns: Sequence[str], *, copy: Callable
 
 
 def _repository_files(folder: Path, *, adapter_only: bool) -> tuple[str, ...]:
-    """What is copied of a folder, once it is clear that it is all there."""
+    """Return the patterns of the files to copy from a folder; raise ValueError if one that is needed is missing."""
     for needed in (DECODER_FILE, PROVENANCE_FILE):
         if not (folder / needed).is_file():
-            raise ValueError(f"{folder} has no {needed}: it is not what MTPDistillTrainer saves; pass its output folder.")
+            raise ValueError(f"{folder} has no {needed}: MTPDistillTrainer did not save it; pass the output folder of a run.")
     always = (*TOKENIZER_FILES, *decoder_names(folder), PROVENANCE_FILE, *_EVIDENCE)
     has_adapter, has_model = (folder / ADAPTER_FILE).is_file(), (folder / "config.json").is_file()
     if adapter_only and not has_adapter:
         raise ValueError(
-            f"{folder} has no {ADAPTER_FILE}: only exact mode, and LoRA that trains no more rows than the mask's and is "
-            "on no embedding that has grown by it, can be published as an adapter alone; leave adapter_only out."
+            f"{folder} has no {ADAPTER_FILE}: adapter_only requires exact mode, or LoRA that trains no embedding rows but the "
+            "mask token's and does not adapt an output embedding that was enlarged for it; leave adapter_only out."
         )
     if adapter_only or (has_adapter and not has_model):
         return (*always, ADAPTER_FILE)
@@ -130,21 +133,21 @@ def _check_weights(folder: Path) -> None:
     if index.is_file():
         needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; weights are published as safetensors, and all of them.")
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; all weights must be saved as safetensors.")
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a file's name in a repository fits a pattern; one without a folder means the top folder only."""
+    """Whether a file's path in a repository matches a pattern. A pattern without a folder matches only top-level files."""
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
 def _add_results(path: Path, folder: Path) -> None:
-    """Under the name of its folder if it is called results.json, as `mtp-trl eval` does."""
+    """Copy a results file and its plot. A `results.json`, the name that `mtp-trl eval` writes, is named after its folder."""
     folder.mkdir(exist_ok=True)
     name = path.resolve().parent.name if path.stem == "results" else path.stem
     plots = [plot for plot in (path.with_suffix(".png"), path.with_name("pareto.png")) if plot.is_file()]
     for source, target in ((path, folder / f"{name}.json"), *((plot, folder / f"{name}.png") for plot in plots[:1])):
-        target.unlink(missing_ok=True)  # it may be a link to the run's own file
+        target.unlink(missing_ok=True)  # it may be a hard link to the file in the run's folder
         shutil.copyfile(source, target)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters on the way to a repository: merged into their base, or published alone with the mask's row."""
+"""Prepare LoRA adapters for publishing: merged into their base, or without the base."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _PREFIX, _LORA_A = "base_model.model.", ".lora_A.weight"
-_ROWS = ".token_adapter."  # PEFT's for `trainable_token_indices`
+_ROWS = ".token_adapter."  # PEFT's name for `trainable_token_indices`
 
 
 def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, provenance: dict[str, Any]) -> Path:
-    """Merge the adapters into a copy of the base and save it as a model that loads by itself."""
+    """Merge the adapters into a copy of the base and save it, with tokenizer and decoder, as a standalone model."""
     folder = Path(folder)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
@@ -37,10 +37,10 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: st
 
 
 def merge_folder(folder: Path, output: Path) -> Path:
-    """`save_merged` of adapters that a run or a checkpoint left in a folder; their base is loaded for it.
+    """Load the adapters in the folder of a run or checkpoint, with their base, and save them with `save_merged`.
 
     Raises:
-        ValueError: as `load_lora`.
+        ValueError: under the same conditions as `load_lora`.
         OSError: the base cannot be loaded.
     """
     name, revision = named_base(folder)
@@ -52,14 +52,15 @@ def merge_folder(folder: Path, output: Path) -> Path:
 
 
 def write_mask_row(folder: Path, model: PeftModel, provenance: dict[str, Any]) -> None:
-    """Beside saved adapters what their base does not know: the mask's row, `config.mtp`, decoding defaults.
+    """Save what the base lacks next to its LoRA adapters: the mask token's row, `config.mtp` and the decoding defaults.
 
-    The row is that of the adapters' file, since the model's own may be sharded. Where adapters fit no base as it is, since
-    other rows or whole matrices were trained as well, nothing is written.
+    The row is read from the adapters' file, because the model's own row may be sharded. Nothing is written if the adapters do
+    not fit the unmodified base, because other rows or whole matrices were trained as well.
 
     Args:
         folder: where PEFT has saved the adapters.
-        model: with the adapters on, and the mask token.
+        model: base with the mask token and the adapters.
+        provenance: content of `mtp_provenance.json`.
     """
     if not (folder / LORA_FILE).is_file() or not fits_base(model):
         return
@@ -79,9 +80,9 @@ def write_mask_row(folder: Path, model: PeftModel, provenance: dict[str, Any]) -
 
 
 def write_lora(folder: Path, output: Path) -> None:
-    """The adapters of a folder that has been through `write_mask_row`, as they fit the base as it is.
+    """Write LoRA adapters that fit the unmodified base, for a folder that `write_mask_row` has prepared.
 
-    Without the mask's row and the matrices that have grown by it, which PEFT saves beside them.
+    PEFT also saves the mask token's row and the matrices that were enlarged for it. These are left out.
     """
     config = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
     base = public_name(config["base_model_name_or_path"])

@@ -1,4 +1,4 @@
-"""Who made a model or measured a number: base, command, settings, versions, hardware, date. No secrets, no paths."""
+"""Record how a model was made or a number measured: base, command, settings, versions, hardware, date. No secrets or paths."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ _PACKAGES = (
 
 
 def provenance_of_run(*, base_model: str, args: Any, mask_token: str, dataset: str | None = None) -> dict[str, Any]:
-    """Who made this model: base, command, settings, versions, hardware, date. No secrets."""
+    """Return how a model was made: base, dataset, command, settings, versions, hardware and date, without secrets.
+
+    `settings` contains only the arguments that differ from their defaults.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    filled_in = AcceleratorConfig().to_dict()
-    filled_in.pop("use_configured_state", None)  # transformers takes it out
-    defaults["accelerator_config"] = filled_in
+    accelerator_defaults = AcceleratorConfig().to_dict()
+    accelerator_defaults.pop("use_configured_state", None)  # transformers removes it
+    defaults["accelerator_config"] = accelerator_defaults
     changed = {name: value for name, value in args.to_dict().items() if name in defaults and value != defaults[name]}
     return {
         "base_model": public_name(base_model),
@@ -48,13 +51,13 @@ def provenance_of_run(*, base_model: str, args: Any, mask_token: str, dataset: s
         "objective": args.objective,
         "k_min": args.k_min,
         "k_max": args.k_max,
-        "settings": {name: value for name, value in _public(changed).items() if value is not None},
+        "settings": {name: value for name, value in _publishable_settings(changed).items() if value is not None},
         **run_facts(),
     }
 
 
 def adapter_facts(model: Any) -> dict[str, Any] | None:
-    """Kind, rank, alpha and layers of the adapter that a run trains; None where it trains the weights themselves."""
+    """Return kind, rank, alpha and layers of the adapter that a run trains; None if it trains the model's own weights."""
     if is_peft_model(model):
         config = model.active_peft_config
         targets = getattr(config, "target_modules", None)
@@ -72,9 +75,9 @@ def adapter_facts(model: Any) -> dict[str, Any] | None:
 
 
 def run_facts() -> dict[str, Any]:
-    """What every published number carries: the command behind it, the date, the hardware, the versions."""
+    """Return the facts that every published number is stored with: command, date, hardware and versions."""
     return {
-        "command": shlex.join(_publishable([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "command": shlex.join(_publishable_command([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -88,8 +91,8 @@ _SECRET_NAME = re.compile(r"token|secret|password|credential|(?:api|auth|access|
 _SECRET = re.compile(r"hf_\w{3,}")
 
 
-def _publishable(arguments: list[str]) -> list[str]:
-    """A command line without secrets, and with the names of files instead of where they lie on one machine."""
+def _publishable_command(arguments: list[str]) -> list[str]:
+    """Return a command line with secrets masked and absolute paths shortened to file names."""
     shown, secret = [], False
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -105,21 +108,21 @@ def _publishable(arguments: list[str]) -> list[str]:
     return shown
 
 
-def _public(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Settings without secrets and without what is not plain; a setting within a setting is looked at by itself."""
+def _publishable_settings(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Drop secrets, strings that may be paths, and objects that are not scalars, lists or dicts, recursively."""
     return {
-        name: _public(value) if isinstance(value, dict) else value
+        name: _publishable_settings(value) if isinstance(value, dict) else value
         for name, value in settings.items()
-        if _is_plain(name) and not _SECRET_NAME.search(str(name)) and (isinstance(value, dict) or _is_plain(value))
+        if _is_publishable(name) and not _SECRET_NAME.search(str(name)) and (isinstance(value, dict) or _is_publishable(value))
     }
 
 
-def _is_plain(value: Any) -> bool:
+def _is_publishable(value: Any) -> bool:
     if _SECRET.search(str(value)):
         return False
     if isinstance(value, list | tuple):
-        return all(_is_plain(one) for one in value)
-    return value is None or (isinstance(value, str | int | float) and "/" not in str(value))  # no paths of a machine
+        return all(_is_publishable(item) for item in value)
+    return value is None or (isinstance(value, str | int | float) and "/" not in str(value))  # no local paths
 
 
 def _versions() -> dict[str, str]:

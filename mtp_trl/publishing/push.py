@@ -1,4 +1,4 @@
-"""A model repository to the Hub, in a single commit."""
+"""Upload a model repository to the Hub in a single commit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .export import WEIGHT_FILES, existing_folder, export, matches
 
 logger = logging.getLogger(__name__)
 
-# What an earlier push may have left and would be wrong beside this one: other shards, an adapter before it was merged.
+# Files that are deleted unless this push replaces them. Left over from an earlier push, for example as other shards or as an
+# adapter that is now merged, they would make the repository inconsistent.
 _STALE = (
     "config.json",
     "generation_config.json",
@@ -52,30 +53,35 @@ def push(
     merged: Path | None = None,
     blocking: bool = True,
 ) -> CommitInfo | Future[CommitInfo]:
-    """`export` a folder and upload it in one commit: a push that fails leaves the repository as it was.
+    """`export` a folder and upload it in one commit, so that a failed push leaves the repository unchanged.
 
-    Run again it sends what is missing; weights that the Hub has are not sent twice, and an unchanged folder makes no commit.
+    After a failure, push again: weights that are already on the Hub are not uploaded a second time. Pushing an unchanged folder
+    makes no commit.
 
     Args:
-        folder: as for `export`, which also takes `adapter_only`, `results`, `tags` and `merged`.
-        repo_id: `you/name`, or a name under your own account; made if it is not there.
+        folder: as in `export`, which also describes `adapter_only`, `results`, `tags` and `merged`.
+        repo_id: `you/name`, or a name under your own account. Created if it does not exist.
         private: whether a new repository is private.
-        token: by default that of `hf auth login` or of HF_TOKEN.
-        revision: a branch, made if it is not there; main by default.
-        commit_message: of the commit.
-        blocking: False uploads in the background and returns a future; the folder may then change or vanish.
+        token: access token. Defaults to the token of `hf auth login` or `HF_TOKEN`.
+        revision: branch to push to, created if it does not exist. Defaults to main.
+        commit_message: message of the commit.
+        blocking: whether to wait for the upload. If False, it runs in the background, and the folder may change or be deleted
+            meanwhile.
+
+    Returns:
+        The commit, or a future of it if `blocking` is False.
 
     Raises:
-        ValueError: as `export`.
-        OSError: the Hub refused or the connection broke.
+        ValueError: under the same conditions as `export`.
+        OSError: the Hub refused the push, or the connection failed.
     """
     folder = existing_folder(folder)
     api = HfApi(token=token)
-    with _explained(repo_id):
+    with _with_remedies(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    temporary = _beside(folder)  # the folder may be a checkpoint that training removes meanwhile
+    temporary = _temporary_sibling(folder)  # a copy, because training may delete a checkpoint during the upload
     try:
         snapshot = export(
             folder,
@@ -101,10 +107,14 @@ def push(
 def push_unchanged(
     folder: str | Path, repo_id: str, *, path_in_repo: str, token: str | None, revision: str | None, commit_message: str
 ) -> Future[CommitInfo]:
-    """Upload all of a folder to a place in a repository, in the background; the folder may vanish meanwhile."""
-    temporary = _beside(existing_folder(folder))
+    """Upload a whole folder to `path_in_repo` in the background. The folder may be deleted meanwhile.
+
+    Returns:
+        A future of the commit.
+    """
+    temporary = _temporary_sibling(existing_folder(folder))
     snapshot = Path(temporary.name) / "folder"
-    # Hard links cost nothing. The files of a checkpoint are replaced, never written into.
+    # Hard links take no space. They are safe because the files of a checkpoint are replaced, never modified in place.
     shutil.copytree(folder, snapshot, copy_function=lambda source, target: link_or_copy(Path(source), Path(target)))
 
     def send() -> CommitInfo:
@@ -120,43 +130,53 @@ def push_unchanged(
     return in_background(send)
 
 
-def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder on the same disk where that can be written, so that links are enough."""
+def _temporary_sibling(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Create a temporary folder next to `folder`, so that its files can be hard links.
+
+    If the parent of `folder` is not writable, the temporary folder is created in the system's default location.
+    """
     parent = folder.resolve().parent
-    where = parent if os.access(parent, os.W_OK) else None
-    return tempfile.TemporaryDirectory(prefix=".push-", dir=where, ignore_cleanup_errors=True)
+    location = parent if os.access(parent, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix=".push-", dir=location, ignore_cleanup_errors=True)
 
 
 _QUEUE = HfApi()
 
 
 def in_background(send: Callable[[], Any]) -> Future[Any]:
-    """Uploads one after the other: two at a time would each find that the other had changed the repository."""
+    """Run uploads one after the other. Of two simultaneous uploads, one would fail because the other changes the repository."""
     return _QUEUE.run_as_future(send)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Another name for a file, or a copy. Of a link its target is taken: files in the Hub's cache are relative links."""
+    """Hard-link a file, or copy it if that fails.
+
+    Symbolic links are resolved first: files in the Hub's cache are relative links, which would be broken elsewhere.
+    """
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, *, revision: str | None, message: str) -> CommitInfo:
-    """`upload_folder` splits a large model into several commits, between which the repository is broken: not this."""
+    """Upload a folder and delete stale files, in one commit.
+
+    `upload_folder` is not used because it splits a large model into several commits, between which the repository is broken.
+    """
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    with _explained(repo_id):
+    with _with_remedies(repo_id):
         head = api.model_info(repo_id, revision=revision)
-        there = {sibling.rfilename for sibling in head.siblings or []}
-        if CARD in there and _is_rendered(folder / CARD):
-            own = Path(api.hf_hub_download(repo_id, CARD, revision=head.sha))
-            if not _is_rendered(own):  # the author has written a card there
-                logger.warning(f"{repo_id} keeps its own {CARD}, which is not mtp-trl's.")
+        remote_names = {sibling.rfilename for sibling in head.siblings or []}
+        if CARD in remote_names and _is_rendered(folder / CARD):
+            remote_card = Path(api.hf_hub_download(repo_id, CARD, revision=head.sha))
+            if not _is_rendered(remote_card):  # the author has written this card
+                logger.warning(f"{repo_id} keeps its {CARD}, because mtp-trl did not generate it.")
                 del names[CARD]
-        stale = {name for name in there if any(matches(name, pattern) for pattern in _STALE)}
+        stale = {name for name in remote_names if any(matches(name, pattern) for pattern in _STALE)}
         reports = {Path(name).stem for name in stale if matches(name, f"{RESULTS_FOLDER}/*.json")}
-        stale |= there & {f".eval_results/{report}.yaml" for report in reports}  # entries of others are the author's
+        # Other files in .eval_results belong to the author.
+        stale |= remote_names & {f".eval_results/{report}.yaml" for report in reports}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationDelete(name) for name in sorted(stale - names.keys())
         ]
@@ -169,32 +189,32 @@ def _is_rendered(card: Path) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Errors of the Hub with what to do about them; in each case nothing was changed there."""
+def _with_remedies(repo_id: str) -> Iterator[None]:
+    """Turn errors of the Hub into OSErrors that name a remedy. In each case the repository is unchanged."""
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise OSError(f"No token to write to {repo_id} with; run `hf auth login` or set HF_TOKEN.") from error
+        raise OSError(f"Writing to {repo_id} requires a token; run `hf auth login` or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        raise OSError(_REFUSALS.get(status, _BROKEN).format(repo_id=repo_id, error=_first_line(error))) from error
-    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: a file that was not uploaded
-        raise OSError(_BROKEN.format(repo_id=repo_id, error=f"{type(error).__name__}: {_first_line(error)}")) from error
+        raise OSError(_REFUSALS.get(status, _PUSH_FAILED).format(repo_id=repo_id, error=_first_line(error))) from error
+    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: a file failed to upload
+        raise OSError(_PUSH_FAILED.format(repo_id=repo_id, error=f"{type(error).__name__}: {_first_line(error)}")) from error
 
 
-_NO_RIGHT = (
+_NO_PERMISSION = (
     "The Hub does not let this token write to {repo_id} ({error}); check the name, and that the token of "
-    "`hf auth login` or HF_TOKEN has the right to write. Nothing was changed."
+    "`hf auth login` or HF_TOKEN has write permission. Nothing was changed."
 )
 _REFUSALS: dict[int | None, str] = {
-    401: _NO_RIGHT,
-    403: _NO_RIGHT,
-    404: _NO_RIGHT,
-    412: "{repo_id} has changed on the Hub while this push was under way; nothing was written. Look at it, then run again.",
+    401: _NO_PERMISSION,
+    403: _NO_PERMISSION,
+    404: _NO_PERMISSION,
+    412: "{repo_id} changed on the Hub during this push; nothing was written. Check the repository, then push again.",
 }
-_BROKEN = (
-    "The push to {repo_id} did not go through ({error}). The repository is as it was; run the same again: what has "
-    "arrived is not sent twice."
+_PUSH_FAILED = (
+    "The push to {repo_id} failed ({error}). The repository is unchanged; push again. Weights that are already on the Hub are "
+    "not uploaded a second time."
 )
 
 

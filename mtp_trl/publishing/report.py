@@ -1,4 +1,4 @@
-"""A comparison of decodings as it is published: its rows, and the same as Markdown and JSON."""
+"""A published comparison of decoding settings, and its form as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["base", "plain", "static", "confadapt", "verified", "tree"]
-# Of all places of a block, or of place 1, 2, ..., the last of which holds for all that follow.
+# One threshold for all positions of a block, or one each for positions 1, 2, ... The last also applies to all later positions.
 Threshold = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and its standard error; both in the unit of the values."""
+    """A mean over problems and its standard error, both in the unit of the values."""
 
     value: float
     standard_error: float
@@ -27,9 +27,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `base` is the model before adaptation, plain greedy; the others are the student's.
+    """One way to decode.
 
-    `tree` is verified decoding with `k` blocks of masks per pass.
+    Attributes:
+        kind: `base` is plain greedy decoding with the model before adaptation. The other kinds decode with the student:
+            `plain` one token per pass, `static` in blocks of `k` tokens, `confadapt` unverified with a threshold, `verified`
+            with verification and a threshold, and `tree` with verification, a threshold and `k` blocks of masks per pass.
+        k: block size of `static`; number of blocks of `tree`; None for the other kinds.
+        threshold: of `confadapt`, `verified` and `tree`; None for the other kinds.
     """
 
     kind: Kind
@@ -38,7 +43,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name of the setting in tables."""
         threshold = "" if self.threshold is None else threshold_text(self.threshold)
         return {
             "base": "base, k=1",
@@ -50,9 +55,10 @@ class Setting:
         }[self.kind]
 
     def arguments(self, mtp: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of `generate` that select it, each named, so that no default of the folder remains.
+        """Return the keyword arguments of `generate` that select this setting.
 
-        The base is held to the student's vocabulary, by the tokens that the student never emits.
+        For the student, every decoding argument is set, so that no default of the model's folder applies. For the base, the
+        tokens that the student never emits are suppressed, so that both have the same vocabulary.
 
         Args:
             mtp: the student's `config.mtp`.
@@ -70,17 +76,27 @@ class Setting:
 
 
 def threshold_text(threshold: Threshold | Sequence[float]) -> str:
-    """As the command line takes it: 0.9, or 0.99/0.9/0.8 by place. Different thresholds have different texts."""
-    places = [threshold] if isinstance(threshold, float | int) else threshold
-    return "/".join(f"{one:g}" if float(f"{one:g}") == one else repr(one) for one in places)
+    """Format a threshold for the command line: 0.9, or 0.99/0.9/0.8 by position. Different thresholds give different texts."""
+    positions = [threshold] if isinstance(threshold, float | int) else threshold
+    return "/".join(f"{value:g}" if float(f"{value:g}") == value else repr(value) for value in positions)
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A setting's line in the table. Accuracies are shares in [0, 1] and None without a scorer.
+    """The results of one setting: a row of the table.
 
-    `versus_base` and `versus_plain` are paired differences of accuracy; `same_as_base` and `same_as_plain` shares of
-    answers that are token for token those of the base and of the student's k=1; of a harness's task, that have their text.
+    Attributes:
+        setting: how the answers were decoded.
+        problems: number of problems.
+        accuracy: a share in [0, 1]; None without a scorer.
+        versus_base: accuracy minus the base's, paired by problem; None without a scorer or a base.
+        versus_plain: accuracy minus that of the student's single-token decoding, paired by problem; None without a scorer.
+        same_as_base: share of answers that are identical to the base's, token for token, or in their text for tasks of
+            lm-evaluation-harness; None without a base.
+        same_as_plain: the same share for the student's single-token decoding.
+        tokens_per_pass: generated tokens per forward pass.
+        tokens_per_second: generated tokens per second.
+        tokens_per_answer: generated tokens per problem.
     """
 
     setting: Setting
@@ -109,15 +125,21 @@ _NO_VALUE = "-"
 
 @dataclass(frozen=True)
 class Report:
-    """What is published of a sweep: its table, how fast it ran, and how it came to be.
+    """The published results of a sweep over decoding settings.
 
-    `single` are rows of a second sweep at batch size 1, on fewer problems, for the speed a single user sees.
+    Attributes:
+        title: name of the task.
+        rows: one row per setting.
+        batch_size: rows decoded together.
+        max_new_tokens: longest answer, in tokens; None if the task sets it.
+        provenance: how the numbers were measured; see `run_facts`.
+        single: rows of a second sweep with batch size 1, on fewer problems, for the speed that a single user sees.
     """
 
     title: str
     rows: list[TableRow]
     batch_size: int
-    max_new_tokens: int | None  # None: as the task says
+    max_new_tokens: int | None
     provenance: dict[str, Any]
     single: list[TableRow] = dataclasses.field(default_factory=list)
 
@@ -129,7 +151,7 @@ class Report:
 
     @property
     def cells(self) -> list[list[str]]:
-        """The table, row by row; differences and errors in percentage points."""
+        """Rows of the table as text. Differences and errors are in percentage points."""
         single = {row.setting: row.tokens_per_second for row in self.single}
         table = []
         for row in self.rows:
@@ -139,23 +161,23 @@ class Report:
 
     @property
     def caption(self) -> str:
-        """One sentence to read the numbers by."""
+        """Text below the table: what the columns mean, and how the numbers were measured."""
         facts = self.provenance
         versions = facts["versions"]
-        trees = "; blocks: verified, with masks behind as many places at which the drafts may end"
+        trees = ' "N blocks" is verified decoding that prepares the next draft for up to N possible rejection points.'
         blocks = trees if any(row.setting.kind == "tree" for row in self.rows) else ""
-        speed = f"; tokens per s: {facts['speeds']}" if "speeds" in facts else ""
+        speed = f' "tokens per s": {facts["speeds"]}.' if "speeds" in facts else ""
         template = "through the chat template" if facts.get("chat_template") else "without a chat template"
-        harness = f"lm-evaluation-harness's prompts and stops, {template}"
+        harness = f"with the prompts and stop strings of lm-evaluation-harness, {template}"
         longest = f"up to {self.max_new_tokens} new tokens" if self.max_new_tokens else harness
         single = f", batch 1 on the first {self.single[0].problems}" if self.single else ""
-        same = "are token for token theirs" if self.max_new_tokens else "have their very text up to the stop"
+        identical = "identical token for token" if self.max_new_tokens else "identical up to the stop string"
         return (
-            f"{self.title}: {self.rows[0].problems} problems{single}, greedy, {longest}; "
-            "± is one standard error; differences to the base and to the student's own k=1 are paired by problem; "
-            f"same: share of answers that {same}{speed}{blocks}. "
-            f"{facts['date']}, {facts['hardware']}, torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; {code_span(facts['command'])}."
+            f"{self.title}: {self.rows[0].problems} problems{single}, greedy decoding, {longest}. ± is one standard error. "
+            '"vs base" and "vs k=1" are differences in accuracy, paired by problem. '
+            f'"same as base" and "same as k=1" are shares of answers that are {identical}.{speed}{blocks} '
+            f"Measured on {facts['date']} on {facts['hardware']}, with torch {versions['torch']} and "
+            f"transformers {versions['transformers']}: {code_span(facts['command'])}."
         )
 
 
@@ -180,7 +202,7 @@ def _points(estimate: Estimate | None, *, signed: bool = False) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The table and its caption as GitHub-flavoured Markdown."""
+    """Return the table and its caption as GitHub-flavoured Markdown."""
     lines = [report.header, ["---"] + ["---:"] * (len(report.header) - 1), *report.cells]
     facts = {name: value if name == "command" else _escaped(value) for name, value in report.provenance.items()}
     safe = dataclasses.replace(report, title=escape_markdown(report.title), provenance=facts)
@@ -194,26 +216,26 @@ def _escaped(value: Any) -> Any:
 
 
 def code_span(text: str) -> str:
-    """Text as inline code, on one line and without the backquotes that would end it."""
+    """Return text as inline code: on one line, with backquotes replaced because they would end it."""
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def escape_markdown(text: str) -> str:
-    """Text from data, as Markdown that shows it literally, on one line: no links, images, HTML, code or table cells."""
+    """Escape untrusted text so that Markdown shows it literally, on one line: no links, images, HTML, code or table cells."""
     line = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]|#]", r"\\\g<0>", line)
 
 
 def to_json(report: Report) -> str:
-    """The report as JSON; a standard error that does not exist (one problem) is null."""
+    """Return the report as JSON. A standard error that is undefined, because there is only one problem, is null."""
     return json.dumps(_without_nan(dataclasses.asdict(report)), indent=2) + "\n"
 
 
 def from_json(text: str) -> Report:
-    """The report that `to_json` wrote.
+    """Return the report that `to_json` wrote.
 
     Raises:
-        KeyError, TypeError, ValueError: another kind of JSON.
+        KeyError, TypeError, ValueError: the text is not the JSON of a report.
     """
     fields = json.loads(text)
     for name in ("rows", "single"):
@@ -224,7 +246,7 @@ def from_json(text: str) -> Report:
 
 
 def whole(value: Any) -> int:
-    """A number from a file, which goes into a table as it is; raises TypeError for anything else."""
+    """Return `value` unchanged; raise TypeError if it is not an integer. Numbers from files are printed without escaping."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r} is not a whole number")
     return value
@@ -233,7 +255,7 @@ def whole(value: Any) -> int:
 def _row(fields: dict[str, Any]) -> TableRow:
     estimates = {name: _estimate(fields[name]) for name in ("accuracy", "versus_base", "versus_plain")}
     setting = dict(fields["setting"])
-    if isinstance(setting.get("threshold"), list):  # what JSON makes of a tuple
+    if isinstance(setting.get("threshold"), list):  # JSON has no tuples
         setting["threshold"] = tuple(setting["threshold"])
     setting["k"] = None if setting.get("k") is None else whole(setting["k"])
     return TableRow(**fields | estimates | {"setting": Setting(**setting), "problems": whole(fields["problems"])})
@@ -255,15 +277,15 @@ def _without_nan(value: Any) -> Any:
 
 
 def fingerprint(report: Report) -> str:
-    """Tells reports apart: SHA-256 of the JSON."""
+    """Return the SHA-256 of the report's JSON, which identifies the report that a plot shows."""
     return hashlib.sha256(to_json(report).encode()).hexdigest()
 
 
 def replace_table(text: str, name: str, table: str) -> str:
-    """Put a table between `<!-- table:name -->` and `<!-- /table:name -->` of a document.
+    """Return a document with `table` between its markers `<!-- table:name -->` and `<!-- /table:name -->`.
 
     Raises:
-        ValueError: the document has no such pair of markers.
+        ValueError: the document does not have both markers.
     """
     opening, closing = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
     before, found, rest = text.partition(opening)

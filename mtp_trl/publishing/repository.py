@@ -1,4 +1,4 @@
-"""What makes saved weights a repository that loads by itself: decoder, decoding defaults, adapter, provenance."""
+"""Turn saved weights into a self-contained repository: add decoder, decoding defaults, adapter and provenance."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..custom_generate.adapter_file import ADAPTER_FILE, DECODING_DEFAULTS, by_f
 from ..custom_generate.base import check_base
 from ..modeling.files import PROVENANCE_FILE, write_atomically
 
-DECODER_FILE = "custom_generate/generate.py"  # where transformers looks for a model's own `generate`
+DECODER_FILE = "custom_generate/generate.py"  # where transformers looks for a custom `generate`
 _SOURCE = Path(decoder.__file__).parent
-# In place of the decoder in this checkout's own models, which so need no copies of it. It takes no link that git, a zip
-# archive or Windows could lose, but the installed package.
+# `generate.py` of the models bundled in this checkout. It imports the installed package, so that they need no copies of the
+# decoder. A symbolic link could get lost in git, in a zip archive or on Windows.
 LINK = '''"""The decoder of the installed mtp-trl. `mtp-trl export` writes a folder with a decoder of its own."""
 
 from typing import Any
@@ -37,33 +37,33 @@ def __getattr__(name: str) -> Any:
 
 
 def decoder_files() -> dict[str, str]:
-    """The decoder that travels with models: text by the name of the file."""
+    """Return the files of the decoder that is uploaded with every model: text by file name."""
     paths = sorted(path for path in _SOURCE.glob("*.py") if path.name != "__init__.py")
     return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 
 def write_decoder_files(folder: Path) -> None:
-    """This version's decoder into a model's folder; `generate.py` last, since it needs the others."""
-    place = (folder / DECODER_FILE).parent
-    place.mkdir(parents=True, exist_ok=True)
+    """Write this version's decoder into a model's folder; `generate.py` last, because it imports the others."""
+    target = (folder / DECODER_FILE).parent
+    target.mkdir(parents=True, exist_ok=True)
     for name, text in sorted(decoder_files().items(), key=lambda file: file[0] == "generate.py"):
-        write_atomically(place / name, text)
+        write_atomically(target / name, text)
 
 
 def link_decoder(folder: Path) -> None:
-    """Let a model's folder use the installed package's decoder: for models that live in this checkout."""
+    """Make a model's folder use the decoder of the installed package. For the models bundled in this checkout."""
     (folder / DECODER_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / DECODER_FILE, LINK)
 
 
 def is_linked_decoder(folder: Path) -> bool:
-    """Whether `link_decoder` wrote the folder's decoder."""
+    """Whether `link_decoder` wrote the decoder in the folder."""
     file = folder / DECODER_FILE
     return file.is_file() and file.read_text(encoding="utf-8") == LINK
 
 
 def decoder_names(folder: Path) -> list[str]:
-    """The decoder's files in a model's folder: `generate.py` and what it imports, by their names in a repository."""
+    """Return the paths of the decoder's files relative to the model's folder: `generate.py` and its relative imports."""
     file = folder / DECODER_FILE
     paths = {file, *map(Path, get_relative_import_files(file))}
     return sorted(path.relative_to(folder).as_posix() for path in paths)
@@ -76,13 +76,17 @@ def write_decoder(
     *,
     adapter: dict[str, Tensor] | None = None,
 ) -> None:
-    """Add to saved weights what `save_pretrained` leaves out: the decoder, its defaults, provenance, an exact adapter.
+    """Add to saved weights what `save_pretrained` does not write: decoder, decoding defaults, provenance, exact-mode adapter.
 
-    `adapter` are the adapter's tensors where the model's own are sharded.
+    Args:
+        folder: folder with the saved weights, or folder for an adapter without its base.
+        model: the model that was saved.
+        provenance: content of `mtp_provenance.json`.
+        adapter: tensors of the exact-mode adapter by their names in its file, needed if the model's own are sharded.
     """
     folder = Path(folder)
     write_decoder_files(folder)
-    if (folder / "config.json").is_file():  # not beside an adapter alone: its base brings a generation_config
+    if (folder / "config.json").is_file():  # not for an adapter without its base: the base has a generation_config
         model.generation_config.save_pretrained(folder)
     if model.config.mtp.get("exact"):
         write_adapter(folder, model, model.mtp_adapter, provenance, tensors=adapter)
@@ -97,23 +101,34 @@ def write_adapter(
     *,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """A mask-gated adapter of a model with what its base must know to decode with it; `tensors` where its own are sharded."""
+    """Write a mask-gated adapter, with the metadata that decoding on its base needs.
+
+    Args:
+        folder: model folder.
+        model: model with the decoding defaults.
+        adapter: the adapter to write.
+        provenance: content of `mtp_provenance.json`.
+        tensors: the adapter's tensors by their names in its file, needed if the adapter's own are sharded.
+    """
     adapter.base = (provenance["base_model"], adapter.base[1])
     adapter.defaults = {name: getattr(model.generation_config, name) for name in DECODING_DEFAULTS}
     save_adapter(folder / ADAPTER_FILE, tensors or by_file_name(adapter), metadata_of(adapter))
 
 
 def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A mask-gated adapter, in LoRA's format but not under LoRA's name: transformers would load it without its gate."""
+    """Write the tensors and metadata of a mask-gated adapter to a safetensors file.
+
+    The format is LoRA's but the file name is not, because transformers would load a LoRA file without the gate.
+    """
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
 
 
 def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float], verify: bool) -> None:
-    """Change a saved model's defaults: in its generation_config.json and in an exact mode's adapter.
+    """Set the decoding defaults of a saved model, in its generation_config.json and in its exact-mode adapter.
 
-    A default block size is removed: thresholds are calibrated with the largest block.
+    A default block size is removed, because thresholds are calibrated with the largest block.
     """
     path, adapter = folder / "generation_config.json", folder / ADAPTER_FILE
     if adapter.is_file():
@@ -127,10 +142,10 @@ def write_decoding_defaults(folder: Path, *, confadapt: float | Sequence[float],
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Read back what `write_decoder` wrote, into the adapter that `model` has.
+    """Load the adapter that `write_decoder` saved in a folder into the adapter of `model`.
 
     Raises:
-        ValueError: the adapter was trained on another base, or has another shape.
+        ValueError: the saved adapter was trained on another base, or has another rank, alpha or other layers.
     """
     saved, adapter = read_adapter(str(Path(folder) / ADAPTER_FILE)), adapter_of(model)
     assert adapter is not None
@@ -138,8 +153,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     check_base(saved, model)
     if (saved.rank, saved.alpha, set(saved.names)) != (adapter.rank, adapter.alpha, set(adapter.names)):
         raise ValueError(
-            f"The adapter in {folder} has rank {saved.rank}, alpha {saved.alpha} and {len(saved.names)} layers, this run "
-            f"{adapter.rank}, {adapter.alpha} and {len(adapter.names)}; resume with the settings it was trained with."
+            f"The adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and {len(saved.names)} layers, but this "
+            f"run has rank {adapter.rank}, alpha {adapter.alpha:g} and {len(adapter.names)} layers; resume with the settings "
+            "of the run that saved it."
         )
     tensors = by_file_name(saved)
     with torch.no_grad():

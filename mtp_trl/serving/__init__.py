@@ -1,1 +1,1 @@
-"""Adapted models in production engines. Each engine is an extra of its own, and nothing here is imported without it."""
+"""Serves adapted models in production engines. Each engine is an optional extra and is imported only when it is used."""

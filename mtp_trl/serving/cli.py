@@ -1,4 +1,4 @@
-"""`mtp-trl serve`: its options. Imports of torch and the like stay inside, so that --help is instant."""
+"""Options of `mtp-trl serve`. The command itself imports torch and vLLM, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ def declare_serve(parser: argparse.ArgumentParser) -> Command:
     """Serve an adapted model with vLLM's OpenAI server, several tokens per forward pass."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument(
-        "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by place (default: the model's)"
+        "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by block position (default: the model's)"
     )
     parser.add_argument("--k", type=int, metavar="K", help="largest block (default: the model's)")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="return exactly the model's own text (default: the model's, else yes)",
+        help="return exactly the text of one-token-at-a-time decoding (default: the model's setting, else yes)",
     )
-    parser.add_argument("--adapter", metavar="REPO", help="exact mode: an adapter published alone, for the base named as model")
-    parser.add_argument("--fixed-width", action="store_true", help="draft as many tokens in every pass (full CUDA graphs)")
-    parser.epilog = "Any other option is vLLM's: --port 8001 --max-model-len 4096. A request may carry its own values."
+    parser.add_argument(
+        "--adapter", metavar="REPO", help="exact mode: repository with only an adapter, for the base model given as `model`"
+    )
+    parser.add_argument("--fixed-width", action="store_true", help="same number of tokens in every pass (for full CUDA graphs)")
+    parser.epilog = (
+        "All other options are passed to vLLM, for example --port 8001 --max-model-len 4096. "
+        "A request can set its own confadapt, verify and mtp_k."
+    )
     parser.set_defaults(overrides=[])
 
     def command(options: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Online self-distillation of multi-token blocks: data, regions, objective, and the trainer."""
+"""Online self-distillation of multi-token blocks: data, regions, objective and trainer."""

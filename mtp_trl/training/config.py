@@ -1,4 +1,4 @@
-"""The configuration of `MTPDistillTrainer`: what is trained, on which regions, and what is written with the model."""
+"""Configuration of `MTPDistillTrainer`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from .objective import OBJECTIVES
 
 
 def described_once(cls: type) -> type:
-    """Class decorator: a field's entry in the docstring's "Parameters" is its help on the command line too.
+    """Class decorator that sets the command-line help of each field to its entry in the docstring's "Parameters".
+
+    Fields inherited from a base class are left unchanged.
 
     Raises:
-        ValueError: a field of the class's own has no entry.
+        ValueError: if a field that the class itself defines has no entry.
     """
     if cls.__doc__ is None:  # python -OO
         return cls
     doc = inspect.cleandoc(cls.__doc__) + "\n"
     entries = re.findall(r"^ {4}(\w+(?:, \w+)*) \(.*\):\n((?: {8}.*\n)+)", doc, re.MULTILINE)
     help_of = {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
-    own = inspect.get_annotations(cls)
-    for described in fields(cls):
-        if described.name in own:
-            if described.name not in help_of:
-                raise ValueError(f"{cls.__name__}.{described.name} has no entry in its docstring's Parameters; add one.")
-            described.metadata = MappingProxyType({"help": help_of[described.name]})
+    defined_here = inspect.get_annotations(cls)
+    for config_field in fields(cls):
+        if config_field.name in defined_here:
+            if config_field.name not in help_of:
+                raise ValueError(f"{cls.__name__}.{config_field.name} has no entry in its docstring's Parameters; add one.")
+            config_field.metadata = MappingProxyType({"help": help_of[config_field.name]})
     return cls
 
 
@@ -140,7 +142,7 @@ class MTPDistillConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings():
-            # TRL's own default, under a name that transformers has deprecated
+            # TRL itself sets this option, which transformers has deprecated
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__post_init__()
         if self.k_min < 2 or self.k_max < self.k_min:
@@ -149,45 +151,48 @@ class MTPDistillConfig(DistillationConfig):
                 "for plain distillation use trl.DistillationTrainer."
             )
         if self.k_max > LARGEST_BLOCK:
-            raise ValueError(f"k_max={self.k_max} is more than decoding takes in one block; set it to at most {LARGEST_BLOCK}.")
+            raise ValueError(
+                f"k_max={self.k_max} exceeds the largest supported block, {LARGEST_BLOCK}; set it to at most {LARGEST_BLOCK}."
+            )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if self.verify is None:
             self.verify = self.exact
         if self.exact and self.ntp_coef > 0:
             raise ValueError(
-                f"exact mode leaves the text's own predictions to the frozen base, so ntp_coef={self.ntp_coef} has nothing "
-                "to train; set it to 0."
+                f"ntp_coef={self.ntp_coef} has no effect in exact mode, which does not change single-token prediction; "
+                "set it to 0."
             )
         if self.drift_action not in DRIFT_ACTIONS:
             raise ValueError(f"drift_action must be one of {', '.join(DRIFT_ACTIONS)}, got {self.drift_action!r}.")
         if self.drift_limit is not None and (self.exact or self.drift_limit < 0):
-            raise ValueError(
-                f"drift_limit={self.drift_limit} must be >= 0, and unset in exact mode, where the text is the base's own."
-            )
+            raise ValueError(f"drift_limit={self.drift_limit} must be >= 0, and unset in exact mode, which does not drift.")
         for name in ("slots_per_row", "logits_chunk_size", "max_length", "exact_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
         if not 0 < self.exact_alpha < math.inf:
             raise ValueError(
-                f"exact_alpha must be > 0, got {self.exact_alpha}: its scale is exact_alpha / exact_rank. 128 is usual."
+                f"exact_alpha must be > 0, got {self.exact_alpha}; its scale is exact_alpha / exact_rank, and 128 is usual."
             )
         if not -math.inf < self.reward_floor < 0:
-            raise ValueError(f"reward_floor is a log-probability in nats, below 0, got {self.reward_floor}; -20 is usual.")
+            raise ValueError(
+                f"reward_floor must be a finite log-probability below 0 (nats), got {self.reward_floor}; -20 is usual."
+            )
         if self.ntp_coef < 0 or self.num_eval_prompts < 0:
             raise ValueError(f"ntp_coef and num_eval_prompts must be >= 0, got {self.ntp_coef} and {self.num_eval_prompts}.")
         for name in ("ground_truth_warmup", "k_curriculum"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share of the steps in [0, 1], got {getattr(self, name)}.")
         if self.place_decay <= 0:
-            raise ValueError(f"place_decay must be > 0, got {self.place_decay}; 1 counts all places alike.")
+            raise ValueError(f"place_decay must be > 0, got {self.place_decay}; 1 weights all positions equally.")
         if self.completions_by not in ("student", "teacher", "student_blocks"):
             raise ValueError(f"completions_by must be student, teacher or student_blocks, got {self.completions_by!r}.")
-        by_student = self.completions_by == "student" or (self.completions_by == "teacher" and self.exact)  # both the base
+        # In exact mode, student and teacher both complete with the base.
+        by_student = self.completions_by == "student" or (self.completions_by == "teacher" and self.exact)
         if self.use_vllm and not by_student:
             raise ValueError(
-                f"completions_by={self.completions_by!r} needs this project's own generate: vLLM completes prompts with the "
-                "student's weights, one token at a time; with use_vllm=True use 'student'."
+                f"completions_by={self.completions_by!r} is not available with use_vllm=True: vLLM completes prompts with the "
+                "student's weights, one token at a time; use completions_by='student', or set use_vllm=False."
             )
         for threshold in (self.confadapt, *self.thresholds):
             if not 0.0 <= threshold <= 1.0:

@@ -1,4 +1,4 @@
-"""Where a trainer decodes: completions of bare prompts, and held-out prompts at every evaluation."""
+"""Decoding during training: completions of bare prompts, and held-out prompts at every evaluation."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .saving import PublishingTrainer
 
 
 class DecodingTrainer(PublishingTrainer):
-    """Completes bare prompts as `completions_by` says, and decodes `num_eval_prompts` prompts at every evaluation.
+    """Trainer that completes bare prompts as `completions_by` specifies, and decodes held-out prompts at every evaluation.
 
-    No text gets longer than `max_length`, and so than a table of learned positions.
+    No text exceeds `max_length`, so every text fits into a table of learned positions (see `check_positions`).
     """
 
-    model_wrapped: Any  # upstream's
+    model_wrapped: Any  # set by the base class
 
     def _attach_decoders(self) -> None:
-        """Student and teacher decode with this package's `generate`, which never emits the mask token."""
+        """Make student and teacher decode with this package's `generate`, which never emits the mask token."""
         for model in (self.model, self.teacher_model):
             if model is not None:
                 attach_decoder(self.accelerator.unwrap_model(model))
-        # One token per pass, or the student's own blocks, as ConfAdapt takes them.
+        # Completions are decoded one token per pass, or in blocks of the student that ConfAdapt accepts.
         self.generation_config.mtp_k = 1
         if self.args.completions_by == "student_blocks":
             self.generation_config.mtp_k = self.args.k_max
@@ -39,8 +39,11 @@ class DecodingTrainer(PublishingTrainer):
             self.generation_config.verify = False
 
     @contextmanager
-    def _decoding_as_it_is(self) -> Iterator[None]:
-        """Within the block nothing is compiled, since decoding has new shapes in every pass, and masks are dense."""
+    def _eager_and_dense(self) -> Iterator[None]:
+        """Run the block without compiled code and with dense attention masks.
+
+        Decoding has new shapes in every pass, so compiled code would be recompiled each time; `generate` makes dense masks.
+        """
         with ExitStack() as stack:
             if self.args.torch_compile:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -49,32 +52,32 @@ class DecodingTrainer(PublishingTrainer):
                     stack.enter_context(dense_masks(causal_lm(self.accelerator.unwrap_model(model))))
             yield
 
-    def _room(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many tokens may follow these prompts, all of which have room for one."""
+    def _max_new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens may follow these prompts, each of which is shorter than `max_length`."""
         return int(max(1, min(self.max_completion_length, self.args.max_length - max(map(len, prompts)))))
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Completions of bare prompts, by the student or by its teacher."""
+        """Complete bare prompts with the student or its teacher."""
         by_teacher = self.args.completions_by == "teacher" and not self.args.exact
         shares_module = by_teacher and self.teacher_model is None
-        student, longest = self.model_wrapped, self.generation_config.max_new_tokens
+        student, max_new_tokens = self.model_wrapped, self.generation_config.max_new_tokens
         if by_teacher and not shares_module:
             self.model_wrapped = self.teacher_model
-        self.generation_config.max_new_tokens = self._room(prompt_ids)
+        self.generation_config.max_new_tokens = self._max_new_tokens(prompt_ids)
         try:
             with (
-                self._decoding_as_it_is(),
+                self._eager_and_dense(),
                 adapters_disabled(self.accelerator.unwrap_model(self.model)) if shares_module else nullcontext(),
             ):
                 completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:
-            self.model_wrapped, self.generation_config.max_new_tokens = student, longest
-        # A server that completes prompts (vLLM) has a limit of its own.
-        room = [max(1, self.args.max_length - len(prompt)) for prompt in prompt_ids]
-        return [completion[:limit] for completion, limit in zip(completions, room, strict=True)]
+            self.model_wrapped, self.generation_config.max_new_tokens = student, max_new_tokens
+        # A vLLM server ignores the limit set above and applies its own.
+        limits = [max(1, self.args.max_length - len(prompt)) for prompt in prompt_ids]
+        return [completion[:limit] for completion, limit in zip(completions, limits, strict=True)]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Teacher-forced statistics as in training, then a few held-out prompts decoded for real."""
+        """Compute the loss and statistics of training on the evaluation set, then decode a few of its prompts."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.args.num_eval_prompts and self.args.thresholds and isinstance(self.eval_dataset, Dataset):
             decoded = self._decode_samples(
@@ -86,7 +89,7 @@ class DecodingTrainer(PublishingTrainer):
 
     @torch.no_grad()
     def _decode_samples(self, rows: Dataset) -> dict[str, float]:
-        """Every rank decodes the same prompts, so sharded weights are gathered in step on all of them."""
+        """Decode held-out prompts. Every rank decodes the same ones, so all ranks gather sharded weights in the same passes."""
         if "prompt_ids" in rows.column_names:
             prompts = list(rows["prompt_ids"])
         else:
@@ -94,12 +97,14 @@ class DecodingTrainer(PublishingTrainer):
         inputs = self._tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.accelerator.device)
         with (
-            self._decoding_as_it_is(),
+            self._eager_and_dense(),
             unwrap_model_for_generation(
                 self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
             ) as model,
         ):
-            metrics, output = decode_samples(model, inputs, thresholds=self.args.thresholds, max_new_tokens=self._room(prompts))
+            metrics, output = decode_samples(
+                model, inputs, thresholds=self.args.thresholds, max_new_tokens=self._max_new_tokens(prompts)
+            )
         if self.accelerator.is_main_process:
             title = f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}"
             Console().print(sample_table(self._tokenizer, output, inputs["input_ids"].shape[1], title=title))

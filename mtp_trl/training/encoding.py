@@ -1,7 +1,7 @@
-"""Rows of text into rows of ids: how a prompt and its completion are tokenised, and what is left out. No dataset, no model.
+"""Tokenise rows of text into rows of ids, and drop rows that cannot be trained on. Uses no model.
 
-The conventions are those of `trl.SFTTrainer`: BOS once, EOS after a plain-text completion that has none, chat templates
-end their own turns, loss on completions.
+The conventions are those of `trl.SFTTrainer`: one BOS; EOS after a plain-text completion that has none; chat templates end
+their own turns; loss on completions only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DataRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """One way for a row to say what precedes and what is learned."""
+    """A supported set of columns, and the function that splits such a row into prompt and completion."""
 
     columns: tuple[str, ...]
     split: Callable[[DataRow], tuple[Text | None, Text]]
@@ -34,7 +34,7 @@ def _split_messages(row: DataRow) -> tuple[Text | None, Text]:
     messages = row["messages"]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise ValueError(f"`messages` must hold a prompt and end with the assistant's turn, got the roles {roles}")
+        raise ValueError(f"`messages` must contain a prompt and end with the assistant's turn, got the roles {roles}")
     return messages[:-1], messages[-1:]
 
 
@@ -47,18 +47,18 @@ _FORMS = (
 
 
 def form_of(columns: Sequence[str], desc: str) -> Form:
-    """The form that rows with these columns have; raises ValueError where they fit none."""
+    """Return the form that matches these columns; raise ValueError if none does."""
     for form in _FORMS:
         if set(form.columns) <= set(columns):
             return form
     raise ValueError(
         f"The {desc} set has the columns {listed(columns)}, but needs `prompt` and `completion`, `messages`, `text`, "
-        'or `prompt` alone; rename them with column_map, e.g. {"question": "prompt", "answer": "completion"}.'
+        'or only `prompt`; rename them with column_map, e.g. {"question": "prompt", "answer": "completion"}.'
     )
 
 
 class Encoder:
-    """Tokenises batches of rows and counts what it leaves out. Used by `datasets.map` in one process."""
+    """Tokenises batches of rows, and counts the rows it drops or truncates. `datasets.map` calls it in one process."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Encoder:
         streamed: bool,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no EOS token, so no completion could end; set tokenizer.eos_token.")
+            raise ValueError("The tokenizer has no EOS token, so a completion could never end; set tokenizer.eos_token.")
         self.tokenizer = tokenizer
         self.form = form
         self.max_length = max_length
@@ -81,7 +81,7 @@ class Encoder:
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """Columns `prompt`, `prompt_ids` and `completion_ids` of the rows that are kept."""
+        """Return the columns `prompt`, `prompt_ids` and `completion_ids` of the rows that are kept."""
         out: dict[str, list[Any]] = {"prompt": [], "prompt_ids": [], "completion_ids": []}
         names = list(batch)
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
@@ -90,8 +90,8 @@ class Encoder:
             except (ValueError, TypeError, KeyError) as error:
                 if not (self.streamed and self.counts["kept"]):
                     raise ValueError(f"Row {index} of the {self.desc} set: {error}") from error
-                self.counts["malformed left out"] += 1
-                logger.warning(f"Row {index} of the {self.desc} set is left out ({self.summary()}): {error}")
+                self.counts["dropped as malformed"] += 1
+                logger.warning(f"Row {index} of the {self.desc} set is malformed and dropped ({self.summary()}): {error}")
                 continue
             if encoded is not None:
                 for column, value in zip(out.values(), encoded, strict=True):
@@ -99,40 +99,40 @@ class Encoder:
         return out
 
     def can_be_completed(self, row: DataRow) -> bool:
-        """Whether there is a prompt, and room behind it."""
+        """Whether the row has a prompt, and `max_length` allows at least one token after it."""
         prompt = row["prompt"]
-        self._refuse_mask_token(prompt)
+        self._check_no_mask_token(prompt)
         if not prompt:
-            self.counts["without a prompt left out"] += 1
+            self.counts["dropped for an empty prompt"] += 1
             return False
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         else:
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if self.max_length is not None and len(ids) >= self.max_length:
-            self.counts[f"with a prompt of max_length={self.max_length} tokens or more left out"] += 1
+            self.counts[f"dropped for a prompt of max_length={self.max_length} tokens or more"] += 1
             return False
         self.counts["kept"] += 1
         return True
 
     def summary(self) -> str:
-        """What was left out or cut, in words."""
-        return ", ".join(f"{count} rows {what}" for what, count in self.counts.items() if what != "kept")
+        """Return the counts of dropped and truncated rows as text."""
+        return ", ".join(f"{count} rows {outcome}" for outcome, count in self.counts.items() if outcome != "kept")
 
     def report(self) -> None:
-        """Log what was left out or cut, on one rank."""
+        """Log the counts of dropped and truncated rows, on rank 0 only."""
         summary = self.summary()
         if summary and int(os.environ.get("RANK", "0")) == 0:
             logger.warning(f"{self.desc} set: {summary}; {self.counts['kept']} rows remain.")
 
     def _encode(self, row: DataRow) -> tuple[Text, list[int], list[int]] | None:
         if any(row[column] is None for column in self.form.columns):
-            self.counts["with a null left out"] += 1
+            self.counts["dropped for a null value"] += 1
             return None
         prompt, completion = self.form.split(row)
-        self._refuse_mask_token(prompt, completion)
+        self._check_no_mask_token(prompt, completion)
         if _is_blank(completion):
-            self.counts["without a completion left out"] += 1
+            self.counts["dropped for an empty completion"] += 1
             return None
         if prompt is None:
             prompt, prompt_ids, completion_ids = self._encode_text(completion)
@@ -144,24 +144,24 @@ class Encoder:
 
     def _fit(self, prompt: Text, prompt_ids: list[int], completion_ids: list[int]) -> tuple[Text, list[int], list[int]] | None:
         if not completion_ids:
-            self.counts["without a completion left out"] += 1
+            self.counts["dropped for an empty completion"] += 1
             return None
         if not prompt_ids:
-            raise ValueError("the prompt has no tokens and the tokenizer adds no BOS: there is nothing to predict from")
+            raise ValueError("the prompt has no tokens and the tokenizer adds no BOS, so there is nothing to predict from")
         if self.max_length is not None:
-            room = self.max_length - len(prompt_ids)
-            if room < 1:
-                self.counts[f"with a prompt of max_length={self.max_length} tokens or more left out"] += 1
+            remaining = self.max_length - len(prompt_ids)
+            if remaining < 1:
+                self.counts[f"dropped for a prompt of max_length={self.max_length} tokens or more"] += 1
                 return None
-            if len(completion_ids) > room:
-                self.counts[f"cut to max_length={self.max_length} tokens"] += 1
-                completion_ids = completion_ids[:room]
+            if len(completion_ids) > remaining:
+                self.counts[f"truncated to max_length={self.max_length} tokens"] += 1
+                completion_ids = completion_ids[:remaining]
         self.counts["kept"] += 1
         return prompt, prompt_ids, completion_ids
 
     def _encode_text(self, text: Text) -> tuple[str, list[int], list[int]]:
         if not isinstance(text, str):
-            raise ValueError("`text` must be a string; conversations go into a column `messages`")
+            raise ValueError("`text` must be a string; put conversations into a column `messages`")
         ids = self._with_eos(self.tokenizer(text)["input_ids"])
         return self.tokenizer.decode(ids[:1]), ids[:1], ids[1:]
 
@@ -181,13 +181,13 @@ class Encoder:
         options = dict(row.get("chat_template_kwargs") or {})
         if tools := row.get("tools"):
             options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        # Text first: where a template renders the prompt alone differently from the prompt in the dialogue shows in the
-        # text, and the prompt that generation will see is the one that counts.
+        # Render text before tokenising it: only the text shows whether the template renders the prompt on its own differently
+        # from the prompt within the dialogue. Generation sees the prompt on its own, so the completion must continue that.
         before = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
         whole = str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **options))
         if not whole.startswith(before):
             raise ValueError(
-                "the chat template renders the prompt alone differently from the prompt followed by its answer, so the "
+                "the chat template renders the prompt on its own differently from the prompt followed by its answer, so the "
                 "answer does not continue what generation sees; use another template or plain text"
             )
         prompt_ids = self.tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -195,7 +195,7 @@ class Encoder:
         return prompt_ids, self._end_of_turn(completion_ids)
 
     def _continue(self, prompt_ids: list[int], prompt: str, whole: str, **options: Any) -> list[int]:
-        """The ids of whole after the prompt; tokenised by itself when a token would span the boundary."""
+        """Return the ids of `whole` after the prompt. If a token spans the boundary, tokenise the rest on its own."""
         whole_ids: list[int] = _without_eos(self.tokenizer(whole, **options)["input_ids"], self.tokenizer.eos_token_id)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             return whole_ids[len(prompt_ids) :]
@@ -207,26 +207,29 @@ class Encoder:
         return ids if ids and ids[-1] == eos else [*ids, eos]
 
     def _end_of_turn(self, ids: list[int]) -> list[int]:
-        """Cut the white space some templates put behind the turn's last token; generation stops at that token."""
+        """End the completion at the special token that ends the turn, or append EOS if there is none.
+
+        Some templates add white space after that token. It is removed, since generation stops at the token.
+        """
         end = len(ids)
         while end and self.tokenizer.decode(ids[end - 1 : end]).isspace():
             end -= 1
         return ids[:end] if end and ids[end - 1] in self.special else self._with_eos(ids)
 
-    def _refuse_mask_token(self, *texts: Text | None) -> None:
+    def _check_no_mask_token(self, *texts: Text | None) -> None:
         if self.mask_token is None:
             return
         for text in texts:
             parts = [text] if isinstance(text, str) else [message.get("content") for message in text or []]
             if any(isinstance(part, str) and self.mask_token in part for part in parts):
                 raise ValueError(
-                    f"the text contains the mask token {self.mask_token!r}; remove it from the data or choose "
-                    "another mask_token, which may be a token that the tokenizer has"
+                    f"the text contains the mask token {self.mask_token!r}; remove it from the data or set mask_token to "
+                    "another string, which may be an existing token of the tokenizer"
                 )
 
 
 def _without_eos(ids: list[int], eos: int) -> list[int]:
-    """Undo a tokenizer that ends every text with EOS; a completion's own EOS is put back by the caller."""
+    """Remove the EOS that some tokenizers append to every text; callers append EOS to completions themselves."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
 
@@ -237,5 +240,5 @@ def _is_blank(completion: Text) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as an error message lists them."""
+    """Format names as a list for error messages."""
     return ", ".join(repr(name) for name in names)

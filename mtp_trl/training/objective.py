@@ -1,6 +1,6 @@
-"""Student-forced losses, rollout rewards and block statistics. Pure tensors; no model, no I/O.
+"""Student-forced losses, rollout rewards and block statistics. Pure tensor functions; no model, no I/O.
 
-Names follow arXiv 2602.06019: y' is the rollout (the student's own argmax block), p_teacher reads prefix + y'.
+Names follow arXiv 2602.06019: y' is the rollout (the student's argmax block), and p_teacher reads prefix + y'.
 """
 
 # Shapes: B rows of the batch, K positions of a block, P positions read, R regions of a row, V vocabulary
@@ -14,7 +14,7 @@ OBJECTIVES = ("hard", "soft", "reward", "reward_literal", "ground_truth")
 
 
 def bar_tokens(logits: Tensor, barred_ids: Tensor) -> Tensor:
-    """Logits [..., V] in float32 with -inf at the mask token and the padding rows, before any softmax."""
+    """Return logits [..., V] in float32 with -inf at the barred ids (mask token and padding rows). Apply before any softmax."""
     return logits.float().index_fill(-1, barred_ids, float("-inf"))
 
 
@@ -27,12 +27,13 @@ def position_losses(
     objective: str,
     floor: float = -20.0,
 ) -> Tensor:
-    """The loss of each place (nats), student logits with gradient, everything else without (method section 2).
+    """Return the loss of each position in nats (method section 2). Gradient flows only through the student's logits.
 
     Args:
         student_PV, teacher_PV: barred float32 logits; the teacher's may be None for `hard` and `ground_truth`.
         rollout_P: the student's token y'.
-        target_P: argmax of the teacher, or the text's own token for `ground_truth`.
+        target_P: the teacher's argmax, or the token of the text for `ground_truth`.
+        objective: one of `OBJECTIVES`.
         floor: smallest teacher log-probability that `reward` uses.
 
     Returns:
@@ -51,18 +52,18 @@ def position_losses(
 
 
 def kl_divergence(teacher_log_PV: Tensor, student_log_PV: Tensor) -> Tensor:
-    """KL(teacher, student) per place from log-probabilities that may both be -inf at barred tokens: float32 [P]."""
+    """Return KL(teacher, student) per position, float32 [P]. Both log-probabilities may be -inf at barred tokens."""
     possible = torch.isfinite(teacher_log_PV)  # 0 times -inf is NaN, in value and in gradient
     gap = teacher_log_PV.masked_fill(~possible, 0.0) - student_log_PV.masked_fill(~possible, 0.0)
     return (teacher_log_PV.exp() * gap).sum(-1)
 
 
 def positions_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BRK: Tensor, *, eos_ids: Tensor) -> Tensor:
-    """A block carries loss through the first position where the rollout OR the target ends the text, and none after it.
+    """Return which positions carry loss: those up to and including the first EOS of the rollout or of the target.
 
-    Without the rollout's side of the rule a student that answers end-of-text everywhere would be rewarded for it: after
-    its own EOS the teacher sees EOS and says EOS again. Where the targets are the text's own tokens, whatever the student
-    said, there is no such reward: then pass None as the rollout.
+    The rollout has to be included, or else a student that predicts EOS everywhere would be rewarded: a teacher that reads
+    the student's EOS predicts EOS again. If the targets are the tokens of the text, there is no such reward; pass None as
+    the rollout.
     """
     ends_BRK = torch.isin(target_BRK, eos_ids) & drawn_BRK
     if rollout_BRK is not None:
@@ -72,7 +73,7 @@ def positions_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BR
 
 
 def position_weights(places: int, decay: float) -> Tensor:
-    """How much place j = 1..K of a block counts in the loss, decay ** (j - 1): float32 [K]."""
+    """Return the weight decay ** (j - 1) of each position j = 1..K of a block in the loss, float32 [K]."""
     return decay ** torch.arange(places, dtype=torch.float)
 
 
@@ -84,14 +85,14 @@ def block_sums(
     *,
     thresholds: list[float],
 ) -> dict[str, Tensor]:
-    """Sums that add up over micro-batches and ranks, to be turned into logs by `block_metrics`.
+    """Return sums that can be added over micro-batches and ranks, and that `block_metrics` turns into logs.
 
     Args:
-        confidence_BRK: student probability of its own token.
-        agree_BRK: the student's token is the teacher's argmax.
-        reward_BRK: teacher log-likelihood of the student's token (nats); None where no teacher ran.
-        valid_BRK: places that carry loss.
-        thresholds: ConfAdapt thresholds whose acceleration is estimated.
+        confidence_BRK: the student's probability of its own token.
+        agree_BRK: whether the student's token is the target.
+        reward_BRK: the teacher's log-likelihood of the student's token (nats); None if no teacher ran.
+        valid_BRK: positions that carry loss.
+        thresholds: ConfAdapt thresholds for which tokens per pass are estimated.
     """
     valid = valid_BRK.float()
     sums = {
@@ -113,19 +114,19 @@ def block_sums(
 
 
 def block_metrics(sums: dict[str, Tensor], *, thresholds: list[float]) -> dict[str, float]:
-    """Logs from `block_sums`: reward per token, agreement and confidence by place, expected tokens per pass.
+    """Compute logs from `block_sums`: reward per token, agreement and confidence by position, expected tokens per pass.
 
-    Blocks are drawn with random sizes and end at EOS, so their accepted lengths are censored: the expectation uses the
-    product-limit (Kaplan-Meier) estimate of "still accepted at place j"; one token is always accepted.
+    Blocks have random sizes and end at EOS, so their accepted lengths are censored. The expectation therefore uses the
+    product-limit (Kaplan-Meier) estimate of "still accepted at position j". The first token is always accepted.
     """
     positions_K = sums["positions_K"]
     metrics: dict[str, float] = {}
     if "reward" in sums:
         metrics["reward"] = float(sums["reward"] / sums["reward_positions"].clamp(min=1))
-    for place, count in enumerate(positions_K.tolist()):
+    for index, count in enumerate(positions_K.tolist()):
         if count:
-            metrics[f"agreement/place_{place + 1}"] = float(sums["agree_K"][place]) / count
-            metrics[f"confidence/place_{place + 1}"] = float(sums["confidence_K"][place]) / count
+            metrics[f"agreement/place_{index + 1}"] = float(sums["agree_K"][index]) / count
+            metrics[f"confidence/place_{index + 1}"] = float(sums["confidence_K"][index]) / count
     for threshold in thresholds:
         at_risk_K, accepted_K = sums[f"at_risk_K@{threshold}"], sums[f"accepted_K@{threshold}"]
         survival_K = (accepted_K / at_risk_K.clamp(min=1)).cumprod(-1)

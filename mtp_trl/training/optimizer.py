@@ -1,4 +1,4 @@
-"""Muon for the weight matrices and AdamW for everything else, as one `torch.optim.Optimizer`. No model, no schedule."""
+"""Muon for weight matrices and AdamW for all other parameters, in one `torch.optim.Optimizer`."""
 
 # Shapes: I columns of a weight matrix, O rows of a weight matrix, Y weight matrices of one shape
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-# Quintic Newton-Schulz coefficients of https://kellerjordan.github.io/posts/muon/: steepest at zero, so that five
-# iterations bring every singular value near 1 (within about 0.7 to 1.2).
+# Quintic Newton-Schulz coefficients of https://kellerjordan.github.io/posts/muon/. They maximise the slope at zero, so that
+# five iterations bring every singular value near 1 (about 0.7 to 1.2).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(update_YOI: Tensor) -> Tensor:
-    """Replace the singular values of every matrix of a stack by about 1 (O <= I). Same shape, float32 on CPU.
+    """Return a stack of matrices (O <= I) with all singular values replaced by about 1, in the same shape.
 
-    On an accelerator it runs in bfloat16, as in the original; CPUs without bfloat16 units are several times faster in
-    float32.
+    On an accelerator it runs in bfloat16, as in the original. On the CPU it runs in float32, which is several times faster
+    on CPUs without bfloat16 units. The result has the dtype in which it ran.
     """
     a, b, c = _NEWTON_SCHULZ
     x_YOI = update_YOI.float() if update_YOI.device.type == "cpu" else update_YOI.bfloat16()
@@ -36,9 +36,12 @@ def orthogonalise(update_YOI: Tensor) -> Tensor:
 class MuonAdamW(Optimizer):
     """Muon (momentum orthogonalised by Newton-Schulz) on 2-D weights, AdamW on the rest.
 
-    Muon's step is scaled by 0.2 sqrt(max(rows, columns)) so that its RMS matches AdamW's and one learning rate and one
-    schedule serve both (arXiv 2502.16982). Weight decay is decoupled and touches the matrices only. Parameters sharded
-    or flattened by ZeRO-3 or FSDP are no matrices any more: use AdamW there.
+    Muon's step is scaled by 0.2 sqrt(max(rows, columns)), so that its RMS matches AdamW's and both can share one learning
+    rate and one schedule (arXiv 2502.16982). Weight decay is decoupled and applies to the matrices only. ZeRO-3 and FSDP
+    shard or flatten parameters, which are then not matrices; use AdamW with them.
+
+    Raises:
+        ValueError: if `lr` or `momentum` is out of range, or a parameter in `matrices` is not 2-D.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class MuonAdamW(Optimizer):
             if parameter.ndim != 2:
                 raise ValueError(
                     f"Muon needs 2-D weights, got a parameter of shape {tuple(parameter.shape)}; pass it in `others`, "
-                    "and use AdamW where the weights are sharded (ZeRO-3, FSDP)."
+                    "and use AdamW if the weights are sharded (ZeRO-3, FSDP)."
                 )
         groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True, "weight_decay": weight_decay},
@@ -72,7 +75,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss."""
+        """Update every parameter that has a gradient; return the closure's loss, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -132,9 +135,11 @@ class MuonAdamW(Optimizer):
 
 
 def muon_adamw(model: nn.Module, **options: Any) -> MuonAdamW:
-    """`MuonAdamW` over the trainable parameters of a model: Muon on every matrix that is no embedding and no head.
+    """Create `MuonAdamW` for a model's trainable parameters: Muon on every matrix except embeddings and the output head.
 
-    `options` are those of `MuonAdamW`.
+    Args:
+        model: model whose trainable parameters are optimised.
+        options: keyword arguments of `MuonAdamW`.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,4 +1,4 @@
-"""How student and teacher read a layout: whole rows, or in exact mode the text once and the slots twice."""
+"""Forward passes of student and teacher over a layout: whole rows, or in exact mode the text once and the slots twice."""
 
 # Shapes: B rows of the batch, D features of an attention head, H hidden features, K positions of a block,
 # N clean tokens of a row, P positions read, R regions of a row, S mask slots of a row, T columns of a forward pass,
@@ -28,43 +28,55 @@ from .regions import Layout, Regions, pack_regions
 
 
 class Reader(Protocol):
-    """Student and teacher reading a layout. `student` and `teacher` are causal LMs whose output heads are applied to it."""
+    """Interface for the forward passes of student and teacher over a layout.
+
+    Attributes:
+        student, teacher: causal LMs whose output heads turn the hidden states into logits.
+        base_reads_text: whether the base predicts position 1 of a block, which is then not trained (exact mode).
+    """
 
     student: PreTrainedModel
     teacher: PreTrainedModel
-    base_reads_text: bool  # exact mode: position 1 is the base's own prediction and is not trained
+    base_reads_text: bool
 
     def read_student(self, layout: Layout) -> Tensor:
-        """Hidden states [X * T, H] with masks in the slots, with gradient."""
+        """Return the student's hidden states [X * T, H], with mask tokens in the slots, with gradient."""
 
     def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
-        """Hidden states [X * T, H] with `ids_XT` in the slots, without gradient; None where no teacher runs."""
+        """Return the teacher's hidden states [X * T, H] for the tokens `ids_XT`, without gradient; None if no teacher runs."""
 
     def teacher_logits(self, hidden_PH: Tensor) -> Tensor:
-        """The teacher's logits [P, V] of its hidden states."""
+        """Return the teacher's logits [P, V] for its hidden states."""
 
 
 def masks_of(model: PreTrainedModel, layout: Layout, **columns: slice) -> Tensor | dict[str, Tensor]:
-    """The attention mask of a layout in the form that the model takes; `columns` are `queries` and `keys` of a packed one."""
+    """Return the attention mask of a layout in the form that the model expects.
+
+    Args:
+        model: model that reads the layout.
+        layout: packed or suffix layout.
+        columns: `queries` and `keys` of `attention_masks`; only for packed layouts.
+    """
     if layout.allowed_XTT is None:
         return layout.valid_XT.long()
     return attention_masks(model.config, layout.allowed_XTT, layout.positions_XT, model.dtype, **columns)
 
 
 def read_rows(model: PreTrainedModel, layout: Layout, ids_XT: Tensor) -> Tensor:
-    """Hidden states [X * T, H] of a pass over whole layout rows."""
+    """Run a forward pass over whole layout rows and return its hidden states [X * T, H]."""
     positions_XT = None if layout.allowed_XTT is None else layout.positions_XT
     return hidden_states(model, ids_XT, masks_of(model, layout), positions_XT)
 
 
 @dataclass
 class WholeRowReader:
-    """Student and teacher that read whole rows: full fine-tuning, or adapters that act everywhere.
+    """`Reader` that reads whole rows: for full fine-tuning, or adapters that act at every position.
 
     Attributes:
-        run_teacher: calls a function of the teacher in the teacher's state (frozen copy, or adapters off) without
-            gradient; None where the objective needs no teacher.
-        teacher_state: a context in which `teacher` is the teacher: adapters are off where it is the student's own module.
+        student, teacher: see `Reader`.
+        run_teacher: calls a function with the teacher (the frozen copy, or the student with adapters off) without
+            gradient; None if the objective needs no teacher.
+        teacher_state: context manager for the use of `teacher`; it turns adapters off if the teacher is the student's module.
     """
 
     student: PreTrainedModel
@@ -89,15 +101,16 @@ class WholeRowReader:
             return output_logits(self.teacher, hidden_PH)
 
 
-_HIDDEN = (
-    "{} does not let its layers read the text's keys and values under gradient checkpointing; set gradient_checkpointing=False."
+_CHECKPOINTING_ERROR = (
+    "{} does not pass the text's keys and values to its layers under gradient checkpointing; set gradient_checkpointing=False."
 )
 
 
 class ExactReader:
-    """Reads layouts in exact mode (a `Reader`).
+    """`Reader` for exact mode.
 
-    Attention-only models read the text once, and the slots twice with the text's keys and values; others read whole rows.
+    Attention-only models read the text once, and the slots twice with the text's keys and values: once as student, once as
+    teacher. Other models read whole rows.
     """
 
     base_reads_text = True
@@ -109,22 +122,22 @@ class ExactReader:
         self.adapter, self.with_teacher = adapter, with_teacher
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module._can_checkpoint_with_cache = True  # the cache given to slots is only read
+                module._can_checkpoint_with_cache = True  # passes over slots only read the cache
 
     def read_student(self, layout: Layout) -> Tensor:
-        """Hidden states [X * T, H]: the base's at the text, the student's, with gradient, at the slots."""
+        """Return hidden states [X * T, H]: the base's at the text, and the student's at the slots, the latter with gradient."""
         if layout.allowed_XTT is None:
             gate = torch.zeros_like(layout.valid_XT)
             gate.view(-1)[layout.read_BRK[..., 1:][layout.drawn_BRK[..., 1:]]] = True
-            with self._adapted(gate):
+            with self._adapter_active(gate):
                 return read_rows(self.student, layout, layout.ids_XT)
         self.text_BNH, self.prefix = self._read_text(layout)
-        with self._adapted(layout.ids_XT.shape[1] - layout.clean_length):
+        with self._adapter_active(layout.ids_XT.shape[1] - layout.clean_length):
             return self._read_slots(layout, layout.ids_XT)
 
     @torch.no_grad()
     def read_teacher(self, layout: Layout, ids_XT: Tensor) -> Tensor | None:
-        """Hidden states [X * T, H] of the base with the student's tokens in the slots."""
+        """Return the base's hidden states [X * T, H] with the student's tokens in the slots; None without a teacher."""
         if not self.with_teacher:
             return None
         with evaluating(self.student):
@@ -137,21 +150,23 @@ class ExactReader:
         return output_logits(self.teacher, hidden_PH)
 
     @contextmanager
-    def _adapted(self, gate: int | Tensor) -> Iterator[None]:
-        """The adapter acts within the block, and once more wherever backward recomputes a layer that ran in it."""
+    def _adapter_active(self, gate: int | Tensor) -> Iterator[None]:
+        """Activate the adapter within the block, and again when backward recomputes a layer that ran in it."""
         layers = [module for module in self.student.modules() if hasattr(module, "_gradient_checkpointing_func")]
         checkpoints = [layer._gradient_checkpointing_func for layer in layers]
         with self.adapter.acting_on(gate):
             for layer, checkpoint in zip(layers, checkpoints, strict=True):
-                layer._gradient_checkpointing_func = functools.partial(self._recomputed_alike, checkpoint)
+                layer._gradient_checkpointing_func = functools.partial(self._checkpoint_with_adapter, checkpoint)
             try:
                 yield
             finally:
                 for layer, checkpoint in zip(layers, checkpoints, strict=True):
                     layer._gradient_checkpointing_func = checkpoint
 
-    def _recomputed_alike(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler recomputes what it has traced
+    def _checkpoint_with_adapter(
+        self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.compiler.is_compiling():  # the compiler recomputes the traced operations, adapter included
             return checkpoint(function, *args, **kwargs)
         state = self.adapter.state
 
@@ -175,7 +190,7 @@ class ExactReader:
         return hidden, Cache(layers=[_ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers])
 
     def _read_slots(self, layout: Layout, ids_XT: Tensor) -> Tensor:
-        """The slots, which see the text's keys and values; the text's own hidden states come first."""
+        """Read the slots with the text's keys and values; return the hidden states of the text and the slots, [X * T, H]."""
         slots = slice(layout.clean_length, None)
         try:
             hidden = backbone(self.student)(
@@ -186,34 +201,34 @@ class ExactReader:
                 use_cache=False,
             ).last_hidden_state
         except RuntimeError as error:
-            if self._text_is_hidden() and not isinstance(error, torch.OutOfMemoryError):
-                raise ValueError(_HIDDEN.format(type(self.student).__name__)) from error
+            if self._cache_was_ignored() and not isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(_CHECKPOINTING_ERROR.format(type(self.student).__name__)) from error
             raise
-        if self._text_is_hidden():
-            raise ValueError(_HIDDEN.format(type(self.student).__name__))
+        if self._cache_was_ignored():
+            raise ValueError(_CHECKPOINTING_ERROR.format(type(self.student).__name__))
         return torch.cat([self.text_BNH, hidden], 1).flatten(0, 1)
 
-    def _text_is_hidden(self) -> bool:
+    def _cache_was_ignored(self) -> bool:
         checkpointing = self.student.is_gradient_checkpointing and self.student.training
         return checkpointing and not self.prefix.layers[0].was_read
 
 
 class _ReadOnlyLayer(DynamicLayer):
-    """Keys and values of a text that every pass over slots reads and none extends, also when it is recomputed."""
+    """Keys and values of a text. Passes over slots read them without extending them, so that recomputation sees the same."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized, self.was_read = keys, values, True, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The text's and the slots' own, [B, heads, N + S, D]."""
+        """Return the keys and values of the text followed by those of the slots, [B, heads, N + S, D] each."""
         self.was_read = True
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 
 @torch.no_grad()
 def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
-    """Raises ValueError when a packed row is not read as separate passes read it: tried with two regions of a short text."""
+    """Raise ValueError if a packed row and separate passes give different hidden states for two regions of a short text."""
     if not can_pack(model):
         return
     text_BN = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -225,10 +240,11 @@ def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
         hidden = read_rows(model, layout, layout.ids_XT)
         for anchor, read_K in zip(regions.anchor_BR[0].tolist(), layout.read_BRK[0], strict=True):
             ids = torch.cat([text_BN[:, : anchor + 1], text_BN.new_full((1, 2), mask_token_id)], 1)
-            alone = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
-            gaps += ((hidden[read_K].float() - alone).norm(dim=-1) / alone.norm(dim=-1)).tolist()
-    if not median(gaps) <= 0.1:  # rounding may send single tokens to other experts
+            separate = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
+            gaps += ((hidden[read_K].float() - separate).norm(dim=-1) / separate.norm(dim=-1)).tolist()
+    if not median(gaps) <= 0.1:  # the median, because rounding may send single tokens to other experts
         raise ValueError(
-            f"{type(model).__name__} does not read several blocks in one row as it reads them in separate passes (they differ "
-            f"by {median(gaps):.0%}); please report the architecture, since training would go silently wrong."
+            f"{type(model).__name__} computes different hidden states for blocks that share a row and for the same blocks in "
+            f"separate passes (median difference {median(gaps):.0%}), so training would be silently wrong; please report the "
+            "architecture."
         )

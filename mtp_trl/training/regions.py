@@ -1,12 +1,12 @@
-"""Multi-token regions: where they are drawn, and how they are laid behind a clean text. Pure tensors; no model, no I/O.
+"""Regions: how they are drawn, and how they are appended to a clean text. Pure tensor functions; no model, no I/O.
 
-A *region* is one block problem: the prefix up to its *anchor* (the index of its last prefix token) and `size - 1` *slots*
-behind it. Place 1 of the block is predicted at the anchor, places 2..size at the slots.
+A *region* is one block to predict: a prefix of the text, whose last token is the *anchor*, followed by `size - 1` *slots*
+that hold mask tokens. Position 1 of the block is predicted at the anchor, positions 2..size at the slots.
 
     packed   [ clean tokens x_0 .. x_{N-1} | slots of region 1 | slots of region 2 | ... ]     one row per text
     suffix   [ x_0 .. x_anchor | slots ]                                                      one row per region
 
-The packed layout is for attention-only models. Layers with a recurrent state cannot skip tokens and take the suffix layout.
+The packed layout is for attention-only models. Layers with a recurrent state cannot skip tokens and need the suffix layout.
 """
 
 # Shapes: B rows of the batch, K positions of a block, N clean tokens of a row, R regions of a row, S mask slots of a row,
@@ -24,11 +24,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Regions:
-    """Block problems of a batch.
+    """Regions of a batch.
 
     Attributes:
         anchor_BR: index of the last prefix token in the clean text, int64.
-        size_BR: block size k, 0 where a row has fewer than R regions, int64.
+        size_BR: block size k, int64; 0 for missing regions of a row that has fewer than R.
     """
 
     anchor_BR: Tensor
@@ -37,16 +37,16 @@ class Regions:
 
 @dataclass(frozen=True)
 class Layout:
-    """Block problems as rows that a causal LM can read in one pass.
+    """Texts and regions as rows that a causal LM can read in one pass.
 
     Attributes:
-        ids_XT: token ids, the mask token at every slot.
+        ids_XT: token ids, with the mask token at every slot.
         positions_XT: position of each token in its own text.
-        allowed_XTT: which key (last axis) a query may see; None when ordinary causal attention over `valid_XT` is right.
-        valid_XT: False at right padding.
-        read_BRK: flat index (row * T + column) at which the prediction of each place is read; 0 where nothing is drawn.
-        drawn_BRK: the places that exist.
-        clean_length: N. Columns below it hold the clean text in rows 0..B-1, in both layouts.
+        allowed_XTT: which keys (last axis) a query may attend to; None for ordinary causal attention over `valid_XT`.
+        valid_XT: False at right padding and unused slots.
+        read_BRK: flat index (row * T + column) at which the prediction of each position is read; 0 if it does not exist.
+        drawn_BRK: whether a position of a region exists.
+        clean_length: N. In both layouts, the first N columns of rows 0..B-1 hold the clean texts.
     """
 
     ids_XT: Tensor
@@ -58,12 +58,15 @@ class Layout:
     clean_length: int
 
     def clean_index(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Flat index of clean tokens, for reading next-token predictions on the text itself."""
+        """Return the flat index of clean tokens, at which next-token predictions on the text are read."""
         return rows * self.ids_XT.shape[1] + columns
 
 
 def row_generator(seed: int, step: int, row: int) -> np.random.Generator:
-    """The randomness of one row of the global batch at one optimizer step, whichever process happens to hold the row."""
+    """Return the random generator for one row of the global batch at one optimizer step.
+
+    It does not depend on which process has the row.
+    """
     return np.random.default_rng([seed, step, row])
 
 
@@ -76,22 +79,22 @@ def sample_regions(
     slots: int,
     generators: Sequence[np.random.Generator],
 ) -> Regions:
-    """Draw regions until each row's slot budget is full; the last region of a row is cut to fit, so no slot is wasted.
+    """Draw regions until the slots of each row are full. The last region of a row is shortened to fit, so no slot is unused.
 
     Args:
-        first_anchor_B: the last prompt token of each row (0-based).
-        last_anchor_B: the token before the last completion token of each row.
-        k_min, k_max: block sizes are uniform in [k_min, k_max].
-        slots: slots of every row, sum of (size - 1) over its regions.
-        generators: one per row.
+        first_anchor_B: index of the last prompt token of each row (0-based).
+        last_anchor_B: index of the token before the last completion token of each row.
+        k_min, k_max: block sizes are drawn uniformly from [k_min, k_max].
+        slots: number of slots per row, the sum of (size - 1) over its regions.
+        generators: one random generator per row.
 
     Raises:
-        ValueError: for sizes or budgets that hold no region, or a row without a completion token.
+        ValueError: if the block sizes or the slots allow no region, or a row has no prompt or no completion token.
     """
     if not 2 <= k_min <= k_max:
         raise ValueError(f"Block sizes need 2 <= k_min <= k_max, got k_min={k_min} and k_max={k_max}.")
     if slots < 1:
-        raise ValueError(f"slots must be >= 1 to hold a region, got {slots}; k_max={k_max} suggests {8 * k_max}.")
+        raise ValueError(f"slots must be >= 1 to hold a region, got {slots}; 8 * k_max = {8 * k_max} is usual.")
     rows: list[tuple[list[int], list[int]]] = []
     for first, last, rng in zip(first_anchor_B, last_anchor_B, generators, strict=True):
         if first < 0 or last < first:
@@ -112,7 +115,7 @@ def sample_regions(
 
 
 def compact_left_padding(ids_BN: Tensor, mask_BN: Tensor, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Move every row's tokens to the front. Returns the ids, right-padded, and the lengths_B."""
+    """Move the tokens of every row to the front. Return the right-padded ids [B, N] and the lengths [B]."""
     lengths_B = mask_BN.sum(1)
     order_BN = torch.argsort(mask_BN.to(torch.int8), dim=1, descending=True, stable=True)
     ids_BN = ids_BN.gather(1, order_BN)
@@ -122,17 +125,17 @@ def compact_left_padding(ids_BN: Tensor, mask_BN: Tensor, *, pad_token_id: int) 
 
 
 def drawn_positions(size_BR: Tensor, k_max: int) -> Tensor:
-    """Which of the K = k_max places each region has: bool [B, R, K]."""
+    """Return which of the K = k_max positions each region has, bool [B, R, K]."""
     return torch.arange(k_max, device=size_BR.device) < size_BR[..., None]
 
 
 def pack_regions(
     clean_BN: Tensor, lengths_B: Tensor, regions: Regions, *, k_max: int, slots: int, mask_token_id: int
 ) -> Layout:
-    """Lay the slots of all regions behind the clean tokens of their row (one layout row per text).
+    """Append the slots of all regions to the clean tokens of their row (one layout row per text).
 
-    Clean tokens attend causally to clean tokens; a slot attends to the clean tokens up to its anchor and to the slots of
-    its own region up to itself. Positions continue from the anchor (arXiv 2602.06019, section 3; method section 3).
+    Clean tokens attend causally to clean tokens. A slot attends to the clean tokens up to its anchor, and to the slots of its
+    own region up to itself. Position ids of slots continue from the anchor (arXiv 2602.06019, section 3; method section 3).
     """
     B, N = clean_BN.shape
     device = clean_BN.device
@@ -140,13 +143,13 @@ def pack_regions(
     width_BR = (size_BR - 1).clamp(min=0)
     start_BR = width_BR.cumsum(1) - width_BR  # first slot of each region, counted from column N
     column_S = torch.arange(slots, device=device)
-    # the region of a slot: how many regions start at or before it, less one (empty regions start past the budget)
+    # the region index of a slot is the number of regions that end at or before it
     region_BS = torch.searchsorted(start_BR + width_BR, column_S.expand(B, slots).contiguous(), right=True)
     used_BS = region_BS < anchor_BR.shape[1]
     region_BS = region_BS.clamp(max=anchor_BR.shape[1] - 1)
     anchor_BS = anchor_BR.gather(1, region_BS)
     slot_BS = column_S - start_BR.gather(1, region_BS) + 1  # slot s = 1..size-1 of its region
-    slot_BS = slot_BS.where(used_BS, 0)  # what is left over stands within the text's positions
+    slot_BS = slot_BS.where(used_BS, 0)  # unused slots get the position of an anchor, which is within the text
 
     text_N = torch.arange(N, device=device)
     positions_XT = torch.cat([text_N.expand(B, N), anchor_BS + slot_BS], 1)
@@ -163,7 +166,7 @@ def pack_regions(
 
 
 def _packed_attention(N: int, anchor_BS: Tensor, region_BS: Tensor) -> Tensor:
-    """Bool [B, T, T] with T = N + S: query on the middle axis, key on the last."""
+    """Return the attention mask, bool [B, T, T] with T = N + S: queries on the middle axis, keys on the last."""
     B, S = anchor_BS.shape
     device = anchor_BS.device
     causal_TT = torch.ones(N + S, N + S, dtype=torch.bool, device=device).tril()
@@ -177,15 +180,16 @@ def _packed_attention(N: int, anchor_BS: Tensor, region_BS: Tensor) -> Tensor:
 def suffix_regions(
     clean_BN: Tensor, lengths_B: Tensor, regions: Regions, *, k_max: int, mask_token_id: int, pad_token_id: int
 ) -> Layout:
-    """One right-padded row per region behind the B clean rows: ordinary causal attention, right for recurrent layers too.
+    """Append one right-padded row per region to the B clean rows.
 
-    Rows 0..B-1 are the clean texts (place 1 is read there); row B + b*R + r is region r of text b.
+    All rows use ordinary causal attention, so recurrent layers can read them too. Rows 0..B-1 are the clean texts, at which
+    position 1 of every block is read. Row B + b*R + r is region r of text b.
     """
     B, N = clean_BN.shape
     R = regions.anchor_BR.shape[1]
     device = clean_BN.device
     anchor_BR, size_BR = regions.anchor_BR.to(device), regions.size_BR.to(device)
-    end_BR = anchor_BR + size_BR.clamp(min=1)  # columns in use of a region's row; an empty region keeps a bare prefix
+    end_BR = anchor_BR + size_BR.clamp(min=1)  # length of a region's row; the row of a missing region holds a prefix only
     T = max(N, int(end_BR.max()))
     column_T = torch.arange(T, device=device)
     text_BT = torch.nn.functional.pad(clean_BN, (0, T - N), value=pad_token_id)
@@ -205,7 +209,7 @@ def suffix_regions(
 
 
 def student_forced_ids(layout: Layout, rollout_BRK: Tensor) -> Tensor:
-    """The teacher's input: slot s of every region holds y'_s, the student's own token, instead of the mask (section 2)."""
+    """Return the teacher's input: slot s of every region holds the student's token y'_s instead of the mask (section 2)."""
     into = layout.drawn_BRK[..., 1:]
     ids = layout.ids_XT.clone()
     ids.view(-1)[layout.read_BRK[..., 1:][into]] = rollout_BRK[..., :-1][into]

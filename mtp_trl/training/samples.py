@@ -1,4 +1,4 @@
-"""Held-out prompts decoded during training, and answers with a colour for each forward pass."""
+"""Decode held-out prompts during training, and show answers with one colour per forward pass."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Backgrounds on which black text is readable; neighbours differ.
+# Backgrounds on which black text is readable; adjacent ones differ.
 COLOURS = ("#b3d9ff", "#ffe0a3", "#c8f0c0", "#f5c6e0", "#d9ccf5", "#c7f0ee")
 _INCOMPLETE = "\ufffd"
 
 
 def block_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], blocks: Iterable[int]) -> list[str]:
-    """The text each block adds; joined they are the answer's text, special tokens left out.
+    """Return the text that each block adds. Joined, the texts are the answer without special tokens.
 
-    A character whose bytes are spread over two blocks belongs to the later one. A pass that added nothing gives "".
+    A character whose bytes span two blocks belongs to the later one. A block that adds no text gives "".
+
+    Args:
+        tokenizer: tokenizer of the model that generated the answer.
+        token_ids: ids of the answer.
+        blocks: number of tokens in each block.
 
     Raises:
-        ValueError: the blocks do not sum to the number of tokens.
+        ValueError: if the blocks do not sum to the number of tokens.
     """
     lengths = list(blocks)
     if sum(lengths) != len(token_ids):
-        raise ValueError(f"The blocks sum to {sum(lengths)} tokens, got {len(token_ids)}; pass one answer's own blocks.")
+        raise ValueError(
+            f"The blocks sum to {sum(lengths)} tokens, got {len(token_ids)} ids; pass the ids and blocks of one answer."
+        )
     texts, shown, end = [], "", 0
     for length in lengths:
         end += length
@@ -38,7 +45,7 @@ def block_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], bl
 
 
 def coloured(texts: Iterable[str]) -> Text:
-    """Blocks for a terminal: alternating backgrounds, and a thin bar between blocks where colours do not show."""
+    """Format block texts for a terminal: alternating backgrounds, and a thin bar between blocks in case colours do not show."""
     line = Text()
     for i, text in enumerate(filter(None, texts)):
         if i:
@@ -50,7 +57,11 @@ def coloured(texts: Iterable[str]) -> Text:
 def decode_samples(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], *, thresholds: Sequence[float], max_new_tokens: int
 ) -> tuple[dict[str, float], Any]:
-    """Tokens per pass of some prompts at every threshold, verified and not, by log name; and the last output. Greedy."""
+    """Decode prompts greedily at every threshold, verified and unverified.
+
+    Returns:
+        Tokens per pass by log name, and the output of the last `generate` call (unverified, last threshold).
+    """
     metrics: dict[str, float] = {}
     for verify, name in ((True, "verified"), (False, "acceleration")):
         for threshold in thresholds:
@@ -67,10 +78,10 @@ def decode_samples(
 
 
 def sample_table(tokenizer: PreTrainedTokenizerBase, output: Any, prompt_length: int, *, title: str) -> Table:
-    """The answers of an `MTPGenerateOutput`, coloured."""
+    """Return a table of the answers in an `MTPGenerateOutput`, with their blocks coloured."""
     table = Table(title=title, show_lines=True)
     table.add_column("tokens per pass", justify="right")
-    table.add_column("answer, a block per pass")
+    table.add_column("answer, one block per pass")
     for ids, lengths in zip(output.sequences[:, prompt_length:].tolist(), output.block_lengths, strict=True):
         tokens = sum(lengths)
         mean = tokens / max(1, len(lengths))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: models in the Hub's layout, in its output folder, in every checkpoint and on the Hub."""
+"""Saving and publishing: models in the Hub's layout, in the output folder, in every checkpoint and on the Hub."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ logger = get_logger(__name__)
 
 
 class PublishingTrainer(CheckpointingTrainer):
-    """Saves, reloads, describes and pushes: decoder, adapter and provenance go wherever the weights go.
+    """Trainer that saves and pushes the decoder, the adapter, the provenance and a model card together with the weights.
 
     Attributes:
-        provenance: what the model was made from and how; written beside it.
-        parallelism: how the run spreads its weights.
+        provenance: base model, settings and versions of the run; saved with the model.
+        parallelism: how the run distributes its weights.
     """
 
     provenance: dict[str, Any]
     parallelism: Parallelism
-    _tokenizer: Any  # upstream's
-    push_in_progress: Any  # the base class gives it no type
+    _tokenizer: Any  # set by the base class
+    push_in_progress: Any  # set by the base class, without a type
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
-        unchanged = self._saved == (folder, self.state.global_step)
+        unchanged = self._last_save == (folder, self.state.global_step)
         if self.args.should_save and not unchanged:
-            _set_aside(Path(folder))
+            _rename_outdated_measurements(Path(folder))
         adapter = None
         if self.args.exact and state_dict is not None:
             adapter, state_dict = split_adapter(causal_lm(self.model), state_dict)
-        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed: no secret in it
+        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin is pushed and must not contain it
         try:
             if not (self.args.adapter_only and self.args.exact):
                 self._save_weights(folder, state_dict)
@@ -61,21 +61,24 @@ class PublishingTrainer(CheckpointingTrainer):
             write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
             if is_peft_model(self.model):
                 write_mask_row(Path(folder), self.model, self.provenance)
-            if unchanged and (measured := Path(folder) / CALIBRATION_FILE).is_file():
-                threshold = Calibration.read(measured).threshold
+            if unchanged and (calibration := Path(folder) / CALIBRATION_FILE).is_file():
+                threshold = Calibration.read(calibration).threshold
                 if threshold is not None:
                     write_decoding_defaults(Path(folder), confadapt=threshold, verify=False)
-            self._saved = (folder, self.state.global_step)
+            self._last_save = (folder, self.state.global_step)
 
     def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
-        """As upstream, but for the card that PEFT writes beside adapters: a card of no use, taken for its author's own."""
+        """Save the weights, and undo PEFT's change to README.md.
+
+        PEFT writes a generic card next to adapters, which would later be mistaken for one that the author wrote.
+        """
         card = Path(folder) / "README.md"
-        before = card.read_text(encoding="utf-8") if card.is_file() else None
+        previous_card = card.read_text(encoding="utf-8") if card.is_file() else None
         super()._save(folder, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             card.unlink(missing_ok=True)
-            if before is not None:
-                write_atomically(card, before)
+            if previous_card is not None:
+                write_atomically(card, previous_card)
 
     def _load_best_model(self) -> None:
         if self.args.exact and not self.parallelism.is_wrapped:
@@ -84,7 +87,7 @@ class PublishingTrainer(CheckpointingTrainer):
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.args.exact and self.parallelism.fsdp_version is None:  # the base is there as it always was
+        if self.args.exact and self.parallelism.fsdp_version is None:  # the frozen base is loaded already
             load_adapter(causal_lm(self.model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -92,7 +95,7 @@ class PublishingTrainer(CheckpointingTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes README.md into the output folder."""
+        """Write the model card, README.md, into the output folder."""
         if self.is_world_process_zero():
             write_card(
                 self.args.output_dir,
@@ -112,9 +115,10 @@ class PublishingTrainer(CheckpointingTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`], in one commit; LoRA is merged, so that the repository loads by itself.
+        """Push the model in one commit; the arguments are those of [`~transformers.Trainer.push_to_hub`].
 
-        With `adapter_only` in the configuration the repository holds the adapter alone.
+        LoRA adapters are merged first, so that the repository loads on its own. With `adapter_only` in the configuration, the
+        repository contains the adapter and the decoder, but not the base's weights.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -133,8 +137,11 @@ class PublishingTrainer(CheckpointingTrainer):
         )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As upstream, which sends neither decoder nor adapter, and sends `training_args.bin` with the token in it."""
-        if self._saving:  # uploads run in the background: not from a folder that is about to be renamed
+        """Push a checkpoint in the background.
+
+        The base class would omit the decoder and the adapter, and upload `training_args.bin` with the Hub token in it.
+        """
+        if self._saving:  # the folder is about to be renamed; `_save_checkpoint` calls this method again afterwards
             return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
@@ -157,8 +164,8 @@ class PublishingTrainer(CheckpointingTrainer):
                     commit_message=f"{message}, checkpoint",
                 )
                 jobs.append(job)
-        except Exception as error:  # no memory to merge, no disk, no Hub: the training goes on
-            logger.warning(_FAILED.format(error=f"{type(error).__name__}: {error}"))
+        except Exception as error:  # out of memory while merging, disk full, Hub unreachable: go on training
+            logger.warning(_PUSH_FAILED.format(error=f"{type(error).__name__}: {error}"))
         for job in jobs:
             job.add_done_callback(_warn_if_failed)
         self.push_in_progress = PushInProgress([*running, *jobs])
@@ -174,7 +181,7 @@ class PublishingTrainer(CheckpointingTrainer):
         private: bool | None = None,
         tags: str | list[str] | None = None,
     ) -> Any:
-        # Where weights are sharded, `push` merges the adapters in the folder into their base as it was loaded.
+        # If weights are sharded, `push` loads the base again and merges the adapters saved in the folder into it.
         merged = None
         if is_peft_model(self.model) and not self.args.adapter_only and not self.parallelism.is_sharded:
             merged = save_merged(self.model, self._tokenizer, Path(self.args.output_dir) / "merged", self.provenance)
@@ -193,21 +200,21 @@ class PublishingTrainer(CheckpointingTrainer):
             )
 
 
-_FAILED = "A push during training failed, the next one makes up for it: {error}"
+_PUSH_FAILED = "A push during training failed; training goes on, and the next push uploads the model again: {error}"
 
 
 def _warn_if_failed(job: Future[Any]) -> None:
-    """A push that fails must not end the training, nor pass without a word."""
+    """Log a failed push instead of ending the training."""
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(_FAILED.format(error=error))
+        logger.warning(_PUSH_FAILED.format(error=error))
 
 
-def _set_aside(folder: Path) -> None:
-    """What was measured of weights that are about to be replaced keeps its content, under a name that no push sends."""
+def _rename_outdated_measurements(folder: Path) -> None:
+    """Rename the calibration and results of weights that are about to be replaced, to names that are never pushed."""
     for name in (CALIBRATION_FILE, RESULTS_FOLDER):
-        measured, aside = folder / name, folder / f"earlier_{name}"
+        measured, renamed = folder / name, folder / f"earlier_{name}"
         if measured.exists():
-            if aside.is_dir():
-                shutil.rmtree(aside)
-            measured.replace(aside)
-            logger.warning(f"{measured} was measured of other weights, and is {aside.name} from now on.")
+            if renamed.is_dir():
+                shutil.rmtree(renamed)
+            measured.replace(renamed)
+            logger.warning(f"{measured} was measured on other weights; renamed it to {renamed.name}.")

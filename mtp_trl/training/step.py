@@ -1,12 +1,12 @@
-"""One self-distillation pass: student block, rollout, the teacher's reading of it, loss and statistics.
+"""One self-distillation pass: student block, rollout, teacher, loss and statistics.
 
-The order of events (arXiv 2602.06019, sections 2 and 3; method sections 2 and 3):
+The order of operations (arXiv 2602.06019, sections 2 and 3; method sections 2 and 3):
 
-    masks behind the text -> student forward -> y' = argmax at every place -> teacher reads the text with y' in the slots
-    -> loss at every place of a block through its first end of text
+    append masks to the text -> student forward -> y' = argmax at every position -> teacher reads the text with y' in the slots
+    -> loss at every position of a block up to and including its first EOS
 
-The output head is applied to the places that are read, in chunks, and a chunk's logits are recomputed in backward, so no
-more than `logits_chunk_size` x vocabulary logits of each model exist at one time.
+The output head is applied only to the positions that are read, in chunks, and backward recomputes the logits of each chunk.
+Therefore at most `logits_chunk_size` x vocabulary logits of each model exist at one time.
 """
 
 # Shapes: B rows of the batch, H hidden features, K positions of a block, N clean tokens of a row, P positions read,
@@ -31,7 +31,7 @@ from .regions import Layout, Regions, pack_regions, student_forced_ids, suffix_r
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts and the regions drawn on them. Row-first tensors; right-padded."""
+    """Right-padded texts, the lengths of their prompts and of the whole texts, and the regions drawn on them."""
 
     clean_BN: Tensor
     prompt_lengths_B: Tensor
@@ -41,7 +41,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids the objective has to know: what is masked with, what is never emitted, what ends a text."""
+    """Token ids that the objective needs.
+
+    Attributes:
+        mask_id: the mask token.
+        pad_id: the padding token.
+        barred: ids that are never emitted.
+        eos: ids that end a text.
+    """
 
     mask_id: int
     pad_id: int
@@ -54,10 +61,10 @@ class PassOutput:
     """Local sums of one micro-batch.
 
     Attributes:
-        loss: weighted sum of the losses of the places, with gradient.
-        weight: the weights of all places drawn for it, added up.
-        prefix_kl: sum of KL(teacher, student) over the clean positions compared, with gradient if it is trained on.
-        sums: statistics that add up over micro-batches and ranks.
+        loss: weighted sum of the losses of all positions that carry loss, with gradient.
+        weight: sum of the weights of all drawn positions.
+        prefix_kl: sum of KL(teacher, student) over the compared clean positions, with gradient if `ntp_coef` is positive.
+        sums: statistics that can be added over micro-batches and ranks.
     """
 
     loss: Tensor
@@ -67,7 +74,7 @@ class PassOutput:
 
 
 def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTPDistillConfig) -> Layout:
-    """Packed rows where the architecture allows it, one row per region otherwise."""
+    """Return packed rows if the architecture allows them, else one row per region."""
     if can_pack(model):
         return pack_regions(
             batch.clean_BN,
@@ -88,7 +95,7 @@ def build_layout(model: PreTrainedModel, batch: Batch, tokens: Tokens, args: MTP
 
 
 def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDistillConfig, *, objective: str) -> PassOutput:
-    """Loss and statistics of one micro-batch; `objective` is that of `args` or, while it warms up, `ground_truth`."""
+    """Compute loss and statistics of one micro-batch. `objective` is `args.objective`, or `ground_truth` during warm-up."""
     student = reader.student
     layout = build_layout(student, batch, tokens, args)
     hidden = reader.read_student(layout)
@@ -112,9 +119,9 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
 
     target_BRK = _scatter(target_P, layout.drawn_BRK)
     counted_BRK = layout.drawn_BRK & in_text_BRK if objective == "ground_truth" else layout.drawn_BRK
-    # The text itself goes on after a rollout that ended too early.
-    ending = None if objective == "ground_truth" else rollout_BRK
-    valid_BRK = positions_with_loss(ending, target_BRK, counted_BRK, eos_ids=tokens.eos)
+    # If the target is the text, it continues after a rollout that ends too early, so EOS of the rollout does not count.
+    ending_rollout = None if objective == "ground_truth" else rollout_BRK
+    valid_BRK = positions_with_loss(ending_rollout, target_BRK, counted_BRK, eos_ids=tokens.eos)
     weight_BRK = layout.drawn_BRK * position_weights(args.k_max, args.place_decay).to(losses_P.device)
     weight_BRK[..., 0] *= not reader.base_reads_text
     loss = torch.where(valid_BRK[layout.drawn_BRK], losses_P * weight_BRK[layout.drawn_BRK], 0.0).sum()
@@ -135,13 +142,13 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
 
 
 def _scatter(values_P: Tensor, drawn_BRK: Tensor) -> Tensor:
-    """Values of the drawn places back in their blocks; 0 elsewhere."""
+    """Put values of the drawn positions back into their blocks, [B, R, K]; 0 elsewhere."""
     return torch.zeros(drawn_BRK.shape, dtype=values_P.dtype, device=values_P.device).masked_scatter(drawn_BRK, values_P)
 
 
 @torch.no_grad()
 def _rollout(student: PreTrainedModel, hidden_PH: Tensor, tokens: Tokens, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's own block y', its probability at each place, and the summed entropy of its predictions (nats)."""
+    """Return the student's block y', its probability at each position, and the summed entropy of the predictions (nats)."""
     ids, confidences = [], []
     entropy = torch.zeros((), device=hidden_PH.device)
     for part_PH in hidden_PH.detach().split(chunk):
@@ -154,7 +161,7 @@ def _rollout(student: PreTrainedModel, hidden_PH: Tensor, tokens: Tokens, chunk:
 
 
 def _ground_truth(batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The text's own token at every place and whether the text reaches that far: [B, R, K] each."""
+    """Return the text's token at every position and whether the text is that long, [B, R, K] each."""
     B, R, K = layout.drawn_BRK.shape
     index = batch.regions.anchor_BR[..., None].to(batch.clean_BN.device) + 1
     index = index + torch.arange(K, device=index.device)
@@ -173,9 +180,9 @@ def _losses(
     args: MTPDistillConfig,
     objective: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per place: the loss (with gradient), the target, and the teacher's log-likelihood of the rollout."""
+    """Return, per position, the loss (with gradient), the target, and the teacher's log-likelihood of the rollout."""
 
-    def of_chunk(part_PH: Tensor, teacher_part_PH: Tensor | None, rollout: Tensor, truth: Tensor) -> tuple[Tensor, ...]:
+    def chunk_losses(part_PH: Tensor, teacher_part_PH: Tensor | None, rollout: Tensor, truth: Tensor) -> tuple[Tensor, ...]:
         student_PV = bar_tokens(output_logits(reader.student, part_PH), tokens.barred)
         teacher_PV, target, reward = None, truth, torch.zeros_like(truth, dtype=torch.float)
         if teacher_part_PH is not None:
@@ -190,8 +197,8 @@ def _losses(
     chunk = args.logits_chunk_size
     teacher_parts = teacher_PH.split(chunk) if teacher_PH is not None else [None] * -(-len(student_PH) // chunk)
     parts = [
-        # a single chunk fits as it is; of several only the hidden states are kept for backward
-        of_chunk(*inputs) if len(student_PH) <= chunk else checkpoint(of_chunk, *inputs, use_reentrant=False)
+        # with several chunks, keep only their hidden states for backward
+        chunk_losses(*inputs) if len(student_PH) <= chunk else checkpoint(chunk_losses, *inputs, use_reentrant=False)
         for inputs in zip(student_PH.split(chunk), teacher_parts, rollout_P.split(chunk), truth_P.split(chunk), strict=True)
     ]
     losses_P, target_P, reward_P = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -207,9 +214,12 @@ def _prefix_drift(
     tokens: Tokens,
     args: MTPDistillConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far single-token prediction has moved: summed KL(teacher, student), places whose argmax agrees, places compared.
+    """Measure the drift of single-token prediction.
 
-    With `ntp_coef` the whole completion is compared, with gradient; otherwise the anchors alone, as a gauge.
+    With `ntp_coef`, all positions of the completion are compared, with gradient; otherwise only the anchors, without gradient.
+
+    Returns:
+        The summed KL(teacher, student), the number of positions whose argmax agrees, and the number of compared positions.
     """
     if args.ntp_coef > 0:
         column = torch.arange(batch.clean_BN.shape[1], device=hidden.device)
@@ -218,7 +228,7 @@ def _prefix_drift(
     else:
         read = layout.read_BRK[..., 0][layout.drawn_BRK[..., 0]]
 
-    def of_chunk(student_part: Tensor, teacher_part: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_drift(student_part: Tensor, teacher_part: Tensor) -> tuple[Tensor, Tensor]:
         student_log = bar_tokens(output_logits(reader.student, student_part), tokens.barred).log_softmax(-1)
         with torch.no_grad():
             teacher_log = bar_tokens(reader.teacher_logits(teacher_part), tokens.barred).log_softmax(-1)
@@ -227,10 +237,10 @@ def _prefix_drift(
 
     kl, agree = hidden.new_zeros((), dtype=torch.float), hidden.new_zeros((), dtype=torch.float)
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.ntp_coef > 0):
-        halves = (hidden[read], teacher_hidden[read])
-        for parts in zip(*(half.split(args.logits_chunk_size) for half in halves), strict=True):
+        both = (hidden[read], teacher_hidden[read])
+        for parts in zip(*(states.split(args.logits_chunk_size) for states in both), strict=True):
             part_kl, part_agree = (
-                checkpoint(of_chunk, *parts, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*parts)
+                checkpoint(chunk_drift, *parts, use_reentrant=False) if torch.is_grad_enabled() else chunk_drift(*parts)
             )
             kl, agree = kl + part_kl, agree + part_agree
     return kl, agree, torch.tensor(float(len(read)), device=hidden.device)

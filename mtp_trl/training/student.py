@@ -1,4 +1,4 @@
-"""The student and its teacher: how they are loaded, frozen and adapted."""
+"""Load the student and its teacher, and add exact mode's adapter."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 
 def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillConfig) -> None:
-    """Freeze the student and give it the mask-gated adapter that `args` or a LoRA configuration describe.
+    """Freeze the student and add the mask-gated adapter that `args` or a LoRA configuration describes.
 
-    Of the configuration `r`, `lora_alpha` and `target_modules` are taken: names, one name, or "all-linear", which stands for
-    the layers that this adapter has by default.
+    Only `r`, `lora_alpha` and `target_modules` of the LoRA configuration are used. `target_modules` is a list of names, one
+    name, or "all-linear", which selects the layers that this adapter has by default.
 
     Raises:
-        ValueError: for a model that has adapters already, under FSDP 1, where FSDP or ZeRO-3 would not gather the adapter,
-            and for a configuration that asks for more than rank, alpha and layers.
+        ValueError: if the student already has adapters, FSDP 1 is used, FSDP or ZeRO-3 is not configured to gather the
+            adapter when it is saved, or the LoRA configuration sets more than rank, alpha and layers.
     """
     Parallelism.of(args).check_adapter_is_saved_whole()
     if is_peft_model(student):
-        raise ValueError("exact mode brings its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
+        raise ValueError("exact mode adds its own adapter, got a PEFT model; pass its base, or merge_and_unload() it.")
     shape: dict[str, Any] = {
         "rank": args.exact_rank,
         "alpha": args.exact_alpha,
         "target_modules": args.exact_target_modules,
     }
     if peft_config is not None:
-        _check_shape_alone(peft_config)
+        _check_only_shape_is_set(peft_config)
         targets = peft_config.target_modules
         names = sorted(targets) if isinstance(targets, set) else targets
         shape = {"rank": peft_config.r, "alpha": peft_config.lora_alpha, "target_modules": names}
@@ -48,47 +48,51 @@ def make_exact(student: Any, peft_config: PeftConfig | None, args: MTPDistillCon
     add_gated_adapter(student, seed=args.seed, **shape)
 
 
-_TAKEN = {"r", "lora_alpha", "target_modules"}
-_OF_THE_FILE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_USED_FIELDS = {"r", "lora_alpha", "target_modules"}
+_METADATA_FIELDS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 
 
-def _check_shape_alone(peft_config: PeftConfig) -> None:
-    """Exact mode takes the shape of its adapter from a LoRA's configuration; the rest would be ignored."""
+def _check_only_shape_is_set(peft_config: PeftConfig) -> None:
+    """Raise ValueError if a LoRA configuration sets anything besides the adapter's shape, which exact mode would ignore."""
     if peft_config.peft_type != "LORA":
         raise ValueError(f"exact mode's adapter is a LoRA, got {type(peft_config).__name__}; pass a LoraConfig, or none.")
-    usual = type(peft_config)()
+    defaults = type(peft_config)()
     for field in dataclasses.fields(peft_config):
-        value, default = getattr(peft_config, field.name), getattr(usual, field.name)
-        if field.name not in _TAKEN | _OF_THE_FILE and value != default:
+        value, default = getattr(peft_config, field.name), getattr(defaults, field.name)
+        if field.name not in _USED_FIELDS | _METADATA_FIELDS and value != default:
             raise ValueError(
-                f"exact mode takes r, lora_alpha and target_modules of peft_config and would ignore {field.name}={value!r}; "
-                f"leave it at {default!r}, or set exact_rank, exact_alpha and exact_target_modules instead of a peft_config."
+                "exact mode uses only r, lora_alpha and target_modules of peft_config and would ignore "
+                f"{field.name}={value!r}; leave it at {default!r}, "
+                "or set exact_rank, exact_alpha and exact_target_modules instead of peft_config."
             )
 
 
 def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig) -> str:
-    """The mask token that a run of this model will use, before its weights load: data must not contain it.
+    """Return the mask token that a run of this model will use. It is needed before weights load, to check the data.
 
-    Of a model that cannot be found the configured one: that it is missing is said where it loads.
+    If the model cannot be found, return the configured token; loading the model then reports the error.
     """
     if not isinstance(model, str):
         return chosen_mask_token(model.config, tokenizer, mask_token=args.mask_token)
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    found = {name: options[name] for name in _WHERE if name in options}
+    config_options = {name: options[name] for name in _CONFIG_OPTIONS if name in options}
     try:
-        config = AutoConfig.from_pretrained(model, **found)
+        config = AutoConfig.from_pretrained(model, **config_options)
     except OSError:
         return args.mask_token
     return chosen_mask_token(config, tokenizer, mask_token=args.mask_token)
 
 
-_WHERE = ("revision", "trust_remote_code", "subfolder", "cache_dir", "token", "local_files_only", "code_revision")
+_CONFIG_OPTIONS = ("revision", "trust_remote_code", "subfolder", "cache_dir", "token", "local_files_only", "code_revision")
 
 
 def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) -> Callable[..., PreTrainedModel]:
-    """Loads the checkpoint as `args.model_init_kwargs` say, as often as it is called; keyword arguments override."""
+    """Return a function that loads the checkpoint with `args.model_init_kwargs`, and can be called repeatedly.
+
+    Keyword arguments of the returned function override `args.model_init_kwargs`.
+    """
     options = dict(args.model_init_kwargs or {})
-    args.model_init_kwargs = None  # used up: the base class gets a model and would warn
+    args.model_init_kwargs = None  # the base class receives a loaded model and would warn about them
     options.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -112,11 +116,14 @@ def frozen_teacher(
     tokenizer: PreTrainedTokenizerBase,
     args: MTPDistillConfig,
 ) -> PreTrainedModel:
-    """The student's checkpoint once more, with the same mask row. Loaded by name where possible (as ZeRO-3 needs)."""
+    """Return a frozen copy of the student's checkpoint with the same mask row.
+
+    It is loaded again if `load` is given, which ZeRO-3 needs; otherwise the student is copied.
+    """
     if load is None:
         teacher = copy.deepcopy(student)
     else:
         teacher = load(**(args.teacher_model_init_kwargs or {}))
-        args.teacher_model_init_kwargs = None  # used up: the base class refuses them beside a loaded teacher
+        args.teacher_model_init_kwargs = None  # the base class refuses them with a loaded teacher
         add_mask_token(teacher, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
     return teacher.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
 """`MTPDistillTrainer`: online self-distillation of multi-token blocks on TRL's on-policy trainer.
 
-Only the seams of the base class are here; the arithmetic is in `regions`, `objective` and `self_distillation`.
+This module overrides methods of the base class; the computation is in `regions`, `objective` and `step`.
 """
 
 # Shapes: B rows of the batch, K positions of a block, N clean tokens of a row, R regions of a row
@@ -50,17 +50,17 @@ class MTPDistillTrainer(DecodingTrainer):
     """Trains a causal LM to predict blocks of tokens at mask tokens, with its own frozen copy as the teacher.
 
     Args:
-        model: a Hub id or folder, a causal LM, or a PEFT model. Full fine-tuning keeps a frozen copy as the teacher; with
-            adapters the teacher is the same module with the adapters off, and the mask token's row is trained beside them.
+        model: a Hub id or folder, a causal LM, or a PEFT model. Full fine-tuning keeps a frozen copy as the teacher. With
+            adapters, the teacher is the same module with the adapters turned off, and the mask token's row is trained too.
         args: [`MTPDistillConfig`].
-        train_dataset, eval_dataset: columns `prompt` and `completion` (text or messages), `messages`, `text`, or `prompt`
-            alone: then the model writes the completions itself, on policy.
-        processing_class: the tokenizer; loaded with the model when it is given by name.
+        train_dataset, eval_dataset: datasets with the columns `prompt` and `completion` (text or messages), `messages`,
+            `text`, or only `prompt`. In the last case, the model completes the prompts on policy.
+        processing_class: the tokenizer; by default, the one saved with the model.
         callbacks, optimizers, quantization_config, peft_config: as in [`~trl.DistillationTrainer`].
 
     Raises:
-        ValueError: for data that cannot make one optimizer step, unsupported attention backends and the like, before any
-            weights load wherever that can be known.
+        ValueError: if the data is too small for one optimizer step, the model or its attention backend is not supported, or
+            options contradict each other. If possible, the error is raised before weights load.
     """
 
     _tag_names = list(TAGS)
@@ -84,7 +84,7 @@ class MTPDistillTrainer(DecodingTrainer):
         has_adapter = args.exact or peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.adapter_only and not has_adapter:
             raise ValueError(
-                "adapter_only=True publishes an adapter alone, and there is none; set exact=True or pass peft_config."
+                "adapter_only=True publishes only an adapter, but this run has none; set exact=True or pass peft_config."
             )
         if args.adapter_only and not args.exact and peft_config is not None:
             check_publishable_lora(peft_config)
@@ -92,8 +92,8 @@ class MTPDistillTrainer(DecodingTrainer):
             name, padding_side="left", trust_remote_code=args.trust_remote_code
         )
         mask_token = mask_token_of(model, tokenizer, args)
-        train_dataset = _prepared(train_dataset, tokenizer, args, mask_token, "train")
-        eval_dataset = _prepared(eval_dataset, tokenizer, args, mask_token, "eval")
+        train_dataset = _prepare_split(train_dataset, tokenizer, args, mask_token, "train")
+        eval_dataset = _prepare_split(eval_dataset, tokenizer, args, mask_token, "eval")
         check_one_step(
             train_dataset,
             per_device=args.per_device_train_batch_size,
@@ -136,7 +136,7 @@ class MTPDistillTrainer(DecodingTrainer):
         if args.adapter_only and not args.exact:
             check_fits_base(self.model)
         self._attach_decoders()
-        self._tokens = self._known_tokens(causal)
+        self._tokens = self._make_tokens(causal)
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._last_pass: PassOutput | None = None
         if not self.parallelism.is_wrapped:
@@ -145,9 +145,9 @@ class MTPDistillTrainer(DecodingTrainer):
         if args.torch_compile:
             self._compile()
         if not can_pack(causal):
-            logger.info("This architecture takes one row per region (it has layers that cannot skip tokens).")
+            logger.info("Training uses one row per region, since several regions cannot share a row with this architecture.")
 
-    def _known_tokens(self, model: PreTrainedModel) -> Tokens:
+    def _make_tokens(self, model: PreTrainedModel) -> Tokens:
         device, mtp = self.accelerator.device, model.config.mtp
         return Tokens(
             mask_id=mtp["mask_token_id"],
@@ -157,7 +157,7 @@ class MTPDistillTrainer(DecodingTrainer):
         )
 
     def _compile(self) -> None:
-        """Compiles what a pass calls: accelerate compiles `model.forward`, which the redirection to the loss goes around."""
+        """Compile the backbones: `_forward_redirection` bypasses `model.forward`, which is what accelerate compiles."""
         for model in (self.model, self.teacher_model):
             if model is not None:
                 body = backbone(causal_lm(self.accelerator.unwrap_model(model)))
@@ -169,7 +169,7 @@ class MTPDistillTrainer(DecodingTrainer):
         self._signature_columns = ["prompt", "prompt_ids", "completion_ids"]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Texts of the dataset, or completions sampled from the model, with the regions drawn on them."""
+        """Return texts of the dataset, or prompts completed by the model, together with regions drawn on them."""
         if "completion_ids" in inputs[0]:
             clean_BN, prompt_lengths_B, lengths_B = self._collate(inputs)
         else:
@@ -204,7 +204,7 @@ class MTPDistillTrainer(DecodingTrainer):
         }
 
     def _largest_block(self) -> int:
-        """Of the regions drawn at this step."""
+        """Return the largest block size to draw at this step."""
         steps = self.args.k_curriculum * self.state.max_steps
         share = min(1.0, self.state.global_step / steps) if self.model.training and steps else 1.0
         return int(self.args.k_min + round(share * (self.args.k_max - self.args.k_min)))
@@ -218,7 +218,10 @@ class MTPDistillTrainer(DecodingTrainer):
         return clean_BN.to(device), prompt_lengths_B.to(device), lengths_B.to(device)
 
     def _row_generators(self, clean_BN: Tensor, lengths_B: Tensor) -> list[np.random.Generator]:
-        """By (seed, optimizer step, row of the global batch) in training; by (seed, text) in evaluation."""
+        """Return one random generator per row.
+
+        Its seed is (seed, optimizer step, row of the global batch) in training, and (seed, text) in evaluation.
+        """
         rows = len(clean_BN)
         if self.model.training:
             first = self.accelerator.process_index * rows
@@ -237,7 +240,7 @@ class MTPDistillTrainer(DecodingTrainer):
             inputs["lengths"],
             Regions(inputs["anchors"], inputs["sizes"]),
         )
-        # What accelerate wraps for mixed precision is `model.forward`, which the redirection to this method goes around.
+        # For mixed precision, accelerate wraps `model.forward`, which `_forward_redirection` bypasses by calling this method.
         with self.accelerator.autocast():
             output = distillation_pass(
                 self._reader(unwrapped_student), batch, self._tokens, self.args, objective=self._objective()
@@ -255,20 +258,20 @@ class MTPDistillTrainer(DecodingTrainer):
         return loss, output.sums["entropy"], drawn.long()
 
     def _objective(self) -> str:
-        """The configured one, after a warm-up on the text itself."""
+        """Return the configured objective, or `ground_truth` during its warm-up."""
         warm_up = self.args.ground_truth_warmup * self.state.max_steps
         return "ground_truth" if self.model.training and self.state.global_step < warm_up else self.args.objective
 
     def _reader(self, unwrapped_student: Any) -> Reader:
-        """How student and teacher read a layout under this configuration."""
+        """Return the reader of student and teacher for this configuration."""
         student = causal_lm(unwrapped_student)
         teacher = student if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-        watched = self.args.ntp_coef > 0 or (self.args.drift_limit is not None and self.args.eval_strategy == "no")
-        with_teacher = watched or self._objective() != "ground_truth" or not self.model.training
+        measures_drift = self.args.ntp_coef > 0 or (self.args.drift_limit is not None and self.args.eval_strategy == "no")
+        with_teacher = measures_drift or self._objective() != "ground_truth" or not self.model.training
         if self.args.exact:
             return ExactReader(student, with_teacher=with_teacher)
         run_teacher = self._teacher_runner(unwrapped_student) if with_teacher else None
-        # PEFT may have wrapped the output head as well, which is then the student's unless the adapters are off.
+        # PEFT may have wrapped the output head, too. The teacher's logits then need the adapters turned off.
         shares_head = self.teacher_model is None and type(student.get_output_embeddings()).__module__.startswith("peft.")
         state = functools.partial(adapters_disabled, unwrapped_student) if shares_head else nullcontext
         return WholeRowReader(student, teacher, run_teacher, state)
@@ -281,17 +284,17 @@ class MTPDistillTrainer(DecodingTrainer):
                         return read(causal_lm(unwrapped_student))
                 self.teacher_model.eval()
                 teacher = self.accelerator.unwrap_model(self.teacher_model)
-                # through the wrapper's forward, where DeepSpeed and FSDP gather the sharded weights
+                # Call the wrapper's forward, in which DeepSpeed and FSDP gather the sharded weights.
                 hidden: Tensor = self._forward_redirection(self.teacher_model, teacher, read, teacher)
                 return hidden
 
         return run
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """As upstream; the statistics of the pass are summed over ranks outside the wrapped forward.
+        """Compute the loss, and sum the statistics of the pass over ranks, outside the wrapped forward.
 
         Raises:
-            FloatingPointError: the loss is not finite, on all ranks when it is on one.
+            FloatingPointError: if the training loss is not finite on any rank; all ranks raise.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._last_pass is not None
@@ -303,11 +306,11 @@ class MTPDistillTrainer(DecodingTrainer):
         for (name, value), part in zip(sums.items(), flat.split([v.numel() for v in sums.values()]), strict=True):
             totals[name] = totals.get(name, 0.0) + part.view(value.shape)
         if totals.pop("not_finite") and self.model.training:
-            self._refuse("loss")
+            self._raise_not_finite("loss")
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Muon with AdamW where the configuration says so."""
+        """Create Muon with AdamW if `muon` is set, else the optimizer of the base class."""
         if self.args.muon and getattr(self, "optimizer", None) is None:
             self.optimizer = muon_adamw(
                 self.model if model is None else model,
@@ -321,25 +324,26 @@ class MTPDistillTrainer(DecodingTrainer):
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the block statistics since the last log."""
-        mode = "train" if self.model.training else "eval"
-        if totals := self._totals[mode]:
-            prefix = "eval_" if mode == "eval" else ""
+        """Log metrics, including the block statistics since the last log."""
+        if totals := self._totals["train" if self.model.training else "eval"]:
+            prefix = "" if self.model.training else "eval_"
             metrics = block_metrics(totals, thresholds=self.args.thresholds)
             logs.update({prefix + name: round(value, 5) for name, value in metrics.items()})
             totals.clear()
         super().log(logs, start_time)
 
 
-def _prepared(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, mask_token: str, split: str) -> Any:
+def _prepare_split(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig, mask_token: str, split: str
+) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: _prepared(part, tokenizer, args, mask_token, name) for name, part in dataset.items()}
+        return {name: _prepare_split(part, tokenizer, args, mask_token, name) for name, part in dataset.items()}
     return prepare_dataset(
         dataset,
         tokenizer,
-        column_map=cast("dict[str, str] | None", args.column_map),  # text has been parsed by now
+        column_map=cast("dict[str, str] | None", args.column_map),  # a string was parsed in `__post_init__`
         max_length=args.max_length,
         mask_token=mask_token,
         desc=split,

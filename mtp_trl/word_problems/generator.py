@@ -1,6 +1,6 @@
-"""Grade-school word problems with their reasoning: an unlimited training stream and a fixed, disjoint test set.
+"""Grade-school word problems with worked answers: an unlimited training stream and a fixed, disjoint test set.
 
-Pure functions of a seed; no files, no network. A problem takes 2 to 5 computed steps, ends in `#### n`, like GSM8K's.
+Pure functions of a seed; no files, no network. An answer has 2 to 5 computed steps and ends in `#### n`, as in GSM8K.
 """
 
 import functools
@@ -21,7 +21,7 @@ PROMPT = "Question: {question}\nAnswer:"
 COMPLETION = " {answer}"
 LARGEST_RESULT = 999
 
-# How often the answer uses the words that go with the question's words, and its first, second, ... neighbour.
+# How often the answer uses the paraphrase at the index of the question's paraphrase, and those at the next indices.
 PARAPHRASE_WEIGHTS = (0.7, 0.15, 0.1, 0.05)
 
 _ANSWER = re.compile(r"#### (\d+)")
@@ -43,12 +43,12 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The text a model is given; the completion continues it without a separator."""
+        """The input of a model. The completion continues it without a separator."""
         return PROMPT.format(question=self.question)
 
     @property
     def completion(self) -> str:
-        """What the model should say, reasoning and result."""
+        """The expected output of a model: reasoning and result."""
         return COMPLETION.format(answer=self.answer)
 
 
@@ -69,13 +69,13 @@ class _Story:
         }
 
     def tell(self, paraphrases: Sequence[str], **words: object) -> int:
-        """Add a sentence to the question; returns which paraphrase was used."""
+        """Add a sentence to the question and return the index of the paraphrase used."""
         index = self.rng.randrange(len(paraphrases))
         self.facts.append(paraphrases[index].format_map(self.words | words))
         return index
 
     def conclude(self, paraphrases: Sequence[str], told: int, **words: object) -> None:
-        """Add a line to the answer in words that usually go with paraphrase `told` of the question."""
+        """Add a line to the answer, whose paraphrase usually has the index `told` of the question's paraphrase."""
         weights = PARAPHRASE_WEIGHTS[: len(paraphrases)]
         shift = self.rng.choices(range(len(paraphrases)), weights)[0]
         line = paraphrases[(told + shift) % len(paraphrases)].format_map(self.words | words)
@@ -83,13 +83,13 @@ class _Story:
             self.lines.append(line)
 
     def compute(self, paraphrases: Sequence[str], told: int, left: int, sign: str, right: int, **words: object) -> int:
-        """Add a reasoning line with the equation `left sign right = result`; returns the result."""
+        """Add a reasoning line with the equation `left sign right = result` and return the result."""
         result = _OPERATIONS[sign](left, right)
         self.conclude(paraphrases, told, eq=f"{left} {sign} {right} = {result}", **words)
         return result
 
     def finish(self, result: int) -> Problem:
-        """Close the answer with the result in GSM8K's form."""
+        """Close the answer with the result in GSM8K's form and return the problem."""
         self.conclude(templates.CLOSINGS, len(self.facts), total=result)
         return Problem(" ".join(self.facts), " ".join(self.lines) + f"\n#### {result}", result)
 
@@ -132,7 +132,7 @@ class _Choice:
     ends: bool = False
 
 
-# Subtraction, addition and division are what a small model learns last, so they are drawn most.
+# A small model learns subtraction, addition and division last, so these are drawn most often.
 _EVENTS = (
     _Choice(templates.GAIN, _draw_gain, weight=4),
     _Choice(templates.LOSE, _draw_lose, weight=5),
@@ -144,7 +144,7 @@ _EVENTS = (
 
 
 def _draw_event(rng: random.Random, value: int, *, steps_left: int, steps_done: int) -> tuple[_Choice, _Numbers]:
-    """An event that fits the remaining steps and the running value, with its numbers."""
+    """Draw an event that fits the remaining steps and the running value, and its numbers."""
     fitting = [
         choice
         for choice in _EVENTS
@@ -158,7 +158,7 @@ def _draw_event(rng: random.Random, value: int, *, steps_left: int, steps_done: 
 
 
 def _happen(story: _Story, event: templates.Event, value: int, numbers: _Numbers) -> int:
-    """Tell an event, reason about it, return the new value."""
+    """Add an event to the question and its reasoning to the answer; return the new value."""
     words: dict[str, object] = {**numbers, "friend": story.rng.choice(templates.FRIENDS)}
     if event is templates.MULTIPLY:
         words["times"] = templates.MULTIPLES[numbers["m"]]
@@ -170,7 +170,7 @@ def _happen(story: _Story, event: templates.Event, value: int, numbers: _Numbers
 
 
 def _inventory(rng: random.Random) -> Problem:
-    """A count that changes 2 to 4 times and may be shared out at the end."""
+    """Write a problem about a count that changes in 2 to 4 steps and may be shared out at the end."""
     story = _Story(rng)
     value = rng.randint(12, 80)
     told = story.tell(templates.START, value=value)
@@ -186,7 +186,7 @@ def _inventory(rng: random.Random) -> Problem:
 
 
 def _shopping(rng: random.Random) -> Problem:
-    """Two or three purchases, their sum, sometimes the change."""
+    """Write a problem about two or three purchases and their sum, sometimes also the change."""
     story = _Story(rng)
     items = rng.sample(templates.ITEMS, rng.choice((2, 2, 3)))
     counts = [rng.randint(2, 9) for _ in items]
@@ -207,7 +207,7 @@ def _shopping(rng: random.Random) -> Problem:
 
 
 def _comparison(rng: random.Random) -> Problem:
-    """Two or three people whose counts are told relative to each other, then summed."""
+    """Write a problem about two or three people whose counts are given relative to each other, then summed."""
     story = _Story(rng)
     others = [name for name in templates.WOMEN + templates.MEN if name != story.words["name"]]
     story.words["other"], story.words["third"] = rng.sample(others, 2)
@@ -227,7 +227,7 @@ def _comparison(rng: random.Random) -> Problem:
 
 
 def _wages(rng: random.Random) -> Problem:
-    """Hours times days times wage, sometimes less what is spent."""
+    """Write a problem about hours times days times wage, sometimes minus an expense."""
     story = _Story(rng)
     hours, days, wage = rng.randint(2, 9), rng.randint(2, 7), rng.randint(3, 9)
     words: dict[str, object] = {"hours": hours, "days": days, "wage": wage, "job": rng.choice(templates.JOBS)}
@@ -245,7 +245,7 @@ def _wages(rng: random.Random) -> Problem:
 
 
 def _journey(rng: random.Random) -> Problem:
-    """A distance, a ride at constant speed, sometimes a walk, and what is left to go."""
+    """Write a problem about a ride at constant speed, sometimes also a walk, and the remaining distance."""
     story = _Story(rng)
     hours, speed = rng.randint(2, 9), rng.randint(5, 30)
     walk = rng.randint(3, 20) if rng.random() < 0.5 else 0
@@ -287,7 +287,7 @@ def _test_questions() -> frozenset[str]:
 
 
 def train_problems(n: int, *, seed: int) -> list[Problem]:
-    """The first n problems of the training stream `seed`; a longer draw starts with the shorter one.
+    """Return the first n problems of the training stream `seed`.
 
     Questions of the test set never occur. Streams of different seeds are independent.
     """
@@ -298,29 +298,29 @@ def train_problems(n: int, *, seed: int) -> list[Problem]:
 
 
 def test_problems(n: int = TEST_SIZE) -> list[Problem]:  # noqa: PT028 (not a test)
-    """The first n of the 1,000 test problems: always the same, no question twice, none in any training stream."""
+    """Return the first n of the 1,000 test problems. The set is fixed, without duplicates, and in no training stream."""
     if not 0 <= n <= TEST_SIZE:
         raise ValueError(f"the test set has {TEST_SIZE} problems, got n={n}; ask for 0 to {TEST_SIZE}.")
     return list(_test_set()[:n])
 
 
-# The name is public API, not a test of ours.
+# The name is public API; pytest must not collect it as a test.
 test_problems.__test__ = False  # type: ignore[attr-defined]
 
 
 def final_answer(text: str) -> int | None:
-    """The integer after the first `####` of a completion, None when there is none."""
+    """Return the integer after the first `####` of a completion, or None if there is none."""
     match = _ANSWER.search(text)
     return int(match.group(1)) if match else None
 
 
 def load_dataset(split: str, n: int = TEST_SIZE, seed: int = 0) -> "Dataset":
-    """Problems as a `datasets.Dataset` with columns `prompt` and `completion`.
+    """Return problems as a `datasets.Dataset` with columns `prompt` and `completion`.
 
     Args:
         split: `train` or `test`.
-        n: how many, of the test set at most 1,000.
-        seed: which training stream.
+        n: number of problems; at most 1,000 for the test set.
+        seed: seed of the training stream.
     """
     from datasets import Dataset
 

@@ -1,9 +1,9 @@
-"""The words of the benchmark: names, things and sentence templates, as data. No randomness, no arithmetic.
+"""The vocabulary of the benchmark as data: names, things and sentence templates. No randomness, no arithmetic.
 
-Placeholders: {name} a person, {he} and {He} the pronoun, {item} what is counted, {box} a container, {friend} another
-person's role, {eq} the equation of a reasoning line (`12 + 30 = 42`), {total} its result; numbers by their letters.
-Paraphrases of a fact and of its reasoning lines stand at the same index: the first choice of words in an answer depends
-on the words of the question, so an answer is predictable without being constant.
+Placeholders: {name} is a person, {he} and {He} the pronoun, {item} the things counted, {box} a container, {friend} another
+person's role, {eq} the equation of a reasoning line (`12 + 30 = 42`), {total} the result of a problem. Single letters and
+words such as {value} are numbers. Paraphrases of a fact and of its reasoning lines have the same index: the most likely
+wording of an answer depends on the wording of the question, so an answer is predictable without being constant.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ MULTIPLES = {2: "twice", 3: "three times", 4: "four times"}
 
 @dataclass(frozen=True)
 class Event:
-    """Something that changes a count: `signs` are its operations, `lines` one tuple of paraphrases per operation.
+    """An event that changes a count. `signs` are its operations; `lines` has one tuple of paraphrases per operation.
 
-    With two signs the first builds a group (k * m) and the second applies it to the running value.
+    With two signs, the first computes the size of a group (k * m) and the second applies it to the running value.
     """
 
     facts: tuple[str, ...]

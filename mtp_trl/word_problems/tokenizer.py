@@ -1,8 +1,7 @@
-"""Trains the benchmark's tokenizer: byte-level BPE with one token per digit. Run it as a program to write the files.
+"""Train the benchmark's tokenizer: byte-level BPE with one token per digit. Run this file to write the tokenizer's files.
 
-Every UTF-8 text can be encoded (all 256 bytes are in the vocabulary), so other data sets run through it too. A space
-before a number is a token of its own and every digit is one, as in Qwen's tokenizers: arithmetic is learned digit by
-digit.
+All 256 bytes are in the vocabulary, so every UTF-8 text can be encoded and other data sets work too. A space before a number
+is a separate token and so is every digit, as in Qwen's tokenizers: arithmetic is learned digit by digit.
 """
 
 import argparse
@@ -14,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from .generator import train_problems
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-# Two rows of the 768-row embedding matrix stay free: a mask token finds its place without a resize.
+# Two of the 768 rows of the embedding matrix stay free, so that a mask token needs no resize.
 VOCABULARY = 766
-# Words with their leading space, single digits, runs of punctuation, line breaks, other space.
+# Words with their leading space, single digits, runs of punctuation, line breaks, other whitespace.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of `vocabulary` tokens trained on texts; it puts BOS before a text and nothing after it."""
+    """Train a fast tokenizer of `vocabulary` tokens on texts. It puts BOS before a text and nothing after it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -53,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Pr
 def main() -> None:
     """Train on 20,000 problems of the training stream 0 and write the tokenizer's files to a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folder", help="where tokenizer.json and tokenizer_config.json go")
+    parser.add_argument("folder", help="folder for tokenizer.json and tokenizer_config.json")
     folder = parser.parse_args().folder
     problems = train_problems(20_000, seed=0)
     train_tokenizer(problem.prompt + problem.completion for problem in problems).save_pretrained(folder)

@@ -1,5 +1,5 @@
 """A plugin for unmodified vLLM: `--speculative-config '{"model": "mtp_trl.serving.vllm.proposer.MTPProposer", ...}'`.
 
-The masks are draft tokens. A step feeds `[last token | drafts | masks]`; the drafts are verified, the masks give the next
-block, and since a mask is never emitted vLLM's own rejection sampler drops them and their keys and values.
+vLLM treats the masks as draft tokens. A step feeds `[last token | drafts | masks]`, verifies the drafts and predicts the next
+block at the masks. A mask is never emitted, so vLLM's own rejection sampler rejects the masks and frees their keys and values.
 """

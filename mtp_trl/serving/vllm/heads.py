@@ -1,4 +1,4 @@
-"""The same function with wider attention heads: vLLM's attention on CPUs knows a few head sizes only."""
+"""Pad attention heads without changing what the model computes: vLLM's CPU attention supports only a few head sizes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _ROTATED = ("q_proj", "k_proj")
 
 
 def pad_heads(source: Path, target: Path, *, head_dim: int) -> Path:
-    """A copy of a Llama folder, exact mode's adapter included, whose heads have `head_dim` features, the new ones zero.
+    """Copy a Llama folder, including exact mode's adapter, with its attention heads padded by zeros to `head_dim` features.
 
-    Scores are divided by the root of the head size, which the queries make up for; rotary frequencies depend on it, which
-    the base of the frequencies makes up for.
+    The copy computes the same function. Attention divides scores by the square root of the head size, so the queries are
+    scaled up. Rotary frequencies depend on the head size, so `rope_theta` is adjusted.
 
     Raises:
-        ValueError: another architecture, or heads that are not smaller.
+        ValueError: the model is not a Llama with default RoPE, or its heads are not smaller than `head_dim`.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     old = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_parameters", {})
     if config["model_type"] != "llama" or rope.get("rope_type") != "default" or old >= head_dim:
         raise ValueError(
-            f"{source.name} ({config['model_type']}, heads of {old}) cannot be given heads of {head_dim} features."
+            f"{source.name} ({config['model_type']}, {old} features per head) cannot be padded to {head_dim} features: "
+            "only Llama models with default RoPE and smaller heads can."
         )
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -51,7 +52,7 @@ def pad_heads(source: Path, target: Path, *, head_dim: int) -> Path:
 
 
 def _padded(name: str, tensor: Tensor, old: int, new: int) -> Tensor:
-    """A weight, or A or B of an update: only what reads or writes heads changes."""
+    """Pad a weight, or the A or B of an update, if one of its dimensions holds the heads; return other tensors unchanged."""
     layer = next((part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if f".{part}." in name), None)
     if layer is None or (name.endswith("lora_A.weight") != (layer == "o_proj") and "lora_" in name):
         return tensor
@@ -62,7 +63,7 @@ def _padded(name: str, tensor: Tensor, old: int, new: int) -> Tensor:
 
 
 def _insert(rows: Tensor, old: int, new: int, *, halves: bool) -> Tensor:
-    """Rows of `old` per head, as `new` per head. Rotary embeddings pair the halves of a head, so each half grows."""
+    """Insert zero rows, from `old` to `new` rows per head. Rotary embeddings pair the halves of a head, so each half grows."""
     parts = 2 if halves else 1
     heads = rows.view(-1, parts, old // parts, rows.shape[1])
     zeros = heads.new_zeros(heads.shape[0], parts, (new - old) // parts, rows.shape[1])

@@ -1,4 +1,4 @@
-"""`mtp-trl serve`: vLLM's own OpenAI server, with the speculative configuration filled in."""
+"""`mtp-trl serve`: vLLM's own OpenAI server, with the options for decoding in blocks filled in."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _FILLED_IN_V2 = ("--diffusion-config", "-dc", "--hf-overrides", "--scheduler-cls
 
 
 def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
-    """Become vLLM's server; returns only when that cannot be.
+    """Replace this process with vLLM's server. On success, this function does not return.
 
     Args:
         model: folder or Hub id of an adapted model.
-        vllm_options: passed on as they are.
-        options: `additional_config`'s, see `Served`; None means the model's default.
+        vllm_options: options that are passed to vLLM unchanged.
+        options: options of `additional_config`, see `Served`; None means the model's default.
 
     Raises:
-        ValueError: no vLLM or an untested one, a model that was not adapted, options that are filled in here.
+        ValueError: vLLM is missing or untested, the model was not adapted, or `vllm_options` has an option that this function
+            fills in.
     """
     hooks.check_version()
     command = serve_command(model, vllm_options, **options)
@@ -39,24 +40,24 @@ def run_serve(model: str, vllm_options: Sequence[str], **options: Any) -> int:
 
 
 def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> list[str]:
-    """The plain command line behind `mtp-trl serve`."""
+    """Return the vLLM command line that `mtp-trl serve` runs."""
     v2 = hooks.uses_v2()
     given = _by_name(vllm_options)
     for name in (*_FILLED_IN, *(_FILLED_IN_V2 if v2 else ())):
         if name in given:
-            raise ValueError(f"{name} is filled in by mtp-trl serve; leave it out, or start vLLM yourself.")
+            raise ValueError(f"{name} is filled in by mtp-trl serve; leave it out, or start vLLM directly.")
     adapter, revision = options.get("adapter"), given.get("--revision")
     config = AutoConfig.from_pretrained(model, revision=revision)
     mtp = getattr(config, "mtp", None)
     if adapter is not None:
         mtp, _ = adapter_settings(adapter_file(adapter), repository=adapter)
     if mtp is None:
-        raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that this package adapted.")
+        raise ValueError(f"{model} has no mask token (`mtp` in config.json); serve a model that mtp-trl adapted.")
     check_mtp_config(mtp)
     chosen = {name: value for name, value in options.items() if value is not None}
     settings = Settings(mtp["k_max"], (0.0,), verify=True).with_options(chosen, k_max=mtp["k_max"])
     if settings.k < 2:
-        raise ValueError(f"--k {settings.k} is plain decoding: start vLLM without this plugin.")
+        raise ValueError(f"--k {settings.k} is plain decoding; start vLLM without this plugin.")
     flags = [f"--model={servable(model, revision)}", f"--served-model-name={model}"]
     if "--served-model-name" in given:
         del flags[1]
@@ -72,22 +73,25 @@ def serve_command(model: str, vllm_options: Sequence[str], **options: Any) -> li
 
 
 def _by_name(options: Sequence[str]) -> dict[str, str]:
-    """VLLM's options and what follows each, which may be another option. vLLM takes underscores for hyphens."""
+    """Return the value of each vLLM option: the text after `=`, else the next word. In names, `_` is replaced by `-`."""
     given = {}
-    for option, following in zip(options, (*options[1:], ""), strict=False):
+    for option, next_word in zip(options, (*options[1:], ""), strict=False):
         if option.startswith("-"):
             name, equals, value = option.partition("=")
-            given[name.replace("_", "-")] = value if equals else following
+            given[name.replace("_", "-")] = value if equals else next_word
     return given
 
 
 def speculative_config(k: int) -> dict[str, Any]:
-    """The `speculative_config` for blocks of k: room for k - 1 drafts and k - 1 masks behind them."""
+    """Return the `speculative_config` for blocks of k: up to k - 1 drafts, followed by k - 1 masks."""
     return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 2 * (k - 1)}
 
 
 def v2_arguments(architecture: str, k: int, *, synchronous: bool = False) -> dict[str, Any]:
-    """What vLLM's `LLM` is told for the same on Model Runner V2, whose scheduling is synchronous on CPUs, or when asked."""
+    """Return the arguments of vLLM's `LLM` that serve blocks of k on Model Runner V2.
+
+    Scheduling is synchronous on CPUs, and elsewhere if `synchronous` is set; it then needs `BlockScheduler`.
+    """
     from vllm.platforms import current_platform
 
     chosen: dict[str, Any] = {"diffusion_config": {"canvas_length": 2 * (k - 1)}}
@@ -96,7 +100,7 @@ def v2_arguments(architecture: str, k: int, *, synchronous: bool = False) -> dic
 
 
 def servable(model: str, revision: str | None = None) -> str:
-    """The model, or a copy of the same function with wider heads where vLLM's attention lacks its head size (CPUs)."""
+    """Return the model, or an equivalent copy with wider heads if vLLM's CPU attention does not support its head size."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -110,5 +114,5 @@ def servable(model: str, revision: str | None = None) -> str:
     if head_dim in sizes or wider is None or not Path(model).is_dir():
         return model
     copy = pad_heads(Path(model), Path(tempfile.mkdtemp(prefix="mtp_trl_serve_")), head_dim=wider)
-    print(f"mtp-trl: vLLM's attention on CPUs has no heads of {head_dim} features; serving the same model with {wider}, {copy}")
+    print(f"mtp-trl: vLLM's CPU attention does not support heads of {head_dim} features; serving a copy with {wider}: {copy}")
     return str(copy)

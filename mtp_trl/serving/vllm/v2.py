@@ -1,7 +1,7 @@
-"""The same on vLLM's Model Runner V2, without any hook: a model class whose state brings a sampler of its own.
+"""Serving on vLLM's Model Runner V2, without a patch: a model class whose model state supplies its own sampler.
 
-To vLLM drafts and masks are the canvas of a diffusion model: its scheduler gives every request `canvas_length` places in each
-step, and its runner reads what stands there from a tensor that the sampler here writes. Nothing waits for the host.
+vLLM treats drafts and masks as the canvas of a diffusion model. Its scheduler gives every request `canvas_length` positions in
+each step, and its runner reads their tokens from a tensor that this module's sampler writes. No step waits for the host.
 """
 
 # Shapes: B rows of the batch, J tokens that the sampler of vLLM returns at most for a request, K positions of a block,
@@ -30,20 +30,23 @@ from .settings import Served
 
 
 def __getattr__(name: str) -> type[Any]:
-    """`MTP<architecture>`: vLLM's class of that architecture with `BlockModel` in front. `hooks.register` names them all."""
+    """Create the class `MTP<architecture>`, which extends `BlockModel` and vLLM's class of that architecture.
+
+    `hooks.register` registers these names.
+    """
     base = name.removeprefix(hooks.PREFIX)
     if base == name or base not in ModelRegistry.models:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made: type[Any] = type(name, (BlockModel, ModelRegistry.models[base].load_model_cls()), {"__module__": __name__})
-    globals()[name] = made
-    return made
+    model_class: type[Any] = type(name, (BlockModel, ModelRegistry.models[base].load_model_cls()), {"__module__": __name__})
+    globals()[name] = model_class
+    return model_class
 
 
 class BlockModel:
-    """In front of one of vLLM's model classes: the same model, whose requests are decoded in blocks."""
+    """Mixin for one of vLLM's model classes, which decodes its requests in blocks."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
-        """Raises ValueError, before weights are read, for what `Served.of` refuses and engines that draft nothing."""
+        """Raise ValueError, before weights are read, for models and engines that cannot be served."""
         hooks.check_version()
         served = Served.of(vllm_config)
         _refuse(vllm_config, type(self))
@@ -51,12 +54,12 @@ class BlockModel:
         self.mtp_served = served
 
     def get_model_state_cls(self) -> type[Any]:
-        """Asked for by vLLM's runner."""
+        """Return the class of the model state that vLLM's runner builds."""
         return BlockState
 
 
 class BlockState(DefaultModelState):
-    """Puts exact mode's adapter on the model, and its sampler in the place of vLLM's."""
+    """Attaches exact mode's adapter to the model and replaces vLLM's sampler."""
 
     supports_prompt_embeds = False
 
@@ -65,19 +68,22 @@ class BlockState(DefaultModelState):
         attach_adapter(model, model.mtp_served, max_tokens=self.max_num_tokens)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
-        """Asked for by vLLM's runner, which leaves verification to it: there is no speculator here."""
+        """Return the sampler that vLLM's runner uses, which also verifies, and no rejection sampler."""
         return BlockSampler(sampler, self.model.mtp_served, slots=self.max_num_reqs, device=self.device), None
 
 
 class BlockSampler:
-    """vLLM's sampler, verifying the drafts and writing each request's next ones; all else is the sampler's own."""
+    """Wraps vLLM's sampler: verifies the drafts and writes the next drafts of each request.
+
+    All other attributes are those of vLLM's sampler.
+    """
 
     def __init__(self, sampler: Any, served: Served, *, slots: int, device: torch.device) -> None:
         self.sampler, self.served = sampler, served
         verifying = {"num_speculative_tokens": served.width, "rejection_sample_method": "standard"}
         self.verifier = RejectionSampler(sampler, SimpleNamespace(**verifying, enable_adaptive_verification=False), device)
         self.barred = torch.tensor(served.barred_token_ids, device=device)
-        # Of the request in each slot: masks of a whole block, thresholds by place, whether drafts are taken unverified.
+        # For the request in each slot: masks of a full block, thresholds by position, whether drafts skip verification.
         self.masks_Z = UvaBackedTensor(slots, dtype=torch.int64)
         self.thresholds_ZK = UvaBackedTensor((slots, served.k_max), dtype=torch.float32)
         self.unverified_Z = UvaBackedTensor(slots, dtype=torch.bool)
@@ -86,22 +92,22 @@ class BlockSampler:
         return getattr(self.__dict__["sampler"], name)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """Called once for each request, and again when it comes back after preemption."""
+        """Store the settings of a request. vLLM calls this for each new request, and again after a preemption."""
         self.sampler.add_request(req_idx, sampling_params)
         settings = self.served.of_served_request(f"in slot {req_idx}", sampling_params)
-        # vLLM's grammars are told of no drafts here: they know the next token's place alone.
+        # vLLM does not pass these drafts to its grammars, which constrain only the next token.
         self.masks_Z.np[req_idx] = 0 if sampling_params.structured_outputs else settings.k - 1
         self.thresholds_ZK.np[req_idx] = thresholds_by_position(settings.thresholds, self.served.k_max)
         self.unverified_Z.np[req_idx] = not settings.verify
 
     def apply_staged_writes(self) -> None:
-        """Called before every step."""
+        """Copy new settings to the device. vLLM calls this before every step."""
         self.sampler.apply_staged_writes()
         for settings in (self.masks_Z, self.thresholds_ZK, self.unverified_Z):
             settings.copy_to_uva()
 
     def __call__(self, logits_PV: Tensor, batch: Any) -> Any:
-        """The batch's SamplerOutput, as vLLM's sampler gives it, and the next canvas of every request in it along the way."""
+        """Return the SamplerOutput of the batch, and write the next canvas of each of its requests."""
         logits_PV.index_fill_(-1, self.barred, -torch.inf)
         slots_B = batch.idx_mapping
         if batch.num_draft_tokens == 0:
@@ -110,7 +116,7 @@ class BlockSampler:
 
         rows = batch.cu_num_logits.long()
         scheduled = Scheduled.of(
-            batch.input_ids[batch.logits_indices],  # in front of a request's drafts, the token they stand behind
+            batch.input_ids[batch.logits_indices],  # of each request: the token before its drafts, then drafts and masks
             rows[:-1] + 1,
             rows[1:],
             rows[:-1],
@@ -121,9 +127,9 @@ class BlockSampler:
         position_J = torch.arange(output.sampled_token_ids.shape[1], device=logits_PV.device)
         tokens_BJ = output.sampled_token_ids.where(position_J < output.num_sampled[:, None], PLACEHOLDER)
         tokens_BJ = accept_all(tokens_BJ, scheduled, blocks, self.unverified_Z.gpu[slots_B])
-        taken_B = (tokens_BJ != PLACEHOLDER).sum(1, dtype=output.num_sampled.dtype)
-        output.num_rejected = output.num_rejected + output.num_sampled - taken_B
-        output.sampled_token_ids, output.num_sampled = tokens_BJ, taken_B
+        emitted_B = (tokens_BJ != PLACEHOLDER).sum(1, dtype=output.num_sampled.dtype)
+        output.num_rejected = output.num_rejected + output.num_sampled - emitted_B
+        output.sampled_token_ids, output.num_sampled = tokens_BJ, emitted_B
         limits: dict[str, Any] = {"threshold": self.thresholds_ZK.gpu[slots_B], "vocabulary": logits_PV.shape[-1]}
         self._write(slots_B, next_drafts(logits_PV, tokens_BJ, scheduled, blocks, **limits))
         return output
@@ -134,10 +140,10 @@ class BlockSampler:
 
 
 class BlockScheduler(Scheduler):
-    """Gives requests the places of their canvas where scheduling is synchronous, as vLLM's asynchronous scheduler does."""
+    """vLLM's synchronous scheduler, with positions for each request's canvas, which only the asynchronous one schedules."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Called after every step."""
+        """Schedule a canvas of placeholders for each request. vLLM calls this after every step."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         requests = model_runner_output.req_ids
         self.update_draft_token_ids(DraftTokenIds(requests, [[PLACEHOLDER] * self.num_spec_tokens for _ in requests]))
@@ -148,20 +154,23 @@ def _refuse(vllm_config: Any, model: type[Any]) -> None:
     base = model.__name__.removeprefix(hooks.PREFIX)
     if base in MODELS_CONFIG_MAP or hasattr(super(BlockModel, model), "get_model_state_cls"):
         raise ValueError(
-            f"vLLM has settings of its own for {base}, which a class of another name does not get; serve it on Model Runner "
-            "V1: unset VLLM_USE_V2_MODEL_RUNNER, and start it with mtp-trl serve."
+            f"vLLM has its own settings for {base}, which it does not apply to a class of another name; serve the model on "
+            "Model Runner V1: unset VLLM_USE_V2_MODEL_RUNNER, and use mtp-trl serve."
         )
     if vllm_config.num_speculative_tokens < 1 or vllm_config.speculative_config is not None:
         raise ValueError(
-            f"{model.__name__} drafts without a speculative configuration: leave that out, and give a canvas with "
+            f"{model.__name__} needs a canvas and no speculative configuration; leave the latter out, and set the canvas with "
             "--diffusion-config '{\"canvas_length\": 2 (k_max - 1)}', as mtp-trl serve does."
         )
     scheduling = vllm_config.scheduler_config
     if not scheduling.async_scheduling and scheduling.scheduler_cls != hooks.SCHEDULER:
-        raise ValueError(f"Without asynchronous scheduling drafts have no places: add --scheduler-cls {hooks.SCHEDULER}.")
+        raise ValueError(
+            "Without asynchronous scheduling, vLLM's scheduler leaves no positions for drafts; "
+            f"add --scheduler-cls {hooks.SCHEDULER}."
+        )
     if vllm_config.model_config.logits_processors:
-        raise ValueError("Custom logits processors do not see drafts that are taken unverified; leave --logits-processors out.")
+        raise ValueError("Custom logits processors do not see drafts that skip verification; leave --logits-processors out.")
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise ValueError(
-            "Batch-sharded sampling leaves every rank with other drafts; leave --enable-batch-sharded-sampling out."
+            "With batch-sharded sampling, each rank would have different drafts; leave --enable-batch-sharded-sampling out."
         )
