@@ -51,7 +51,7 @@ def rows(processes: list[int], memory: float) -> list[dict[str, Any]]:
         for way, options in WAYS.items():
             for count in processes:
                 setup = Setup(
-                    rows=16, length=160, slots=40, places=16 * 45, master=True, checkpointing=True, rank=64, processes=count,
+                    rows=16, length=160, slots=40, positions=16 * 45, master=True, checkpointing=True, rank=64, processes=count,
                     **options,
                 )  # fmt: skip
                 gib = estimate(config, setup).in_gib()

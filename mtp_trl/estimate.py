@@ -42,7 +42,7 @@ class Setup:
     Attributes:
         mode: `full`, `lora` or `exact`.
         rows, length, slots: rows of a micro-batch, text tokens of a row and mask slots of a row.
-        places: number of positions in a micro-batch whose logits are read.
+        positions: number of positions in a micro-batch whose logits are read.
         chunk: `logits_chunk_size`.
         weight_bytes: bytes of one parameter as loaded; 0.5 for a base in 4 bits.
         autocast: whether weights are kept in float32 and cast to bf16 for every pass.
@@ -59,7 +59,7 @@ class Setup:
     rows: int
     length: int
     slots: int
-    places: int
+    positions: int
     chunk: int = 1024
     weight_bytes: float = 2
     autocast: bool = False
@@ -162,7 +162,7 @@ def _activations(model: PreTrainedModel, setup: Setup, compute_bytes: float, tra
             model.get_submodule(name).weight.requires_grad_(True)
         model.get_input_embeddings().weight.requires_grad_(True)
     saved = _saved_for_backward(model, setup.rows, columns, setup.slots + setup.length) * compute_bytes / _FLOAT32
-    logits = min(setup.chunk, setup.places) * config.vocab_size * _FLOAT32 * _LOGIT_COPIES
+    logits = min(setup.chunk, setup.positions) * config.vocab_size * _FLOAT32 * _LOGIT_COPIES
     # With checkpointing: the input of every layer, and either the logits or, after they are freed, one recomputed layer.
     inputs = layers * setup.rows * columns * hidden * compute_bytes
     saved = inputs + max(logits, saved / layers) if setup.checkpointing else saved + logits
@@ -233,7 +233,7 @@ def setup_of(arguments: Any, model: Any, deepspeed: Mapping[str, Any] | None, pr
         rows=arguments.per_device_train_batch_size,
         length=arguments.max_length,
         slots=arguments.slots_per_row,
-        places=int(arguments.per_device_train_batch_size * arguments.slots_per_row * per_slot),
+        positions=int(arguments.per_device_train_batch_size * arguments.slots_per_row * per_slot),
         chunk=arguments.logits_chunk_size,
         weight_bytes=quantised or (2 if half or with_master else 4),
         autocast=arguments.bf16 and not half and not with_master and quantised is None,

@@ -81,7 +81,7 @@ def test_estimates_are_above_measured_peaks_by_less_than_30_percent(tmp_path, mo
 
 def test_parameters_gradients_and_states_of_8b_by_hand():
     """With ZeRO-3 on 8 GPUs in bf16, weights, gradients and teacher take 2 bytes each, master copy and moments 12."""
-    setup = Setup(mode="full", rows=16, length=160, slots=40, places=720, master=True, zero_stage=3, processes=8)
+    setup = Setup(mode="full", rows=16, length=160, slots=40, positions=720, master=True, zero_stage=3, processes=8)
     memory, billion = estimate(LLAMA_8B, setup), 8.030261248
     assert memory.parameters == memory.teacher == memory.gradients == pytest.approx(2e9 * billion / 8, rel=1e-6)
     assert memory.optimizer == pytest.approx(12e9 * billion / 8, rel=1e-6)
@@ -91,7 +91,7 @@ def test_parameters_gradients_and_states_of_8b_by_hand():
 
 
 def test_exact_mode_keeps_no_optimizer_state_for_the_base():
-    setup = Setup(mode="exact", rows=16, length=160, slots=128, places=1000, master=True, zero_stage=2, processes=8, rank=64)
+    setup = Setup(mode="exact", rows=16, length=160, slots=128, positions=1000, master=True, zero_stage=2, processes=8, rank=64)
     memory = estimate(LLAMA_8B, setup)
     adapter = 64 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) + 4096
     assert memory.parameters == 2 * (8030261248 + adapter)

@@ -72,9 +72,9 @@ def positions_with_loss(rollout_BRK: Tensor | None, target_BRK: Tensor, drawn_BR
     return drawn_BRK & ~ended_before_BRK
 
 
-def position_weights(places: int, decay: float) -> Tensor:
+def position_weights(size: int, decay: float) -> Tensor:
     """Return the weight decay ** (j - 1) of each position j = 1..K of a block in the loss, float32 [K]."""
-    return decay ** torch.arange(places, dtype=torch.float)
+    return decay ** torch.arange(size, dtype=torch.float)
 
 
 def block_sums(
