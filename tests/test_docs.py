@@ -1,5 +1,6 @@
 """Runs every code block of docs/ and README.md, in order, on the bundled model with fewer steps."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -131,6 +132,27 @@ def test_links_between_documents_resolve():
     for path in sorted(DOCS.glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (DOCS / target).exists(), f"{path.name}: {target}"
+
+
+def defined_in(path):
+    """Names of functions, classes and methods (`Class.method`) defined in a source file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name for node in top} | {
+        f"{node.name}.{method.name}" for node in top for method in node.body if isinstance(method, ast.FunctionDef)
+    }
+
+
+def test_every_file_and_function_named_in_contributing_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.(?:py|md|json))(?:::([\w.]+))?`", text)
+    assert len(named) > 30
+    for file, name in named:
+        if "NAME" in file:  # stands for any result
+            continue
+        path = next((folder / file for folder in (ROOT, ROOT / "mtp_trl") if (folder / file).is_file()), None)
+        assert path is not None, file
+        assert not name or name in defined_in(path), f"{file}: {name}"
 
 
 def test_the_api_reference_matches_the_docstrings():

@@ -152,7 +152,7 @@ class CheckpointingTrainer(DistillationTrainer):
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         raise FloatingPointError(
             f"The {quantity} of step {self.state.global_step + 1} is not finite. No checkpoint contains it"
-            + (f"; {last} is the last" if last else "")
+            + (f"; the last one is {last}" if last else "")
             + f". Lower learning_rate={self.args.learning_rate:g}, or train in bf16 or float32 instead of fp16."
         )
 
