@@ -2,7 +2,7 @@
 
 All ways train the bundled base on word problems with a hard teacher, Muon at a constant learning rate, and no warm-up on ground
 truth. They differ only in the regions and in the trained parameters. One way is added to those of train.py: full fine-tuning
-with a separate mask row for each position of a block.
+with a separate embedding row of the mask token for each position of a block.
 
 Agreement is measured on held-out texts and is not timed. For each of the positions 2 to k_max of a block, it takes the share of
 blocks in which the student's token is the teacher's most probable one; the agreement is the mean of these shares.
@@ -107,7 +107,7 @@ class Run:
         reached = bool(self.row.history) and self.row.history[-1][1] >= self.options.target
         return reached or sum(self.seconds) >= self.options.seconds
 
-    def go_on(self) -> None:
+    def train_and_measure(self) -> None:
         """Make `--every` optimizer steps, then measure the agreement on held-out text."""
         rows = self.options.rows
         for _ in range(self.options.every):
@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     console = Console(stderr=True)
     while unfinished := [run for run in runs if not run.is_done]:
         for run in unfinished:
-            run.go_on()
+            run.train_and_measure()
             step, agreement = run.row.history[-1]
             elapsed = f"{sum(run.seconds):.0f} s"
             console.print(f"{run.row.way}: step {step}, {elapsed}, agreement {agreement:.3f}", highlight=False)

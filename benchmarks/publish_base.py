@@ -1,6 +1,6 @@
 """Write the bundled base model from a run of recipes/tiny_base.yaml: bf16 weights, measured accuracy, provenance.
 
-python benchmarks/publish_base.py runs/tiny_base
+python benchmarks/publish_base.py runs/tiny_base/checkpoint-1300
 """
 
 import argparse

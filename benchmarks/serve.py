@@ -255,7 +255,7 @@ def _milliseconds(seconds: float) -> str:
     return "-" if seconds < 5e-5 else f"{1000 * seconds:.1f}"
 
 
-def begun(output: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
+def results_so_far(output: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
     """Return the results so far; without an output file, results with no rows yet.
 
     Raises:
@@ -286,7 +286,7 @@ def main() -> None:
     check_version()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `running` stops the server
     asked = {name: getattr(options, name) for name in ("requests", "max_tokens", "confadapt", "vllm")}
-    results = begun(options.output, asked | {"prompts": options.prompts and options.prompts.name})
+    results = results_so_far(options.output, asked | {"prompts": options.prompts and options.prompts.name})
     rows = [Row(**values) for values in results["rows"]]
     for folder in options.models:
         for new in measure(folder, options, rows):

@@ -3,7 +3,7 @@
 The ways of training alternate, one optimizer step each, on the same texts, so that other load on the machine affects all ways
 equally; the table shows medians. Peak memory is measured in a separate process for each way.
 
-    python benchmarks/train.py                          # 19M parameters, for a CPU
+    python benchmarks/train.py                          # 17M parameters, for a CPU
     python benchmarks/train.py --hidden 2048 --layers 16 --heads 32 --vocabulary 128256 --length 512 --dtype bfloat16
 
 All layouts fill the same number of mask slots per clean token. The paper's layout spaces its regions evenly over the whole text

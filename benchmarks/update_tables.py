@@ -23,7 +23,7 @@ import memory  # noqa: E402
 import serve  # noqa: E402
 import train  # noqa: E402
 
-from mtp_trl.publishing.report import TableRow, from_json, markdown, replace_table, threshold_text  # noqa: E402  # noqa: E402
+from mtp_trl.publishing.report import TableRow, from_json, markdown, replace_table, threshold_text  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 RUNS = {

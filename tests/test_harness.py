@@ -39,7 +39,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, write_student):
-    """A random base, a student with the same weights, and a task whose answer key has the base's answers, but not the last."""
+    """A random base, a student with the same weights, and a task whose answer key has the base's answers except the last."""
     root = tmp_path_factory.mktemp("harness")
     write_student(root / "student", base=root / "base", confadapt=0.9, verify=False, positions=128)
     (root / "tasks").mkdir()

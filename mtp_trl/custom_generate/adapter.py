@@ -1,4 +1,4 @@
-"""Exact mode's adapter: low-rank updates and a mask embedding that act at mask positions only (method section 4b)."""
+"""Exact mode's adapter: low-rank updates and a mask embedding that act at mask positions only."""
 
 # Shapes: B rows of the batch, T columns of a forward pass
 
@@ -79,7 +79,7 @@ class MaskGatedAdapter(nn.Module):
         mtp: `config.mtp` of the model that was trained.
         defaults: decoding defaults, `confadapt` and `verify`, for a base whose generation_config has neither.
         base: name and `base_fingerprint` of the model that the adapter was trained on; the fingerprint may be None.
-        lora_layers: names of the layers that must have a LoRA of PEFT's. An adapter of a LoRA model has no updates of its
+        lora_layers: names of the layers that must have a PEFT LoRA. An adapter of a LoRA model has no updates of its
             own, since the LoRA acts at every column: it holds only the embedding of the mask.
         source: the repository that the adapter was read from, and the version of its file.
     """
@@ -143,7 +143,7 @@ class MaskGatedAdapter(nn.Module):
 
     @property
     def state(self) -> PassState:
-        """The current state. `within(state)` recomputes a layer in backward as it ran in the forward pass."""
+        """The current state. A layer that backward recomputes in `within(state)` runs as it did in the forward pass."""
         return self._gate, self._shape, self._thread
 
     @contextmanager

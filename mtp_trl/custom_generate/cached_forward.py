@@ -13,7 +13,7 @@ from .adapter import MaskGatedAdapter
 from .cache import AttentionMasks, Placement, RowOffsetLayer
 from .forward_base import Forward, StepColumns
 from .past_cache import hand_back, take_over
-from .probes import cache_layers
+from .probes import CACHE_NAMES, cache_layers
 from .rows import Row
 from .settings import Settings
 
@@ -57,7 +57,7 @@ class CachedForward(Forward):
         )
         self.rows = rows
         self.keeps_rows = self.static or past is not None
-        self.compiles = self.static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
+        self.compiles = self.static and model._valid_auto_compile_criteria({CACHE_NAMES[0]: self.cache}, config)
         self.compile_config = config.compile_config
         if past is not None:
             take_over(past, self.layers, rows, scratch=self.scratch)
@@ -85,8 +85,8 @@ class CachedForward(Forward):
             input_ids=columns.ids,
             position_ids=columns.positions,
             attention_mask=self.attention(columns.positions, columns.anchors, masks=masks, top=top, dtype=self.mask_dtype()),
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE_NAMES[0]: self.cache},
         )
         return (logits if fed is alive else logits[[row.index for row in alive]]), masks
 

@@ -17,7 +17,7 @@ from .adapter import MaskGatedAdapter
 from .cached_forward import CachedForward
 from .forward_base import Forward
 from .past_cache import ATTENTION_LAYERS
-from .probes import cache_layers, check_left_to_right, continues_from_states, windows_by_column
+from .probes import CACHE_NAMES, cache_layers, check_left_to_right, continues_from_states, windows_by_column
 from .recurrent_forward import RecurrentForward
 from .rows import Row
 from .settings import Settings
@@ -38,13 +38,13 @@ def forward_for(
     """Return the fastest `Forward` that is correct for this model.
 
     Raises:
-        ValueError: the model is not causal, or its layers do not support `mtp_blocks` or `past_key_values`.
+        ValueError: the model is not causal, or its layers do not support `mtp_blocks` or a cache that is passed in.
     """
     arguments = frozenset(inspect.signature(model.forward).parameters)
     kinds = {type(layer) for layer in cache_layers(model)} if model._supports_default_dynamic_cache() else {Any}
     if windows_by_column(model):
         kinds = {Any}
-    if kinds <= ATTENTION_LAYERS and {"position_ids", "past_key_values"} <= arguments:
+    if kinds <= ATTENTION_LAYERS and {"position_ids", CACHE_NAMES[0]} <= arguments:
         return CachedForward(model, settings, arguments, rows, config, adapter=adapter, synced=synced, past=past)
     name = type(model).__name__
     if settings.blocks > 1:
@@ -54,7 +54,7 @@ def forward_for(
         )
     if past is not None:
         raise ValueError(
-            f"past_key_values= needs a model with attention layers only, and {name} has recurrent layers or an unsupported "
+            f"{CACHE_NAMES[0]}= needs a model with attention layers only, and {name} has recurrent layers or an unsupported "
             "cache; leave it out to read the whole conversation again."
         )
     if kinds <= ATTENTION_LAYERS | _RECURRENT_LAYERS and continues_from_states(model):

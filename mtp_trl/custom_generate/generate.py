@@ -22,7 +22,7 @@ The first step is the prefill: the whole prompt is pending.
 Verified text is token for token what the model generates at one token per pass: greedy, or sampled with noise that depends
 only on (seed, prompt, position).
 
-Recurrent states advance over confirmed tokens only. Each step feeds the tokens after the state again.
+Recurrent states advance over confirmed tokens only. Each step feeds again all tokens that a state has not read yet.
 
 This folder is uploaded with every model as `custom_generate/`. `from_pretrained(..., trust_remote_code=True)` binds
 `generate` to the model; `attach_decoder` binds it to a model in memory. It needs torch, transformers and safetensors. Read
@@ -64,7 +64,7 @@ from .mtp_config import check_mtp_config  # noqa: F401
 from .output import MTPGenerateOutput, Scores, output_of
 from .pace import Pace
 from .past_cache import take_over  # noqa: F401
-from .probes import execution_device  # noqa: F401
+from .probes import CACHE_NAMES
 from .recurrent_forward import RecurrentForward  # noqa: F401
 from .repository import HUB_OPTIONS, Repository, adapter_for, being_loaded_from, one_at_a_time
 from .rows import Row, Text, rows_of
@@ -106,8 +106,9 @@ def generate_blocks(
 ) -> Tensor | MTPGenerateOutput:
     """Generate several tokens per forward pass. Arguments not listed here are those of `GenerationMixin.generate`.
 
-    To continue a conversation, pass its `DynamicCache` as `past_key_values`. It must cover the first columns of `inputs`.
-    After the call it covers the columns, generated ones included, that are cached in every row.
+    To continue a conversation, pass its `DynamicCache` as `past_key_values`, or as `cache`, its name since transformers 5.24.
+    It must cover the first columns of `inputs`. After the call it covers the columns, generated ones included, that are cached
+    in every row.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("you/adapted", trust_remote_code=True)
@@ -123,12 +124,13 @@ def generate_blocks(
             positions. The first token of a block is always accepted; if it misses its own threshold, no other token is.
             None: the repository's default, else static k.
         mtp_k: largest block size; 1 is plain decoding. "auto", only with `verify`, picks the block size of each step for the
-            most tokens per second, estimated from the confirmed drafts and the timed passes so far. None: the trained block
-            size.
+            most tokens per second, estimated from the confirmed drafts and the timed passes so far. None: the repository's
+            default, else the trained block size.
         verify: return exactly the text of one token per pass. None: the repository's default, else False.
-        mtp_blocks: with `verify`, the number of possible rejection points that get their own block of masks; `mtp_k` covers
-            all of them. More blocks give more tokens per pass but wider passes, so they pay off where wide passes cost
-            little more. None: 1. With logits processors that read the text it is always 1.
+        mtp_blocks: with `verify`, the number of possible rejection points that get their own block of masks; the
+            value of `mtp_k` covers all of them. More blocks give more tokens per pass but wider passes, so they pay off if
+            wide passes cost little more. None: the repository's default, else 1. With logits processors that read the text
+            it is always 1.
         mtp_token_id: the mask token, for checkpoints without `config.mtp`. None: `tokenizer`, if passed, finds it by name.
         tokenizer: needed for `stop_strings`.
 
@@ -156,7 +158,11 @@ def generate_blocks(
     stopping_criteria = with_stop_strings(stopping_criteria, kwargs, generation_config, model, tokenizer)
     if synced_gpus is None:
         synced_gpus = ranks_wait_for_each_other(model)
-    past = kwargs.get("past_key_values")
+    past = kwargs.pop("past_key_values", None)
+    if past is None:
+        past = kwargs.get(CACHE_NAMES[0])
+    elif kwargs.setdefault(CACHE_NAMES[0], past) is not past:
+        raise ValueError("past_key_values= and cache= name the same argument; pass one of them.")
     request = Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer, past, synced_gpus)
     with one_at_a_time(model, repository), evaluating(model):
         loop = functools.partial(_decode, request=request, adapter=adapter_for(model, repository))

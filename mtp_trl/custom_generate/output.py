@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from .probes import CACHE_NAMES
 from .rows import Row, Text
 
 
 @dataclass
-class MTPGenerateOutput(ModelOutput):
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     """Output of `generate(..., return_dict_in_generate=True)`.
 
     Example:
@@ -35,15 +36,12 @@ class MTPGenerateOutput(ModelOutput):
             tokens have -inf.
         logits: with `output_logits`, the logits before all processors, in the same format.
         past_key_values: the cache that was passed in, which now holds the columns that are cached in all rows; else None.
+            Since transformers 5.24 it is called `cache`.
     """
 
-    sequences: Tensor | None = None
     block_lengths: list[list[int]] | None = None
     forward_passes: Tensor | None = None
     acceleration: float | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    past_key_values: Cache | None = None
 
 
 class Scores:
@@ -79,5 +77,5 @@ def output_of(rows: list[Row], text: Text, scores: Scores, past: Cache | None) -
         acceleration=sum(sum(row.block_lengths) for row in rows) / sum(passes),
         scores=scores.by_token(scores.scores, pad=text.pad),
         logits=scores.by_token(scores.logits, pad=text.pad),
-        past_key_values=past,
+        **{CACHE_NAMES[0]: past},
     )

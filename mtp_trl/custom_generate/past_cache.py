@@ -1,4 +1,4 @@
-"""The caller's `past_key_values`: copy its keys and values before decoding, and update it after decoding."""
+"""The caller's cache: copy its keys and values before decoding, and update it after decoding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import RowOffsetLayer
-from .probes import cache_layers
+from .probes import CACHE_NAMES, cache_layers
 from .rows import Row
 
 ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -21,7 +21,7 @@ def take_over(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, scr
     if any(type(layer) not in ATTENTION_LAYERS for layer in past.layers):
         found = f"{type(past).__name__} of {sorted({type(layer).__name__ for layer in past.layers})}"
         remedy = "pass DynamicCache(config=model.config), or leave it out"
-        raise ValueError(f"past_key_values= must be a DynamicCache, got {found}; {remedy}.")
+        raise ValueError(f"{CACHE_NAMES[0]}= must be a DynamicCache, got {found}; {remedy}.")
     cached = past.get_seq_length()
     if cached == 0:
         return
@@ -52,11 +52,11 @@ def _check_fit(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], *, ca
         if found != len(rows):
             remedy = "for several answers to one prompt, call its batch_repeat_interleave(num_return_sequences) first"
         raise ValueError(
-            f"past_key_values= holds {found} rows of {cached} tokens, the prompts are {len(rows)} rows of {width}; {remedy}."
+            f"{CACHE_NAMES[0]}= holds {found} rows of {cached} tokens, the prompts are {len(rows)} rows of {width}; {remedy}."
         )
     if len(past.layers) != len(layers):
         sizes = f"{len(past.layers)} layers, the model {len(layers)}"
-        raise ValueError(f"past_key_values= has {sizes}; pass DynamicCache(config=model.config).")
+        raise ValueError(f"{CACHE_NAMES[0]}= has {sizes}; pass DynamicCache(config=model.config).")
 
 
 def hand_back(past: Cache, layers: list[RowOffsetLayer], rows: list[Row], model: PreTrainedModel, *, scratch: int) -> None:

@@ -11,9 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+
+# Names of the argument that takes a cache, the one of `generate` first. transformers 5.24 renamed it.
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAMES = ("cache",) if _RENAMED else ("past_key_values", "cache_params")
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """Return the name of the argument of `forward` that takes a cache, or None if there is none."""
+    arguments = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in arguments), None)
 
 
 def execution_device(layer: Any) -> torch.device:
@@ -72,7 +82,7 @@ def continues_from_states(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _states_agree(model: PreTrainedModel) -> bool:
     """Whether 12 tokens give the same states when they are read at once and as 8 and then 4."""
-    name = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
+    name = str(cache_argument(model))
     ids = _trial_ids(model)
     states_by_split = []
     for parts in ([ids], ids.split(8, 1)):

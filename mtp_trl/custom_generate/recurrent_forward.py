@@ -17,7 +17,7 @@ from .adapter import MaskGatedAdapter
 from .cache import AttentionMasks, Placement, RowOffsetLayer, hybrid_cache_layer
 from .cached_forward import SLOT_MULTIPLE
 from .forward_base import Forward, StepColumns
-from .probes import cache_layers, recurrent_states
+from .probes import cache_argument, cache_layers, recurrent_states
 from .rows import Row
 from .settings import Settings
 
@@ -56,7 +56,7 @@ class RecurrentForward(Forward):
         self.layers = [hybrid_cache_layer(layer, self.placement) for layer in cache_layers(model)]
         attends = any(isinstance(layer, RowOffsetLayer) for layer in self.layers)
         self.attention = AttentionMasks(model, slots=self.placement.slots, scratch=0, block=1) if attends else None
-        self.cache_name = "past_key_values" if "past_key_values" in arguments else "cache_params"
+        self.cache_name = str(cache_argument(model))
         self.cache = Cache(layers=self.layers)
         self.read: dict[int, int] = {}  # number of tokens that a row's state has read, by the row's index
 

@@ -22,6 +22,7 @@ from .mtp_config import (
     mtp_config_of,
     within_vocabulary,
 )
+from .probes import CACHE_NAMES
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def refuse_generation_config(config: GenerationConfig) -> None:
 
 def refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
     """Raise ValueError for model inputs other than text, such as images or token types."""
-    known = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+    known = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
     for name, value in model_kwargs.items():
         if name not in known and value is not None:
             raise ValueError(f"{name}= would be ignored, since only input_ids and attention_mask are read; {_REMEDY}.")

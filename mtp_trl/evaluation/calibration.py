@@ -96,10 +96,10 @@ def compare(answers: Sequence[Record], own: Sequence[Record]) -> Counts:
     """
     pairs = list(zip(answers, own, strict=True))
     if own[0].correct is None:
-        lost, gained = sum(answer.token_ids != mine.token_ids for answer, mine in pairs), 0
+        lost, gained = sum(answer.token_ids != single.token_ids for answer, single in pairs), 0
     else:
-        lost = sum(bool(mine.correct and not answer.correct) for answer, mine in pairs)
-        gained = sum(bool(answer.correct and not mine.correct) for answer, mine in pairs)
+        lost = sum(bool(single.correct and not answer.correct) for answer, single in pairs)
+        gained = sum(bool(answer.correct and not single.correct) for answer, single in pairs)
     tokens, passes = sum(len(answer.token_ids) for answer in answers), sum(answer.passes for answer in answers)
     return Counts(len(pairs), lost, gained, tokens / passes)
 

@@ -227,7 +227,7 @@ def run_calibrate(
     Console().print(Markdown(calibration.markdown()))
     if chosen is None:
         raise ValueError(
-            f"{model} is unchanged: even threshold {threshold_text(steps[0].threshold)} loses too much to show a loss under "
+            f"{model} is unchanged: even threshold {threshold_text(steps[0].threshold)} was not shown to lose less than "
             f"{max_drop:g}; use more problems or a larger bound. verify=True loses nothing at any threshold."
         )
     calibration.write(folder / CALIBRATION_FILE)

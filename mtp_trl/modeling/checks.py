@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..custom_generate.generate import evaluating
-from ..custom_generate.probes import check_left_to_right, windows_by_column
+from ..custom_generate.probes import CACHE_NAMES, check_left_to_right, windows_by_column
 from .logits import backbone, output_logits
 
 # layer types whose mask can be expressed for a packed row; all others need the suffix layout
@@ -26,8 +26,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     arguments = inspect.signature(backbone(model).forward).parameters
-    # Models without `past_key_values` predate custom attention masks.
-    takes_layouts = {"position_ids", "past_key_values"} <= set(arguments) and not windows_by_column(model)
+    # Models that take no cache predate custom attention masks.
+    takes_layouts = {"position_ids", CACHE_NAMES[0]} <= set(arguments) and not windows_by_column(model)
     return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 

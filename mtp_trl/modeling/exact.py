@@ -1,4 +1,4 @@
-"""Exact mode: a frozen base, and low-rank updates that act at mask slots only (method section 4b).
+"""Exact mode: a frozen base, and low-rank updates that act at mask slots only.
 
 The adapter is `custom_generate.adapter.MaskGatedAdapter`, which decoding uses, too. Training runs it with
 `training.readers.ExactReader`.
@@ -6,7 +6,6 @@ The adapter is `custom_generate.adapter.MaskGatedAdapter`, which decoding uses, 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..custom_generate.adapter import MaskGatedAdapter, adapter_of
 from ..custom_generate.adapter_file import by_file_name
 from ..custom_generate.base import base_fingerprint, linear_features
+from ..custom_generate.probes import CACHE_NAMES, cache_argument
 from .parallelism import gathered
 
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer except the head
@@ -108,7 +108,9 @@ def _linear_layers(model: PreTrainedModel, target_modules: Sequence[str] | None)
 def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "layer_idx"):
         return False
-    return "past_key_values" in inspect.signature(module.forward).parameters
+    # Recurrent mixers take a cache, too.
+    is_recurrent = any("conv1d" in name for name, _ in module.named_children())
+    return cache_argument(module) == CACHE_NAMES[0] and not is_recurrent
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

@@ -36,7 +36,7 @@ def declare_push(parser: argparse.ArgumentParser) -> Command:
 
 
 def declare_export(parser: argparse.ArgumentParser) -> Command:
-    """Write the files that `push` would upload into a new folder."""
+    """Write to a new folder the files that `push` would upload."""
     parser.add_argument("folder", type=Path, help="output folder of a run, or one of its checkpoints")
     parser.add_argument("output", type=Path, help="folder to create")
     _publishing_options(parser)

@@ -53,7 +53,10 @@ class MTPDistillConfig(DistillationConfig):
             Mask slots appended to every text; regions are drawn until the slots are full. More slots give more supervised
             positions for each clean token that is read.
         objective (`str`, *optional*, defaults to `"hard"`):
-            `"hard"`, `"soft"`, `"reward"`, `"reward_literal"` or `"ground_truth"`.
+            Loss of a position: `"hard"` (cross-entropy with the teacher's most probable token), `"soft"` (KL(teacher,
+            student)), `"reward"` (minus the teacher's log-probability, in expectation over the student's predictions),
+            `"reward_literal"` (minus the log-probability of the student's own token, weighted with the probability that the
+            teacher gives it) or `"ground_truth"` (cross-entropy with the text).
         ground_truth_warmup (`float`, *optional*, defaults to `0.0`):
             Share of the steps, at the start, that are supervised by the text instead of the teacher: late positions of a
             block learn little from a teacher that reads a rollout which is still noise. During these steps the teacher runs

@@ -27,7 +27,7 @@ def position_losses(
     objective: str,
     floor: float = -20.0,
 ) -> Tensor:
-    """Return the loss of each position in nats (method section 2). Gradient flows only through the student's logits.
+    """Return the loss of each position in nats. Gradient flows only through the student's logits.
 
     Args:
         student_PV, teacher_PV: barred float32 logits; the teacher's may be None for `hard` and `ground_truth`.

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..custom_generate.adapter import adapter_of
 from ..custom_generate.generate import evaluating
+from ..custom_generate.probes import CACHE_NAMES
 from ..modeling.attention import attention_masks
 from ..modeling.checks import can_pack
 from ..modeling.logits import backbone, hidden_states, output_logits
@@ -184,8 +185,8 @@ class ExactReader:
                 input_ids=layout.ids_XT[:, text],
                 position_ids=layout.positions_XT[:, text],
                 attention_mask=masks_of(self.student, layout, queries=text, keys=text),
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE_NAMES[0]: cache},
             ).last_hidden_state
         return hidden, Cache(layers=[_ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers])
 
@@ -197,8 +198,8 @@ class ExactReader:
                 input_ids=ids_XT[:, slots],
                 position_ids=layout.positions_XT[:, slots],
                 attention_mask=masks_of(self.student, layout, queries=slots),
-                past_key_values=self.prefix,
                 use_cache=False,
+                **{CACHE_NAMES[0]: self.prefix},
             ).last_hidden_state
         except RuntimeError as error:
             if self._cache_was_ignored() and not isinstance(error, torch.OutOfMemoryError):

@@ -135,7 +135,7 @@ def pack_regions(
     """Append the slots of all regions to the clean tokens of their row (one layout row per text).
 
     Clean tokens attend causally to clean tokens. A slot attends to the clean tokens up to its anchor, and to the slots of its
-    own region up to itself. Position ids of slots continue from the anchor (arXiv 2602.06019, section 3; method section 3).
+    own region up to itself. Position ids of slots continue from the anchor (arXiv 2602.06019, section 3).
     """
     B, N = clean_BN.shape
     device = clean_BN.device
@@ -209,7 +209,7 @@ def suffix_regions(
 
 
 def student_forced_ids(layout: Layout, rollout_BRK: Tensor) -> Tensor:
-    """Return the teacher's input: slot s of every region holds the student's token y'_s instead of the mask (section 2)."""
+    """Return the teacher's input: slot s of every region holds the student's token y'_s instead of the mask."""
     into = layout.drawn_BRK[..., 1:]
     ids = layout.ids_XT.clone()
     ids.view(-1)[layout.read_BRK[..., 1:][into]] = rollout_BRK[..., :-1][into]

@@ -1,6 +1,6 @@
 """One self-distillation pass: student block, rollout, teacher, loss and statistics.
 
-The order of operations (arXiv 2602.06019, sections 2 and 3; method sections 2 and 3):
+The order of operations (arXiv 2602.06019, sections 2 and 3):
 
     append masks to the text -> student forward -> y' = argmax at every position -> teacher reads the text with y' in the slots
     -> loss at every position of a block up to and including its first EOS

@@ -252,12 +252,12 @@ def _journey(rng: random.Random) -> Problem:
     distance = hours * speed + walk + rng.randint(5, 60)
     words: dict[str, object] = {"hours": hours, "speed": speed, "distance": distance, "walk": walk}
     told = story.tell(templates.JOURNEY, **words)
-    gone = story.compute(templates.RIDE_LINES, told, hours, "*", speed, **words)
+    travelled = story.compute(templates.RIDE_LINES, told, hours, "*", speed, **words)
     if walk:
         told = story.tell(templates.WALK, **words)
-        gone = story.compute(templates.WALK_LINES, told, gone, "+", walk, **words)
+        travelled = story.compute(templates.WALK_LINES, told, travelled, "+", walk, **words)
     asked = story.tell(templates.MILES_QUESTIONS)
-    return story.finish(story.compute(templates.MILES_LINES, asked, distance, "-", gone))
+    return story.finish(story.compute(templates.MILES_LINES, asked, distance, "-", travelled))
 
 
 _STORIES = (_inventory, _shopping, _comparison, _wages, _journey)

