@@ -74,6 +74,15 @@ def test_the_same_facts_give_the_same_card(tmp_path):
     assert MARK in first
 
 
+def test_a_card_of_an_earlier_version_is_replaced_and_one_of_the_author_is_kept(tmp_path):
+    facts = provenance("org/base", tmp_path)
+    earlier = "<!-- mtp-trl writes this card anew with every push. Delete this line to keep your own text. -->\nan earlier card"
+    (tmp_path / "README.md").write_text(earlier)
+    assert "an earlier card" not in write_card(tmp_path, model_name="small", provenance=facts).read_text()
+    (tmp_path / "README.md").write_text("mine")
+    assert write_card(tmp_path, model_name="small", provenance=facts).read_text() == "mine"
+
+
 HOSTILE = "</td><script>alert(1)</script> | [x](javascript:alert(1)) ![](http://evil/x.png) `code`\n# heading\n---\n"
 
 

@@ -51,6 +51,19 @@ def test_a_decoder_of_an_earlier_version_is_recognised(student, monkeypatch):
     assert check_decoder(student).version == "0.0.1"
 
 
+def test_the_code_of_the_base_that_an_adapter_names_is_checked(student, write_student, tmp_path, capsys):
+    """`from_pretrained` follows `adapter_config.json` to the base and runs the base's code."""
+    base = write_student(tmp_path / "base", confadapt=0.5, verify=True)
+    (student / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert check_decoder(student).is_safe
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    assert main(["check-decoder", str(student)]) == 1
+    assert "would run other code" in capsys.readouterr().out
+    (student / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "missing")}))
+    assert not check_decoder(student).is_safe
+
+
 @pytest.mark.parametrize("name", ["generate.py", "rows.py", "sampling.py"])
 def test_a_change_in_any_decoder_file_is_detected(student, name, capsys):
     path = student / "custom_generate" / name

@@ -11,7 +11,9 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mtp_trl.word_problems
 from mtp_trl import MTPDistillConfig, MTPDistillTrainer, attach_decoder
@@ -65,15 +67,17 @@ def naive_hidden(model, ids, *, masks: int):
         return backbone(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "transformers", "wrapper"])
 @pytest.mark.parametrize("architecture", PACKED + RECURRENT)
 def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, architecture, checkpointing):
     model = tiny_model(architecture)
     adapter = adapted(model)
-    if checkpointing:
+    if checkpointing == "transformers":
         model.gradient_checkpointing_enable()
         model.train()
-    if checkpointing and architecture == "gpt2":
+    if checkpointing == "wrapper":  # `activation_checkpointing` of accelerate's FSDP plugin
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer))
+    if checkpointing == "transformers" and architecture == "gpt2":
         with pytest.raises(ValueError, match="set gradient_checkpointing=False"):
             ExactReader(model, with_teacher=True).read_student(layout_of(model)[2])
         return
@@ -87,6 +91,9 @@ def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, ar
     gradients = [p.grad.clone() for p in adapter.parameters()]
     adapter.zero_grad()
     model.eval()
+    for module in model.modules():
+        if isinstance(module, CheckpointWrapper):  # the reference is not checkpointed
+            module.checkpoint_fn = lambda layer, *inputs, **named: layer(*inputs, **named)
     expected, reference = [], []
     for row, region in (regions.size_BR > 0).nonzero().tolist():
         anchor, size = int(regions.anchor_BR[row, region]), int(regions.size_BR[row, region])

@@ -192,7 +192,8 @@ def test_a_push_deletes_stale_model_files_and_keeps_the_files_of_the_author(fold
     repository = online.repositories[REPOSITORY]
     stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
     stale += ["mtp_results/sums.json", "mtp_results/sums.png", ".eval_results/sums.yaml"]
-    kept = ["LICENSE", "assets/picture.png", "notes.md", "handler.py", ".eval_results/others.yaml"]
+    stale += ["vocab.json", "additional_chat_templates/rag.jinja"]
+    kept = ["LICENSE", "assets/picture.png", "notes.md", "handler.py", ".eval_results/others.yaml", "vocabulary.md"]
     repository.write(repository.commits[repository.head] | dict.fromkeys([*stale, *kept], b"x"))
     push(folder, REPOSITORY)
     assert repository.names() == FILES | set(kept)
@@ -387,6 +388,8 @@ def test_merged_lora_is_pushed_with_the_other_files_of_its_folder(online, tmp_pa
     run = small_run(out, lora=True, save_strategy="no", hub_model_id=REPOSITORY)
     run.save_model()
     evidence = with_evidence(out)
+    (out / "merged" / "mtp_results").mkdir(parents=True)
+    (out / "merged" / "mtp_results" / "old.json").write_text(evidence["mtp_results/a.json"].decode())  # of earlier weights
     for _ in range(2):  # the second push deletes none of it
         if by == "trainer":
             run.push_to_hub()
@@ -398,6 +401,8 @@ def test_merged_lora_is_pushed_with_the_other_files_of_its_folder(online, tmp_pa
         assert all(content is None or files[name] == content for name, content in evidence.items())
         assert "model.safetensors" in files
         assert "adapter_model.safetensors" not in files
+        assert "mtp_results/old.json" not in files
+        assert json.loads(files["generation_config.json"])["confadapt"] == 0.7  # the threshold that was calibrated
 
 
 def test_a_card_that_its_author_wrote_on_the_hub_is_not_overwritten(online, folder, caplog):

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import pickle
 import re
 import shutil
 import threading
@@ -14,9 +15,11 @@ from huggingface_hub import HfApi, constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from mtp_trl.custom_generate import adapter
 from mtp_trl.custom_generate import generate as decoder
 from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE
 from mtp_trl.custom_generate.generate import attach_decoder, generate
+from mtp_trl.custom_generate.repository import attach_adapter
 from mtp_trl.modeling.exact import add_gated_adapter
 from mtp_trl.modeling.mask_token import set_decoding_defaults
 from mtp_trl.publishing.repository import write_decoder
@@ -103,6 +106,7 @@ def test_a_private_repository_is_read_with_the_token_that_it_is_loaded_with(
     monkeypatch.delenv("HF_TOKEN")
     model = load(name, token="hf_test", cache_dir=tmp_path / "cache")
     assert text(model) == text(models[0])
+    assert b"hf_test" not in pickle.dumps(model.generate)  # the model keeps no token
 
 
 def test_what_was_loaded_online_decodes_offline(online, models, folder, tmp_path, monkeypatch, name):
@@ -119,6 +123,51 @@ def test_a_checkpoint_in_a_subfolder_decodes_with_its_own_adapter(online, models
     upload(online, save(models[1], tmp_path / "other"), name, path_in_repo="last-checkpoint")
     assert text(load(name, subfolder="last-checkpoint", cache_dir=tmp_path / "cache")) == text(models[1])
     assert text(load(tmp_path / "exact")) == text(models[0])
+
+
+def test_a_decoder_attached_later_reads_the_adapter_at_once_and_from_the_same_folder(models, folder, tmp_path, monkeypatch):
+    """The model is loaded without `trust_remote_code`, which would have bound its `generate`."""
+    save(models[1], folder / "last-checkpoint")
+    monkeypatch.chdir(tmp_path)
+    model = attach_decoder(AutoModelForCausalLM.from_pretrained("exact"))
+    checkpoint = AutoModelForCausalLM.from_pretrained("exact", subfolder="last-checkpoint")
+    attach_decoder(checkpoint, subfolder="last-checkpoint")
+    monkeypatch.chdir("/")
+    assert text(model) == text(models[0])
+    assert text(checkpoint) == text(models[1])
+    with pytest.raises(TypeError, match="unknown options sub_folder"):
+        attach_decoder(checkpoint, sub_folder="x")
+
+
+def test_an_interrupted_attach_leaves_no_hooks(models, monkeypatch):
+    model, expected = models[0], text(models[0])
+    gated = model.mtp_adapter
+    gated.detach(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter._MaskRow, "to", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gated.attach(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    gated.attach(model)
+    assert text(model) == expected
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_repository_without_an_adapter_does_not_remove_the_one_attached(models, folder, tmp_path):
+    model = load(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no .*mtp_adapter.safetensors; pass a repository of an exact-mode"):
+        attach_adapter(model, str(tmp_path / "empty"))
+    assert text(model) == text(models[0])
+
+
+def test_a_git_lfs_pointer_is_named_as_such(folder):
+    (folder / ADAPTER_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"is not a safetensors file .*git lfs pull"):
+        load(folder)
 
 
 def test_a_lora_added_to_an_exact_model_can_be_merged(models, folder):

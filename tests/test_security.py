@@ -209,6 +209,14 @@ def test_an_adapter_file_with_hostile_metadata_is_refused(exact_folder, name, va
         base.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=str(exact_folder), trust_remote_code=True)
 
 
+def test_an_adapter_cannot_bar_every_token_of_its_base(exact_folder):
+    base = AutoModelForCausalLM.from_pretrained(exact_folder.parent / "base")
+    every = list(range(base.config.vocab_size))
+    change_metadata(exact_folder, mtp=json.dumps(MTP | {"barred_token_ids": every}))
+    with pytest.raises(ValueError, match=r"not all barred.*load another revision"):
+        base.generate(torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=str(exact_folder), trust_remote_code=True)
+
+
 @pytest.mark.parametrize("change", [{"mask_row": None}, {"mask_row": torch.zeros(2, 32)}, {"lora_B.weight": None}])
 def test_an_adapter_file_without_its_tensors_is_refused(exact_folder, change):
     with safe_open(exact_folder / ADAPTER_FILE, framework="pt") as file:

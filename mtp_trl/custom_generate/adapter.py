@@ -106,12 +106,11 @@ class MaskGatedAdapter(nn.Module):
 
     def attach(self, model: PreTrainedModel) -> MaskGatedAdapter:
         """Set `model.mtp_adapter` to this adapter, and register its hooks on the model's layers."""
-        for name, update in zip(self.names, self.updates, strict=True):
-            layer, hook = _innermost(model.get_submodule(name)), functools.partial(self._adapt, name, update)
-            update.to(execution_device(layer))  # layers may be spread over devices
-            self._hooks.append(layer.register_forward_hook(hook))
-        self.mask_row.to(execution_device(model.get_input_embeddings()))
-        self._hooks.append(_innermost(model.get_input_embeddings()).register_forward_hook(self._embed))
+        try:
+            self._register_hooks(model)
+        except BaseException:  # for example out of memory, or Ctrl-C
+            self._remove_hooks()
+            raise
         model.mtp_adapter = self
         # The adapter is saved to a file of its own: keep it out of the model's weights, which stay those of the base.
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | self._keys
@@ -119,11 +118,22 @@ class MaskGatedAdapter(nn.Module):
 
     def detach(self, model: PreTrainedModel) -> None:
         """Remove the adapter and its hooks from the model."""
+        self._remove_hooks()
+        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - self._keys
+        del model.mtp_adapter
+
+    def _register_hooks(self, model: PreTrainedModel) -> None:
+        for name, update in zip(self.names, self.updates, strict=True):
+            layer, hook = _innermost(model.get_submodule(name)), functools.partial(self._adapt, name, update)
+            update.to(execution_device(layer))  # layers may be spread over devices
+            self._hooks.append(layer.register_forward_hook(hook))
+        self.mask_row.to(execution_device(model.get_input_embeddings()))
+        self._hooks.append(_innermost(model.get_input_embeddings()).register_forward_hook(self._embed))
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - self._keys
-        del model.mtp_adapter
 
     @property
     def _keys(self) -> set[str]:

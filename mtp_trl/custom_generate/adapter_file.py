@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter import MaskGatedAdapter
@@ -26,15 +26,25 @@ def read_adapter(path: str) -> MaskGatedAdapter:
     Raises:
         ValueError: the metadata or the tensors are not those of an adapter.
     """
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return adapter_from(tensors, file.metadata())
 
 
 def read_adapter_metadata(path: str) -> dict[str, Any]:
     """Return the `checked_metadata` of an adapter's file without reading its weights."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return checked_metadata(file.metadata())
+
+
+def _opened(path: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}). If it is a Git LFS pointer, run `git lfs pull`; else "
+            f"{BROKEN_REPOSITORY}"
+        ) from error
 
 
 def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> MaskGatedAdapter:

@@ -66,7 +66,7 @@ from .pace import Pace
 from .past_cache import take_over  # noqa: F401
 from .probes import CACHE_NAMES
 from .recurrent_forward import RecurrentForward  # noqa: F401
-from .repository import HUB_OPTIONS, Repository, adapter_for, being_loaded_from, one_at_a_time
+from .repository import HUB_OPTIONS, Repository, adapter_for, being_loaded_from, repository_of
 from .rows import Row, Text, rows_of
 from .sampling import draw  # noqa: F401
 from .settings import (
@@ -164,8 +164,8 @@ def generate_blocks(
     elif kwargs.setdefault(CACHE_NAMES[0], past) is not past:
         raise ValueError("past_key_values= and cache= name the same argument; pass one of them.")
     request = Request(confadapt, mtp_k, verify, mtp_blocks, mtp_token_id, tokenizer, streamer, past, synced_gpus)
-    with one_at_a_time(model, repository), evaluating(model):
-        loop = functools.partial(_decode, request=request, adapter=adapter_for(model, repository))
+    with adapter_for(model, repository) as adapter, evaluating(model):
+        loop = functools.partial(_decode, request=request, adapter=adapter)
         output: Tensor | MTPGenerateOutput = GenerationMixin.generate(
             model,
             inputs,
@@ -188,13 +188,20 @@ def __getattr__(name: str) -> Any:
     return generate_blocks if repository is None else functools.partial(generate_blocks, repository=repository)
 
 
-def attach_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def attach_decoder(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """Make `model.generate` decode several tokens per forward pass, and return the model.
 
-    For a PEFT model this replaces `generate` of its base, which `PeftModel.generate` calls.
+    For a PEFT model this replaces `generate` of its base, which `PeftModel.generate` calls. The adapter of an exact-mode model
+    that was loaded without `trust_remote_code` is read from the same repository.
+
+    Args:
+        options: the arguments of `from_pretrained` that the adapter's file needs, such as `subfolder` and `token`.
+
+    Raises:
+        ValueError: the model was adapted in exact mode, and its adapter cannot be read.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.generate = functools.partial(generate_blocks, model=base)
+    base.generate = functools.partial(generate_blocks, model=base, repository=repository_of(base, **options))
     return model
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,11 @@ def being_loaded_from() -> Repository | None:
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) not in (None, "")}
     per_call = frame.f_back is not None and frame.f_back.f_code is _GENERATING
     repository = Repository(str(frame.f_locals["pretrained_model_name_or_path"]), options, per_call)
-    if per_call or not (mtp_config_of(model) or {}).get("exact"):
+    if per_call:
         return repository
-    return Repository(repository.name, options, adapter=repository.read_own())
+    # The model keeps this object, which must not contain a token.
+    is_exact = (mtp_config_of(model) or {}).get("exact")
+    return Repository(repository.name, adapter=repository.read_own() if is_exact else None)
 
 
 _LOADING = inspect.unwrap(GenerationMixin.load_custom_generate).__code__
@@ -107,20 +110,20 @@ def attach_adapter(model: PreTrainedModel, repository: str) -> PreTrainedModel:
         ValueError: the adapter was trained on another base, or the repository has no adapter.
     """
     source = Repository(repository, per_call=True)
-    with one_at_a_time(model, source):
-        adapter = adapter_for(model, source)
-    if adapter is None:
+    path = source.adapter_file()
+    if path is None:
         raise ValueError(f"{repository} has no {ADAPTER_FILE}; pass a repository of an exact-mode or a LoRA adapter.")
+    with one_at_a_time(model, source):
+        adapter = _replace_adapter(model, source, path)
     model.config.mtp = within_vocabulary(adapter.mtp, model)
     for name, default in adapter.defaults.items():
         setattr(model.generation_config, name, default)
     return model
 
 
-def adapter_for(model: PreTrainedModel, repository: Repository | None) -> MaskGatedAdapter | None:
-    """Attach and return the adapter of this call, or return None if the model decodes without one.
-
-    Call it within `one_at_a_time`.
+@contextmanager
+def adapter_for(model: PreTrainedModel, repository: Repository | None) -> Iterator[MaskGatedAdapter | None]:
+    """Attach the adapter of this call, and hold the model's lock within the block. None if the model decodes without one.
 
     Args:
         model: the model that decodes.
@@ -130,28 +133,47 @@ def adapter_for(model: PreTrainedModel, repository: Repository | None) -> MaskGa
         ValueError: the adapter was trained on another base, or its file is broken.
     """
     mtp = mtp_config_of(model)
-    attached = adapter_of(model)
-    if repository is not None and repository.per_call:
-        return _replace_adapter(model, repository, attached)
-    if attached is not None or not (mtp or {}).get("exact"):
-        return attached
-    if repository is not None and repository.adapter is not None:
-        return _check_and_attach(repository.adapter, model)
-    # The model was loaded without its `generate`, which `attach_decoder` bound later.
-    commit = getattr(model.config, "_commit_hash", None)
-    source = Repository(model.config._name_or_path, {} if commit is None else {"revision": commit})
-    return _check_and_attach(source.read_own(), model)
+    named = repository if repository is not None and repository.per_call else None
+    path = None if named is None else named.adapter_file()  # may use the network, so it is not called within the lock
+    with one_at_a_time(model, repository):
+        attached = adapter_of(model)
+        if named is not None and path is not None:
+            yield _replace_adapter(model, named, path)
+        elif named is not None:
+            if attached is not None:
+                attached.detach(model)
+            yield None
+        elif attached is not None or not (mtp or {}).get("exact"):
+            yield attached
+        else:
+            adapter = None if repository is None else repository.adapter
+            yield _check_and_attach(adapter or Repository(model.config._name_or_path).read_own(), model)
 
 
-def _replace_adapter(
-    model: PreTrainedModel, repository: Repository, attached: MaskGatedAdapter | None
-) -> MaskGatedAdapter | None:
-    """Replace the attached adapter by that of the repository. If the repository has none, detach it and return None."""
-    path = repository.adapter_file()
-    if path is None:
-        if attached is not None:
-            attached.detach(model)
+def repository_of(model: PreTrainedModel, **options: Any) -> Repository | None:
+    """Return the repository of an exact-mode model that was loaded without its `generate`, with the adapter read from it.
+
+    Args:
+        options: arguments of `from_pretrained`, from `HUB_OPTIONS`.
+
+    Returns:
+        None if the model has its adapter or was not adapted in exact mode.
+
+    Raises:
+        ValueError: the adapter cannot be read.
+    """
+    if unknown := sorted(set(options) - set(HUB_OPTIONS)):
+        raise TypeError(f"unknown options {', '.join(unknown)}; the options are {', '.join(HUB_OPTIONS)}.")
+    if adapter_of(model) is not None or not (mtp_config_of(model) or {}).get("exact"):
         return None
+    commit = getattr(model.config, "_commit_hash", None)
+    name, options = model.config._name_or_path, ({} if commit is None else {"revision": commit}) | options
+    return Repository(name, adapter=Repository(name, options).read_own())
+
+
+def _replace_adapter(model: PreTrainedModel, repository: Repository, path: Path) -> MaskGatedAdapter:
+    """Attach the adapter in the repository's file in place of any other, and return it."""
+    attached = adapter_of(model)
     if attached is not None and attached.source == repository.source(path):
         return attached
     return _check_and_attach(repository.read(path), model, instead_of=attached)

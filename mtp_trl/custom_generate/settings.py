@@ -15,6 +15,7 @@ from .adapter import MaskGatedAdapter
 from .mtp_config import (
     PAPER_K_MAX,
     PAPER_MASK_TOKENS,
+    check_mtp_config,
     checked_block_size,
     checked_blocks,
     checked_thresholds,
@@ -114,6 +115,7 @@ def _mask_tokens(model: PreTrainedModel, request: Request, adapter: MaskGatedAda
     recorded = mtp_config_of(model)
     if recorded is None and adapter is not None:
         recorded = within_vocabulary(adapter.mtp, model)
+        check_mtp_config(recorded, rows=model.get_input_embeddings().weight.shape[0], where="`mtp` of the adapter")
     if recorded is not None:
         if request.mtp_token_id not in (None, recorded["mask_token_id"]):
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from ..modeling.files import write_atomically
 from .report import Threshold, threshold_text, whole
+from .repository import write_decoding_defaults
 
 Measure = Literal["accuracy", "agreement"]
 
@@ -126,3 +127,11 @@ def argument(threshold: Threshold) -> str:
     """Format a threshold as the `confadapt` argument of `generate`: 0.9, or [0, 0.9]."""
     text = threshold_text(threshold)
     return f"[{text.replace('/', ', ')}]" if isinstance(threshold, tuple) else text
+
+
+def use_calibrated_threshold(folder: Path) -> None:
+    """Make the threshold that was calibrated for a folder, if there is one, its decoding default."""
+    path = folder / CALIBRATION_FILE
+    threshold = Calibration.read(path).threshold if path.is_file() else None
+    if threshold is not None:
+        write_decoding_defaults(folder, confadapt=threshold, verify=False)

@@ -32,7 +32,8 @@ TAGS = ("custom_generate", "mtp", "trl")
 CARD = "README.md"
 RESULTS_FOLDER = "mtp_results"
 # The first line after a card's metadata. A card without this line was written by its author and is never overwritten.
-MARK = "<!-- mtp-trl overwrites this card on every push. Delete this line to keep your own text. -->"
+_MARK_END = "Delete this line to keep your own text. -->"  # earlier versions start the mark with other words
+MARK = f"<!-- mtp-trl overwrites this card on every push. {_MARK_END}"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -175,6 +176,11 @@ def _lora_description(adapter: dict[str, Any] | None) -> str | None:
     return f"LoRA of rank {int(adapter['rank'])} (alpha {float(adapter['alpha']):g}) on {code_span(layers)}"
 
 
+def is_rendered(card: Path) -> bool:
+    """Whether a card exists and was written by this package, so that it may be overwritten."""
+    return card.is_file() and _MARK_END in card.read_text(encoding="utf-8")
+
+
 def write_card(
     folder: str | Path,
     *,
@@ -203,7 +209,7 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / CARD
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+    if path.is_file() and not is_rendered(path):
         return path
     if provenance is None:
         provenance = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))

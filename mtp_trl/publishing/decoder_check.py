@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils.hub import extract_commit_hash
 
 from .. import __version__
-from ..modeling.files import repository_file
+from ..modeling.files import LORA_CONFIG, repository_file
 from .repository import DECODER_FILE, LINK, decoder_files
 
 # `digest` of the decoders of earlier versions, by version.
 _EARLIER_DIGESTS = json.loads(Path(__file__).with_name("earlier_decoders.json").read_text(encoding="utf-8"))
 # Config files that can name other code for transformers to run, and the keys under which they name it.
-_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json")
+_CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
@@ -69,10 +75,15 @@ def check_decoder(name: str | Path, revision: str | None = None) -> DecoderCheck
     Raises:
         OSError: the repository does not exist or cannot be read.
     """
-    name = str(name)
+    check = _check_repository(str(name), revision)
+    return replace(check, other_code=(*check.other_code, *_code_of_base(str(name), check.commit or revision)))
+
+
+def _check_repository(name: str, revision: str | None) -> DecoderCheck:
+    """Check a repository without the base that a LoRA adapter in it names."""
     other_code, commit = [], None
     for config in _CONFIGS:
-        path = repository_file(name, config, revision)
+        path = repository_file(name, config, commit or revision)
         if path is not None:
             commit = commit or extract_commit_hash(path, None)
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -85,6 +96,20 @@ def check_decoder(name: str | Path, revision: str | None = None) -> DecoderCheck
     complete = len(texts) == len(files)
     version = _matching_version(texts) if first is not None and complete else None
     return DecoderCheck(name, commit, version, first is not None, tuple(other_code))
+
+
+def _code_of_base(name: str, revision: str | None) -> list[str]:
+    """Describe the code of the base that a LoRA adapter names. `from_pretrained` loads the base, and runs its code, too."""
+    path = repository_file(name, LORA_CONFIG, revision)
+    if path is None:
+        return []
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    try:
+        check = _check_repository(str(base), config.get("revision"))
+    except OSError:
+        return [f"{LORA_CONFIG} names the base {base!r}, which cannot be read"]
+    return [] if check.is_safe else [f"{LORA_CONFIG} names the base {base!r}, and {check.sentence}"]
 
 
 def decoder_digest(name: str | Path) -> str:

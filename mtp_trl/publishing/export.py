@@ -16,7 +16,7 @@ from huggingface_hub import eval_result_entries_to_yaml
 from ..custom_generate.adapter_file import ADAPTER_FILE
 from ..custom_generate.mtp_config import check_mtp_config
 from ..modeling.files import LORA_CONFIG, PROVENANCE_FILE, TOKENIZER_FILES, write_atomically
-from .calibration_file import CALIBRATION_FILE
+from .calibration_file import CALIBRATION_FILE, use_calibrated_threshold
 from .card import RESULTS_FOLDER, eval_result_entries, read_evidence, read_report, write_card
 from .merging import merge_folder, write_lora
 from .repository import DECODER_FILE, decoder_names, is_linked_decoder, write_decoder_files
@@ -70,8 +70,10 @@ def export(
         is_lora = (folder / LORA_CONFIG).is_file()
         if is_lora and not adapter_only:
             weights = merged or merge_folder(folder, Path(temporary) / "merged")
-            _copy(weights, partial, _repository_files(weights, adapter_only=False), copy=copy)
+            patterns = _repository_files(weights, adapter_only=False)
+            _copy(weights, partial, [pattern for pattern in patterns if pattern not in _EVIDENCE], copy=copy)
             _copy(folder, partial, _EVIDENCE, copy=copy)
+            use_calibrated_threshold(partial)
         else:
             _copy(folder, partial, _repository_files(folder, adapter_only=adapter_only), copy=copy)
         if is_linked_decoder(folder):  # bundled models import the installed package; a repository needs its own copy

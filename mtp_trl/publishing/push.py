@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from ..modeling.files import PROVENANCE_FILE, TOKENIZER_FILES
 from .calibration_file import CALIBRATION_FILE
-from .card import CARD, MARK, RESULTS_FOLDER
+from .card import CARD, RESULTS_FOLDER, is_rendered
 from .export import WEIGHT_FILES, existing_folder, export, matches
 
 logger = logging.getLogger(__name__)
@@ -168,9 +168,9 @@ def _commit(api: HfApi, folder: Path, repo_id: str, *, revision: str | None, mes
     with _with_remedies(repo_id):
         head = api.model_info(repo_id, revision=revision)
         remote_names = {sibling.rfilename for sibling in head.siblings or []}
-        if CARD in remote_names and _is_rendered(folder / CARD):
+        if CARD in remote_names and is_rendered(folder / CARD):
             remote_card = Path(api.hf_hub_download(repo_id, CARD, revision=head.sha))
-            if not _is_rendered(remote_card):  # the author has written this card
+            if not is_rendered(remote_card):  # the author has written this card
                 logger.warning(f"{repo_id} keeps its {CARD}, because mtp-trl did not generate it.")
                 del names[CARD]
         stale = {name for name in remote_names if any(matches(name, pattern) for pattern in _STALE)}
@@ -182,10 +182,6 @@ def _commit(api: HfApi, folder: Path, repo_id: str, *, revision: str | None, mes
         ]
         operations += [CommitOperationAdd(name, str(path)) for name, path in names.items()]
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head.sha)
-
-
-def _is_rendered(card: Path) -> bool:
-    return card.is_file() and MARK in card.read_text(encoding="utf-8")
 
 
 @contextmanager

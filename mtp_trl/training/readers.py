@@ -153,16 +153,18 @@ class ExactReader:
     @contextmanager
     def _adapter_active(self, gate: int | Tensor) -> Iterator[None]:
         """Activate the adapter within the block, and again when backward recomputes a layer that ran in it."""
-        layers = [module for module in self.student.modules() if hasattr(module, "_gradient_checkpointing_func")]
-        checkpoints = [layer._gradient_checkpointing_func for layer in layers]
+        # transformers' layers checkpoint themselves; the activation checkpointing of FSDP and accelerate wraps them.
+        names = ("_gradient_checkpointing_func", "checkpoint_fn")
+        found = [(module, name) for module in self.student.modules() for name in names if hasattr(module, name)]
+        checkpoints = [getattr(module, name) for module, name in found]
         with self.adapter.acting_on(gate):
-            for layer, checkpoint in zip(layers, checkpoints, strict=True):
-                layer._gradient_checkpointing_func = functools.partial(self._checkpoint_with_adapter, checkpoint)
+            for (module, name), checkpoint in zip(found, checkpoints, strict=True):
+                setattr(module, name, functools.partial(self._checkpoint_with_adapter, checkpoint))
             try:
                 yield
             finally:
-                for layer, checkpoint in zip(layers, checkpoints, strict=True):
-                    layer._gradient_checkpointing_func = checkpoint
+                for (module, name), checkpoint in zip(found, checkpoints, strict=True):
+                    setattr(module, name, checkpoint)
 
     def _checkpoint_with_adapter(
         self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any

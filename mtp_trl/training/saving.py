@@ -17,11 +17,11 @@ from ..modeling.exact import split_adapter
 from ..modeling.files import public_name, write_atomically
 from ..modeling.lora import causal_lm
 from ..modeling.parallelism import Parallelism, loading_whole_weights
-from ..publishing.calibration_file import CALIBRATION_FILE, Calibration
+from ..publishing.calibration_file import CALIBRATION_FILE, use_calibrated_threshold
 from ..publishing.card import RESULTS_FOLDER, write_card
 from ..publishing.merging import save_merged, write_mask_row
 from ..publishing.push import push, push_unchanged
-from ..publishing.repository import load_adapter, write_decoder, write_decoding_defaults
+from ..publishing.repository import load_adapter, write_decoder
 from .checkpointing import CheckpointingTrainer
 
 logger = get_logger(__name__)
@@ -61,10 +61,8 @@ class PublishingTrainer(CheckpointingTrainer):
             write_decoder(folder, causal_lm(self.model), self.provenance, adapter=adapter)
             if is_peft_model(self.model):
                 write_mask_row(Path(folder), self.model, self.provenance)
-            if unchanged and (calibration := Path(folder) / CALIBRATION_FILE).is_file():
-                threshold = Calibration.read(calibration).threshold
-                if threshold is not None:
-                    write_decoding_defaults(Path(folder), confadapt=threshold, verify=False)
+            if unchanged:
+                use_calibrated_threshold(Path(folder))
             self._last_save = (folder, self.state.global_step)
 
     def _save_weights(self, folder: str, state_dict: dict[str, Any] | None) -> None:
