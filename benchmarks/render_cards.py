@@ -1,4 +1,4 @@
-"""Render model_cards/: one card for each model described there and for each recipe that has not been run.
+"""Render model_cards/: one card for each model described there and for each recipe in NOT_YET_RUN.
 
     python benchmarks/render_cards.py                                             # render all cards
     python benchmarks/render_cards.py --add runs/my_model docs/results/mine.json  # add a model, then render all cards

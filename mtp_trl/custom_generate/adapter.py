@@ -191,7 +191,7 @@ class MaskGatedAdapter(nn.Module):
         return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
     def _where_gated(self, output: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Return the output with new columns at the masks. `change(columns, slice)` returns them, and may write in place."""
+        """Return the output with its masks changed by `change(columns, slice)`, which writes in place without gradients."""
         if isinstance(self._gate, Tensor):
             return torch.where(self._gate.to(output.device)[..., None], change(output.clone(), slice(None)), output)
         tail = change(output[:, -self._gate :], slice(-self._gate, None))

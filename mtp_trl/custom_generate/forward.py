@@ -17,7 +17,7 @@ from .adapter import MaskGatedAdapter
 from .cached_forward import CachedForward
 from .forward_base import Forward
 from .past_cache import ATTENTION_LAYERS
-from .probes import CACHE_NAMES, cache_layers, check_left_to_right, continues_from_states, windows_by_column
+from .probes import CACHE_NAMES, cache_argument, cache_layers, check_left_to_right, continues_from_states, windows_by_column
 from .recurrent_forward import RecurrentForward
 from .rows import Row
 from .settings import Settings
@@ -44,7 +44,7 @@ def forward_for(
     kinds = {type(layer) for layer in cache_layers(model)} if model._supports_default_dynamic_cache() else {Any}
     if windows_by_column(model):
         kinds = {Any}
-    if kinds <= ATTENTION_LAYERS and {"position_ids", CACHE_NAMES[0]} <= arguments:
+    if kinds <= ATTENTION_LAYERS and "position_ids" in arguments and cache_argument(model) == CACHE_NAMES[0]:
         return CachedForward(model, settings, arguments, rows, config, adapter=adapter, synced=synced, past=past)
     name = type(model).__name__
     if settings.blocks > 1:

@@ -23,7 +23,10 @@ CACHE_NAMES = ("cache",) if _RENAMED else ("past_key_values", "cache_params")
 def cache_argument(module: nn.Module) -> str | None:
     """Return the name of the argument of `forward` that takes a cache, or None if there is none."""
     arguments = inspect.signature(module.forward).parameters
-    return next((name for name in CACHE_NAMES if name in arguments), None)
+    for name in CACHE_NAMES:
+        if name in arguments and "dict" not in str(arguments[name].annotation):  # XLM has a `cache` that is a dictionary
+            return name
+    return None
 
 
 def execution_device(layer: Any) -> torch.device:

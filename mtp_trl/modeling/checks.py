@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..custom_generate.generate import evaluating
-from ..custom_generate.probes import CACHE_NAMES, check_left_to_right, windows_by_column
+from ..custom_generate.probes import CACHE_NAMES, cache_argument, check_left_to_right, windows_by_column
 from .logits import backbone, output_logits
 
 # layer types whose mask can be expressed for a packed row; all others need the suffix layout
@@ -27,7 +27,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     arguments = inspect.signature(backbone(model).forward).parameters
     # Models that take no cache predate custom attention masks.
-    takes_layouts = {"position_ids", CACHE_NAMES[0]} <= set(arguments) and not windows_by_column(model)
+    takes_cache = cache_argument(backbone(model)) == CACHE_NAMES[0]
+    takes_layouts = takes_cache and "position_ids" in arguments and not windows_by_column(model)
     return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 

@@ -79,7 +79,7 @@ def sample_regions(
     slots: int,
     generators: Sequence[np.random.Generator],
 ) -> Regions:
-    """Draw regions until the slots of each row are full. The last region of a row is shortened to fit, so no slot is unused.
+    """Draw regions until the slots of each row are full. The last region of a row is shortened to fit.
 
     Args:
         first_anchor_B: index of the last prompt token of each row (0-based).
