@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from decoding_reference import BARRED, PAD, StopsAtMultiple, block_logits, decode, greedy, padded, prompts, texts
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     DynamicCache,
     GenerationMixin,
@@ -11,6 +13,7 @@ from transformers import (
 from mtp_trl.custom_generate import forward_base
 from mtp_trl.custom_generate.generate import generate
 from mtp_trl.custom_generate.probes import CACHE_NAMES
+from mtp_trl.custom_generate.sharding import ranks_wait_for_each_other
 
 
 @pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.5}])
@@ -145,6 +148,19 @@ def test_a_cache_that_does_not_fit_is_refused(tiny_model):
     decode(model, prompts(2), past_key_values=past)
     with pytest.raises(ValueError, match=r"holds 2 rows of .* the prompts are 1 rows of 9"):
         decode(model, prompts(1), past_key_values=past)
+
+
+def test_sharded_modules_are_found_wherever_they_are_in_the_model(tiny_model, monkeypatch):
+    """accelerate shards the layers and not the model itself, which transformers' own check looks at."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    model = tiny_model("llama")
+    assert not ranks_wait_for_each_other(model)
+    layer = model.model.layers[1]
+    layer.__class__ = type("FSDPLayer", (FSDPModule, type(layer)), {})  # as `fully_shard` does
+    assert ranks_wait_for_each_other(model)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    assert not ranks_wait_for_each_other(model)
 
 
 def test_ranks_that_share_weights_run_the_same_number_of_passes(tiny_model, monkeypatch):

@@ -1,7 +1,9 @@
 """A folder as it is published decodes like the model in memory."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,3 +71,27 @@ def test_a_model_loaded_without_a_decoder_uses_that_of_a_folder(repository, tiny
         do_sample=False, tokenizer=AutoTokenizer.from_pretrained(repository),
     )  # fmt: skip
     assert torch.equal(output, decode(model, rows, confadapt=0.4).sequences)
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, return_dict_in_generate=True).sequences.tolist())
+"""
+
+
+def test_processes_may_load_at_once_into_an_empty_module_cache(repository, tiny_model, tmp_path):
+    """transformers copies the decoder's files into this cache without a lock."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD, repository], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    expected = decode(tiny_model("llama"), [[5, 6, 7]], confadapt=0.4, verify=True, max_new_tokens=8)
+    for program in programs:
+        output, errors = program.communicate(timeout=300)
+        assert program.returncode == 0, errors
+        assert output.strip() == str(expected.sequences.tolist())

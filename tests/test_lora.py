@@ -1,5 +1,6 @@
-"""LoRA adapters of a run are saved with the mask token's row and decode on their base; see also test_publish."""
+"""LoRA adapters of a run are saved with the mask token's row and decode on their base; see also test_push."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import mtp_trl.word_problems
@@ -16,8 +18,9 @@ from mtp_trl.cli import main
 from mtp_trl.custom_generate.adapter_file import ADAPTER_FILE
 from mtp_trl.evaluation.loading import load_student
 from mtp_trl.modeling.files import PROVENANCE_FILE
-from mtp_trl.modeling.lora import with_mask_row
+from mtp_trl.modeling.lora import adapts_head, with_mask_row
 from mtp_trl.modeling.mask_token import add_mask_token, set_decoding_defaults
+from mtp_trl.modeling.parallelism import Parallelism
 from mtp_trl.publishing.card import render_card
 from mtp_trl.publishing.export import export
 from mtp_trl.publishing.merging import merge_folder, write_lora, write_mask_row
@@ -247,3 +250,23 @@ def test_the_card_of_a_lora_shows_how_to_load_it(tmp_path):
     code = card.split("```python")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "\n\n\n" not in card
+
+
+def test_a_trained_head_is_found_after_fsdp_has_replaced_its_class(tiny_model):
+    """`fully_shard` derives a class of its own from that of each module."""
+    model = tiny_model("llama")
+    assert not adapts_head(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).get_base_model()
+    assert adapts_head(adapted)
+    head = adapted.get_output_embeddings()
+    head.__class__ = type("FSDPHead", (FSDPModule, type(head)), {})
+    assert adapts_head(adapted)
+
+
+@pytest.mark.parametrize(("fsdp_version", "tied", "refused"), [(2, True, True), (2, False, False), (None, True, False)])
+def test_lora_on_tied_embeddings_is_refused_under_fsdp(tiny_model, fsdp_version, tied, refused):
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    config = with_mask_row(LoraConfig(r=2, target_modules=["q_proj"]), model, model.config.mtp["mask_token_id"])
+    expected = pytest.raises(ValueError, match=r"tied embeddings .* use exact=True") if refused else contextlib.nullcontext()
+    with expected:
+        Parallelism(fsdp_version=fsdp_version).check_lora(model, config)

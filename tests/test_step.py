@@ -68,12 +68,15 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
             target = reference.argmax(-1)
             if args.objective == "ground_truth":
                 target = text[anchor + 1 : anchor + 1 + size]
+            decoding_ended = False
             for position in range(len(target)):
                 one = slice(position, position + 1)
                 one_loss = position_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
                 loss = loss + args.place_decay**position * one_loss.sum()
-                rewards.append(reference[position].log_softmax(-1)[rollout[position]])
-                if EOS in (int(rollout[position]), int(target[position])):
+                if not decoding_ended:
+                    rewards.append(reference[position].log_softmax(-1)[rollout[position]])
+                decoding_ended = decoding_ended or int(rollout[position]) == EOS
+                if int(target[position]) == EOS or (decoding_ended and args.objective != "ground_truth"):
                     break
         whole = student(input_ids=text[None]).logits[0, data.prompt_lengths_B[row] - 1 : -1]
         base = teacher(input_ids=text[None]).logits[0, data.prompt_lengths_B[row] - 1 : -1]
@@ -183,21 +186,20 @@ def test_ground_truth_needs_no_teacher(tiny_model, tmp_path):
     assert output.loss.requires_grad
 
 
-def test_ground_truth_is_learned_after_a_rollout_that_ended_too_early(tiny_model, tmp_path):
-    """A student that predicts EOS at every position is still trained on every position of the text."""
-    student, _ = pair(tiny_model)
-    data = batch()
-    with torch.no_grad():  # make EOS the argmax at every position
-        student.get_output_embeddings().weight[EOS] = 50 * student.model.norm.weight
-    output = distillation_pass(
-        WholeRowReader(student, student, None), data, TOKENS, arguments(tmp_path), objective="ground_truth"
-    )
-    in_text = sum(
-        min(int(size), int(data.lengths_B[row]) - 1 - int(anchor))
-        for row in range(2)
-        for anchor, size in zip(data.regions.anchor_BR[row], data.regions.size_BR[row], strict=True)
-    )
-    assert output.sums["positions_K"].sum() == in_text
+def test_ground_truth_is_learned_after_a_rollout_that_ended_too_early(tiny_model, tmp_path, monkeypatch):
+    """A student that predicts EOS at every position is trained on every position, but its statistics end at the first."""
+    student, teacher = pair(tiny_model)
+    data, args = batch(), arguments(tmp_path, objective="ground_truth")
+    rollout = step._rollout
+
+    def ends_at_once(*inputs):
+        ids, *others = rollout(*inputs)
+        return torch.full_like(ids, EOS), *others
+
+    monkeypatch.setattr(step, "_rollout", ends_at_once)
+    output = run(student, teacher, args)
+    torch.testing.assert_close(output.loss, naive(student, teacher, data, args)[0], rtol=1e-5, atol=1e-5)
+    assert output.sums["positions_K"].sum() == (data.regions.size_BR > 0).sum()
 
 
 @pytest.mark.parametrize("chunk", [1024, 5])

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -435,7 +436,7 @@ def test_completions_and_samples_stay_within_max_length(tmp_path, tokenizer, by,
     prompts = Dataset.from_dict({"prompt": ["a b c " * n for n in (1, 2, 6) for _ in range(8)]})
     trainer = MTPDistillTrainer(student, args, prompts, prompts, processing_class=tokenizer)
     batch = trainer._generate_and_score_completions([{"prompt": prompts[n]["prompt"]} for n in (0, 8, 16)])
-    assert batch["lengths"].max() == 44
+    assert batch["lengths"].tolist() == [44, 44, 44]  # a long prompt does not shorten the completions of the others
     assert trainer.generation_config.max_new_tokens == 200
     trainer.train()
     trainer.evaluate()
@@ -457,3 +458,16 @@ def test_muon_uses_the_betas_and_epsilon_of_the_configuration(tmp_path, tokenize
     trainer = MTPDistillTrainer(model(), args, rows(), processing_class=tokenizer)
     groups = trainer.create_optimizer().param_groups
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.7, 0.9), 1e-5)}
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"completions_by": "student_blocks"}])
+def test_the_default_precision_trains_evaluates_and_decodes(tmp_path, tokenizer, options):
+    """Weights are float32 and autocast uses bf16. Llama's rotary embeddings then give keys in float32 and values in bf16."""
+    bare = "completions_by" in options
+    data = Dataset.from_dict({"prompt": ["a b c"] * 32}) if bare else rows()
+    args = arguments(tmp_path, bf16=True, num_eval_prompts=2, max_steps=1, **options)
+    trainer = MTPDistillTrainer(model(), args, data, data, processing_class=tokenizer)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    assert [name for name in metrics if name.startswith("eval_decoding/")]

@@ -59,6 +59,8 @@ class RowOffsetLayer(StaticLayer):
         """Write [A, G, T, D] to the step's slots, and return the slots in use, [A, G, top, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            # Both have the dtype of the keys now. Under autocast, rotary embeddings leave the keys in float32 (Llama).
+            self.values = self.values.to(value_states.dtype)
         index, top = self.placement.index(key_states.shape[1], key_states.device), self.placement.top
         # In the flat view, one index stands for row, head and slot.
         self.keys.flatten(0, 2).index_copy_(0, index, key_states.reshape(-1, self.k_head_dim))

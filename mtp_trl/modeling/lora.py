@@ -38,6 +38,12 @@ def adapters_disabled(model: PeftModel) -> Iterator[None]:
         yield
 
 
+def adapts_head(model: PreTrainedModel) -> bool:
+    """Whether PEFT has wrapped the output head. The teacher's logits then need the adapters turned off, too."""
+    kinds = type(model.get_output_embeddings()).__mro__  # FSDP 2 puts a class of its own first
+    return any(kind.__module__.startswith("peft.") for kind in kinds)
+
+
 def with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int) -> PeftConfig:
     """Return a PEFT configuration that also trains the mask token's embedding row.
 

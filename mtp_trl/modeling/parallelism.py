@@ -10,13 +10,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed as zero
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 
@@ -73,6 +76,15 @@ class Parallelism:
         if self.zero_stage == 3 and not self.gathers_on_save:
             raise ValueError(
                 f"exact mode gathers its adapter to save it; set {_GATHER_ON_SAVE} to true in the DeepSpeed configuration."
+            )
+
+    def check_lora(self, model: PreTrainedModel, peft_config: PeftConfig) -> None:
+        """Raise ValueError if FSDP cannot shard the adapters: PEFT wraps tied embeddings, which accelerate then ties again."""
+        trains_rows = bool(getattr(peft_config, "trainable_token_indices", None))
+        if self.fsdp_version is not None and trains_rows and model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"FSDP cannot train LoRA and the mask token's row on {type(model).__name__} with tied embeddings "
+                "(tie_word_embeddings=True in its config); use exact=True, DeepSpeed ZeRO or DDP."
             )
 
     def check_completions(self, *, gathers: bool) -> None:

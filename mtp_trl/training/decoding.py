@@ -1,7 +1,10 @@
 """Decoding during training: completions of bare prompts, and held-out prompts at every evaluation."""
 
+# Shapes: B rows of the batch
+
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 from trl.models.utils import unwrap_model_for_generation
 
 from ..custom_generate.generate import attach_decoder
@@ -16,6 +21,18 @@ from ..modeling.attention import dense_masks
 from ..modeling.lora import adapters_disabled, causal_lm
 from .samples import decode_samples, sample_table
 from .saving import PublishingTrainer
+
+
+class _RowLength(StoppingCriteria):
+    """End each row at `max_length` tokens, without its padding on the left to a common multiple."""
+
+    def __init__(self, prompt_lengths: Sequence[int], *, max_length: int, multiple: int) -> None:
+        widest = -(-max(prompt_lengths) // multiple) * multiple
+        self.columns_B = torch.tensor([max_length + widest - length for length in prompt_lengths])
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Return which rows have ended, bool [B]."""
+        return input_ids.shape[1] >= self.columns_B.to(input_ids.device)
 
 
 class DecodingTrainer(PublishingTrainer):
@@ -52,27 +69,41 @@ class DecodingTrainer(PublishingTrainer):
                     stack.enter_context(dense_masks(causal_lm(self.accelerator.unwrap_model(model))))
             yield
 
-    def _max_new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens may follow these prompts, each of which is shorter than `max_length`."""
-        return int(max(1, min(self.max_completion_length, self.args.max_length - max(map(len, prompts)))))
+    def _max_new_tokens(self, prompt_length: int) -> int:
+        """Return how many tokens may follow a prompt, which is shorter than `max_length`."""
+        return int(max(1, min(self.max_completion_length, self.args.max_length - prompt_length)))
+
+    @contextmanager
+    def _rows_limited(self, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Make the model that completes these prompts end each row at `max_length` tokens, within the block."""
+        model = causal_lm(self.accelerator.unwrap_model(self.model_wrapped))
+        multiple = self.args.pad_to_multiple_of or 1
+        limit = _RowLength(list(map(len, prompts)), max_length=self.args.max_length, multiple=multiple)
+        generate, config = model.generate, self.generation_config
+        before, config.max_new_tokens = config.max_new_tokens, self._max_new_tokens(min(map(len, prompts)))
+        model.generate = functools.partial(generate, stopping_criteria=StoppingCriteriaList([limit]))
+        try:
+            yield
+        finally:
+            model.generate, config.max_new_tokens = generate, before
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Complete bare prompts with the student or its teacher."""
         by_teacher = self.args.completions_by == "teacher" and not self.args.exact
         shares_module = by_teacher and self.teacher_model is None
-        student, max_new_tokens = self.model_wrapped, self.generation_config.max_new_tokens
+        student = self.model_wrapped
         if by_teacher and not shares_module:
             self.model_wrapped = self.teacher_model
-        self.generation_config.max_new_tokens = self._max_new_tokens(prompt_ids)
         try:
             with (
+                self._rows_limited(prompt_ids),
                 self._eager_and_dense(),
                 adapters_disabled(self.accelerator.unwrap_model(self.model)) if shares_module else nullcontext(),
             ):
                 completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         finally:
-            self.model_wrapped, self.generation_config.max_new_tokens = student, max_new_tokens
-        # A vLLM server ignores the limit set above and applies its own.
+            self.model_wrapped = student
+        # A vLLM server ignores these limits and applies its own.
         limits = [max(1, self.args.max_length - len(prompt)) for prompt in prompt_ids]
         return [completion[:limit] for completion, limit in zip(completions, limits, strict=True)]
 
@@ -103,7 +134,7 @@ class DecodingTrainer(PublishingTrainer):
             ) as model,
         ):
             metrics, output = decode_samples(
-                model, inputs, thresholds=self.args.thresholds, max_new_tokens=self._max_new_tokens(prompts)
+                model, inputs, thresholds=self.args.thresholds, max_new_tokens=self._max_new_tokens(max(map(len, prompts)))
             )
         if self.accelerator.is_main_process:
             title = f"step {self.state.global_step}, ConfAdapt {self.args.thresholds[-1]}"

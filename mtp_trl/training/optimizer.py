@@ -64,7 +64,7 @@ class MuonAdamW(Optimizer):
             if parameter.ndim != 2:
                 raise ValueError(
                     f"Muon needs 2-D weights, got a parameter of shape {tuple(parameter.shape)}; pass it in `others`, "
-                    "and use AdamW if the weights are sharded (ZeRO-3, FSDP)."
+                    "and use AdamW if the weights are sharded (ZeRO-3, FSDP 1)."
                 )
         groups: list[dict[str, Any]] = [
             {"params": matrices, "muon": True, "weight_decay": weight_decay},

@@ -130,7 +130,7 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
         _scatter(confidence_P, layout.drawn_BRK),
         rollout_BRK == target_BRK,
         _scatter(reward_P, layout.drawn_BRK) if reward_P is not None else None,
-        valid_BRK,
+        positions_with_loss(rollout_BRK, target_BRK, counted_BRK, eos_ids=tokens.eos),  # decoding ends at the rollout's EOS
         thresholds=args.thresholds,
     )
     output.sums["entropy"] = entropy

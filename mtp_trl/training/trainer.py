@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..modeling.checks import can_pack, check_attention_backend, check_output_logits, check_positions
 from ..modeling.exact import peft_flag_set
 from ..modeling.logits import backbone
-from ..modeling.lora import adapters_disabled, causal_lm, check_fits_base, check_publishable_lora, with_mask_row
+from ..modeling.lora import adapters_disabled, adapts_head, causal_lm, check_fits_base, check_publishable_lora, with_mask_row
 from ..modeling.mask_token import add_mask_token, set_decoding_defaults
 from ..modeling.parallelism import Parallelism
 from ..publishing.card import PAPER, TAGS
@@ -117,6 +117,7 @@ class MTPDistillTrainer(DecodingTrainer):
             peft_config = None
         elif peft_config is not None:
             peft_config = with_mask_row(peft_config, causal, causal.config.mtp["mask_token_id"])
+            self.parallelism.check_lora(causal, peft_config)
         elif not is_peft_model(student):
             teacher = frozen_teacher(student, load, tokenizer, args)
         set_decoding_defaults(causal, confadapt=args.confadapt, verify=args.verify)
@@ -271,8 +272,7 @@ class MTPDistillTrainer(DecodingTrainer):
         if self.args.exact:
             return ExactReader(student, with_teacher=with_teacher)
         run_teacher = self._teacher_runner(unwrapped_student) if with_teacher else None
-        # PEFT may have wrapped the output head, too. The teacher's logits then need the adapters turned off.
-        shares_head = self.teacher_model is None and type(student.get_output_embeddings()).__module__.startswith("peft.")
+        shares_head = self.teacher_model is None and adapts_head(student)
         state = functools.partial(adapters_disabled, unwrapped_student) if shares_head else nullcontext
         return WholeRowReader(student, teacher, run_teacher, state)
 
