@@ -341,7 +341,9 @@ def row_of(model_type: str, *, seconds: float) -> dict[str, str]:
 
 def short(found: str, name: str) -> str:
     """Remove what differs between models with the same result: the class's name, numbers, and the remedy after the reason."""
-    found = re.sub(r" ?\((?:largest|\d)[^)]*\)|\(?\[\d[^]]*\]\)?", "", found.replace(name, "the model")).partition(";")[0]
+    found = re.sub(
+        r"(?<!returns)(?<!returns ) ?\((?:largest|\d)[^)]*\)|\(?\[\d[^]]*\]\)?", "", found.replace(name, "the model")
+    ).partition(";")[0]
     return found.replace("|", "\\|").strip().rstrip(".")
 
 

@@ -181,7 +181,7 @@ class MaskGatedAdapter(nn.Module):
         if output.ndim == 2 and "expert" not in name and len(output) == math.prod(self._shape):  # OPT flattens its rows
             output, x = output.view(*self._shape, -1), x.view(*self._shape, -1)
         if output.shape[:-1] != self._shape:  # an expert's tokens, or keys of the whole cache: the masks are unknown
-            raise ValueError(f"{name} returns {tuple(output.shape)}, not [rows, columns, features]: adapt other modules.")
+            raise ValueError(f"{name} returns {tuple(output.shape)}, not [rows, columns, features]; adapt other modules.")
         return self._where_gated(output, lambda part, columns: update(part, x[:, columns])).view_as(flat)
 
     def _embed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
