@@ -270,3 +270,16 @@ def test_lora_on_tied_embeddings_is_refused_under_fsdp(tiny_model, fsdp_version,
     expected = pytest.raises(ValueError, match=r"tied embeddings .* use exact=True") if refused else contextlib.nullcontext()
     with expected:
         Parallelism(fsdp_version=fsdp_version).check_lora(model, config)
+
+
+def test_the_teacher_of_a_run_reads_through_the_head_of_the_base(tmp_path):
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=768, **SIZES))
+    args = MTPDistillConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", k_max=4, slots_per_row=8, max_steps=1)
+    adapters = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    trainer = MTPDistillTrainer(base, args, load_dataset("train", 64, 0), processing_class=tokenizer, peft_config=adapters)
+    head, hidden_PH = trainer.model.get_base_model().lm_head, torch.randn(3, 32)
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.add_(1.0)
+    teacher_logits_PV = trainer._reader(trainer.model).teacher_logits(hidden_PH)
+    torch.testing.assert_close(teacher_logits_PV, hidden_PH @ head.original_module.weight.T)

@@ -106,6 +106,7 @@ def test_a_private_repository_is_read_with_the_token_that_it_is_loaded_with(
     monkeypatch.delenv("HF_TOKEN")
     model = load(name, token="hf_test", cache_dir=tmp_path / "cache")
     assert text(model) == text(models[0])
+    assert list((tmp_path / "cache").rglob("mtp_adapter.safetensors"))
     assert b"hf_test" not in pickle.dumps(model.generate)  # the model keeps no token
 
 
@@ -115,6 +116,13 @@ def test_what_was_loaded_online_decodes_offline(online, models, folder, tmp_path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert text(model) == text(models[0])
     assert text(load(name, cache_dir=tmp_path / "cache")) == text(models[0])
+
+
+def test_another_revision_decodes_with_its_own_adapter(online, models, folder, tmp_path, name):
+    upload(online, folder, name)
+    HfApi(token="hf_test").create_branch(name, branch="next")
+    upload(online, save(models[1], tmp_path / "other"), name, revision="next")
+    assert text(load(name, revision="next", cache_dir=tmp_path / "cache")) == text(models[1])
 
 
 def test_a_checkpoint_in_a_subfolder_decodes_with_its_own_adapter(online, models, folder, tmp_path, name):
@@ -152,8 +160,16 @@ def test_an_interrupted_attach_leaves_no_hooks(models, monkeypatch):
     assert text(model) == expected
 
 
-def interrupt(*args):
+def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def test_an_interrupted_plain_decoding_leaves_the_adapter_attached(models):
+    """Plain decoding detaches the adapter for its time."""
+    expected = text(models[0])
+    with pytest.raises(KeyboardInterrupt):
+        text(models[0], mtp_k=1, stopping_criteria=[interrupt])
+    assert text(models[0]) == expected
 
 
 def test_a_repository_without_an_adapter_does_not_remove_the_one_attached(models, folder, tmp_path):
