@@ -166,7 +166,7 @@ def test_dates_versions_and_hardware_from_files_are_shown_literally(tmp_path):
     hostile = {
         "date": HOSTILE_LINE,
         "hardware": HOSTILE_LINE,
-        "versions": {"torch": HOSTILE_LINE, "transformers": HOSTILE_LINE},
+        "versions": {"torch": HOSTILE_LINE, "transformers": HOSTILE_LINE, HOSTILE_LINE: "1"},
     }
     facts = provenance("org/base", tmp_path) | hostile
     (tmp_path / RESULTS_FOLDER).mkdir()

@@ -284,10 +284,17 @@ def test_threads_of_a_single_cpu_process(write, monkeypatch, under_accelerate, o
     assert chosen == ([] if expected is None else [everything if expected == "all" else expected])
 
 
-def test_cores_are_counted_if_the_system_has_no_affinity(monkeypatch):
+def test_cores_are_counted_if_the_system_has_no_affinity(write, monkeypatch):
     """As on macOS and Windows."""
+    recipe, chosen = read_recipe(write()), []
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert launch._cores() == os.cpu_count()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    launch._use_all_cores(recipe)
+    assert chosen == [os.cpu_count()]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -315,3 +322,11 @@ def test_memory_settings_do_not_fail():
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def test_muon_of_sft_uses_the_betas_and_epsilon_of_the_recipe(write, monkeypatch):
+    options = {}
+    monkeypatch.setattr("mtp_trl.training.optimizer.muon_adamw", lambda model, **chosen: options.update(chosen))
+    recipe = {"trainer": "sft", "k_max": None, "slots_per_row": None, "max_steps": 1, "muon": True}
+    assert launch.main(write(**recipe, adam_beta1=0.7, adam_beta2=0.9, adam_epsilon=1e-5)) == 0
+    assert (options["betas"], options["eps"]) == ((0.7, 0.9), 1e-5)

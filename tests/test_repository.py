@@ -189,7 +189,7 @@ def test_a_git_lfs_pointer_is_named_as_such(folder):
 def test_a_lora_added_to_an_exact_model_can_be_merged(models, folder):
     """PEFT wraps and unwraps the layers. The adapter stays on the inner layers."""
     model = load(folder)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj", "embed_tokens"]))
     assert text(adapted) == text(models[0])  # B is zero
     assert text(adapted.merge_and_unload()) == text(models[0])
 

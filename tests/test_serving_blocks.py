@@ -18,7 +18,7 @@ from mtp_trl.modeling.mask_token import set_decoding_defaults
 from mtp_trl.publishing.repository import write_decoder
 from mtp_trl.serving.vllm import hooks
 from mtp_trl.serving.vllm.blocks import Scheduled, accept_all, canvases, next_drafts, proposals, read_blocks
-from mtp_trl.serving.vllm.gated import check_weights
+from mtp_trl.serving.vllm.gated import attach_adapter, check_weights
 from mtp_trl.serving.vllm.heads import pad_heads
 from mtp_trl.serving.vllm.proposer import MTPProposer
 from mtp_trl.serving.vllm.serve import serve_command, speculative_config
@@ -324,6 +324,24 @@ def test_weights_that_the_adapter_was_not_trained_on_are_not_served(tiny_model, 
     save_file({key: value for key, value in tensors.items() if key != name}, shard, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="these weights cannot be compared with it"):
         check_weights(saved, str(tmp_path), None)
+
+
+def test_the_adapter_is_not_attached_to_other_weights(tiny_model, tmp_path):
+    save_exact(tiny_model, tmp_path)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    served = SimpleNamespace(adapter=str(tmp_path / ADAPTER_FILE), base=(str(tmp_path), None))
+    with pytest.raises(ValueError, match="these weights differ from it"):
+        attach_adapter(None, served, max_tokens=1)
+
+
+def test_the_weights_are_compared_at_the_revision_served(tiny_model, tmp_path, monkeypatch):
+    saved, _ = save_exact(tiny_model, tmp_path)
+    calls = set()
+    monkeypatch.setattr("mtp_trl.serving.vllm.gated.repository_file", lambda name, _, revision: calls.add((name, revision)))
+    with pytest.warns(UserWarning, match="these weights cannot be compared with it"):
+        check_weights(saved, "me/exact", "v2")
+    assert calls == {("me/exact", "v2")}
 
 
 def test_exact_mode_does_not_reuse_graphs_compiled_without_the_adapter(monkeypatch):

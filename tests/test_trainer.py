@@ -471,3 +471,8 @@ def test_the_default_precision_trains_evaluates_and_decodes(tmp_path, tokenizer,
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
     assert [name for name in metrics if name.startswith("eval_decoding/")]
+
+
+def test_vllm_may_complete_for_the_teacher_of_exact_mode(tmp_path):
+    """There, student and teacher are the same base."""
+    assert arguments(tmp_path, completions_by="teacher", use_vllm=True, exact=True).use_vllm
