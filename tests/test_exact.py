@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,15 +68,21 @@ def naive_hidden(model, ids, *, masks: int):
         return backbone(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("checkpointing", [None, "transformers", "wrapper"])
-@pytest.mark.parametrize("architecture", PACKED + RECURRENT)
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing"),
+    [
+        *itertools.product(PACKED + RECURRENT, [None, "transformers"]),
+        ("llama", "wrapper"),  # `activation_checkpointing` of accelerate's FSDP plugin
+        ("mixtral", "wrapper"),
+    ],
+)
 def test_shared_text_equals_separate_passes_in_value_and_gradient(tiny_model, architecture, checkpointing):
     model = tiny_model(architecture)
     adapter = adapted(model)
     if checkpointing == "transformers":
         model.gradient_checkpointing_enable()
         model.train()
-    if checkpointing == "wrapper":  # `activation_checkpointing` of accelerate's FSDP plugin
+    if checkpointing == "wrapper":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer))
     if checkpointing == "transformers" and architecture == "gpt2":
         with pytest.raises(ValueError, match="set gradient_checkpointing=False"):
