@@ -1,4 +1,4 @@
-# make demo       adapt the bundled model, evaluate it and show one coloured answer (about 7 minutes on 2 CPU cores)
+# make demo       adapt the bundled model, evaluate it and show one coloured answer (7 to 9 minutes on 2 CPU cores)
 # make test       run the whole test suite, offline
 # make quality    run ruff and mypy
 # make test-vllm  test the vLLM plugin in unmodified vLLM on the CPU, in the separate environment .venv-vllm (3.5 GB)
