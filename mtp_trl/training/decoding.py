@@ -24,7 +24,10 @@ from .saving import PublishingTrainer
 
 
 class _RowLength(StoppingCriteria):
-    """End each row at `max_length` tokens, without its padding on the left to a common multiple."""
+    """End each row at `max_length` tokens, not counting the padding before its prompt.
+
+    Prompts are padded to the longest one, rounded up to a multiple of `multiple`.
+    """
 
     def __init__(self, prompt_lengths: Sequence[int], *, max_length: int, multiple: int) -> None:
         widest = -(-max(prompt_lengths) // multiple) * multiple
