@@ -40,7 +40,7 @@ def naive_loss(objective: str, student: torch.Tensor, teacher: torch.Tensor, rol
 def test_each_objective_equals_its_formula(objective):
     student, teacher = logits(0), logits(1)
     rollout, target = student.argmax(-1), teacher.argmax(-1)
-    losses = position_losses(student, teacher, rollout, target, objective=objective)
+    losses = position_losses(student.log_softmax(-1), teacher.log_softmax(-1), rollout, target, objective=objective)
     for position in range(4):
         ids = int(rollout[position]), int(target[position])
         expected = naive_loss(objective, student[position], teacher[position], *ids)
@@ -51,7 +51,8 @@ def test_each_objective_equals_its_formula(objective):
 def test_barred_tokens_give_no_nan_in_value_or_gradient(objective):
     raw = torch.randn(4, V, requires_grad=True)
     student = bar_tokens(raw, BARRED)
-    losses = position_losses(student, logits(1), student.argmax(-1), torch.tensor([0, 1, 2, 3]), objective=objective)
+    logs = student.log_softmax(-1), logits(1).log_softmax(-1)
+    losses = position_losses(*logs, student.argmax(-1), torch.tensor([0, 1, 2, 3]), objective=objective)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(raw.grad).all()
@@ -63,7 +64,8 @@ def test_reward_gradient_is_the_expected_policy_gradient():
     """The gradient equals the exact expectation E[R grad log p] over all tokens, without a baseline."""
     raw = torch.randn(1, V, requires_grad=True)
     teacher = logits(3)[:1]
-    position_losses(bar_tokens(raw, BARRED), teacher, torch.tensor([0]), torch.tensor([0]), objective="reward").sum().backward()
+    student_log, teacher_log = bar_tokens(raw, BARRED).log_softmax(-1), teacher.log_softmax(-1)
+    position_losses(student_log, teacher_log, torch.tensor([0]), torch.tensor([0]), objective="reward").sum().backward()
     policy = torch.zeros(V)
     reward = teacher.log_softmax(-1)[0].clamp(min=-20.0)
     for token in range(5):

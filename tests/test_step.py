@@ -60,11 +60,11 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
                 continue
             prefix = text[: anchor + 1]
             masked = torch.cat([prefix, torch.full((size - 1,), MASK)])
-            block = bar_tokens(student(input_ids=masked[None]).logits[0, anchor:], TOKENS.barred)
+            block = bar_tokens(student(input_ids=masked[None]).logits[0, anchor:], TOKENS.barred).log_softmax(-1)
             rollout = block.argmax(-1)
             forced = torch.cat([prefix, rollout[:-1]])
             with torch.no_grad():
-                reference = bar_tokens(teacher(input_ids=forced[None]).logits[0, anchor:], TOKENS.barred)
+                reference = bar_tokens(teacher(input_ids=forced[None]).logits[0, anchor:], TOKENS.barred).log_softmax(-1)
             target = reference.argmax(-1)
             if args.objective == "ground_truth":
                 target = text[anchor + 1 : anchor + 1 + size]
@@ -74,7 +74,7 @@ def naive(student, teacher, data: Batch, args: MTPDistillConfig):
                 one_loss = position_losses(block[one], reference[one], rollout[one], target[one], objective=args.objective)
                 loss = loss + args.place_decay**position * one_loss.sum()
                 if not decoding_ended:
-                    rewards.append(reference[position].log_softmax(-1)[rollout[position]])
+                    rewards.append(reference[position][rollout[position]])
                 decoding_ended = decoding_ended or int(rollout[position]) == EOS
                 if int(target[position]) == EOS or (decoding_ended and args.objective != "ground_truth"):
                     break

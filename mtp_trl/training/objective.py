@@ -19,18 +19,19 @@ def bar_tokens(logits: Tensor, barred_ids: Tensor) -> Tensor:
 
 
 def position_losses(
-    student_PV: Tensor,
-    teacher_PV: Tensor | None,
+    student_log_PV: Tensor,
+    teacher_log_PV: Tensor | None,
     rollout_P: Tensor,
     target_P: Tensor,
     *,
     objective: str,
     floor: float = -20.0,
 ) -> Tensor:
-    """Return the loss of each position in nats. Gradient flows only through the student's logits.
+    """Return the loss of each position in nats. Gradient flows only through the student's log-probabilities.
 
     Args:
-        student_PV, teacher_PV: barred float32 logits; the teacher's may be None for `hard` and `ground_truth`.
+        student_log_PV, teacher_log_PV: float32 log-probabilities, -inf at barred tokens; the teacher's may be None for `hard`
+            and `ground_truth`.
         rollout_P: the student's token y'.
         target_P: the teacher's argmax, or the token of the text for `ground_truth`.
         objective: one of `OBJECTIVES`.
@@ -40,9 +41,8 @@ def position_losses(
         float32 [P].
     """
     if objective in ("hard", "ground_truth"):
-        return torch.nn.functional.cross_entropy(student_PV, target_P, reduction="none")
-    assert teacher_PV is not None
-    student_log_PV, teacher_log_PV = student_PV.log_softmax(-1), teacher_PV.log_softmax(-1)
+        return torch.nn.functional.nll_loss(student_log_PV, target_P, reduction="none")
+    assert teacher_log_PV is not None
     if objective == "soft":
         return kl_divergence(teacher_log_PV, student_log_PV)
     if objective == "reward":

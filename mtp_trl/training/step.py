@@ -5,8 +5,8 @@ The order of operations (arXiv 2602.06019, sections 2 and 3):
     append masks to the text -> student forward -> y' = argmax at every position -> teacher reads the text with y' in the slots
     -> loss at every position of a block up to and including its first EOS
 
-The output head is applied only to the positions that are read, in chunks, and backward recomputes the logits of each chunk.
-Therefore at most `logits_chunk_size` x vocabulary logits of each model exist at one time.
+The output head is applied only to the positions that are read, in chunks. If there are several, backward recomputes the logits
+of each chunk. Therefore at most `logits_chunk_size` x vocabulary logits of each model exist at one time.
 """
 
 # Shapes: B rows of the batch, H hidden features, K positions of a block, N clean tokens of a row, P positions read,
@@ -101,7 +101,9 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     hidden = reader.read_student(layout)
     read_P = layout.read_BRK[layout.drawn_BRK]
     student_PH = hidden[read_P]
-    rollout_P, confidence_P, entropy = _rollout(student, student_PH, tokens, args.logits_chunk_size)
+    one_chunk = len(student_PH) <= args.logits_chunk_size
+    student_log_PV = _log_probabilities(student, student_PH, tokens) if one_chunk else None
+    rollout_P, confidence_P, entropy = _rollout(student, student_PH, student_log_PV, tokens, args.logits_chunk_size)
     rollout_BRK = _scatter(rollout_P, layout.drawn_BRK)
     teacher_hidden = reader.read_teacher(layout, student_forced_ids(layout, rollout_BRK))
 
@@ -109,6 +111,7 @@ def distillation_pass(reader: Reader, batch: Batch, tokens: Tokens, args: MTPDis
     losses_P, target_P, reward_P = _losses(
         reader,
         student_PH,
+        student_log_PV,
         None if teacher_hidden is None else teacher_hidden[read_P],
         rollout_P,
         truth_BRK[layout.drawn_BRK],
@@ -146,17 +149,27 @@ def _scatter(values_P: Tensor, drawn_BRK: Tensor) -> Tensor:
     return torch.zeros(drawn_BRK.shape, dtype=values_P.dtype, device=values_P.device).masked_scatter(drawn_BRK, values_P)
 
 
+def _log_probabilities(student: PreTrainedModel, hidden_PH: Tensor, tokens: Tokens) -> Tensor:
+    """Return the student's log-probabilities [P, V] in float32, with -inf at barred tokens."""
+    return bar_tokens(output_logits(student, hidden_PH), tokens.barred).log_softmax(-1)
+
+
 @torch.no_grad()
-def _rollout(student: PreTrainedModel, hidden_PH: Tensor, tokens: Tokens, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the student's block y', its probability at each position, and the summed entropy of the predictions (nats)."""
+def _rollout(
+    student: PreTrainedModel, hidden_PH: Tensor, log_PV: Tensor | None, tokens: Tokens, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the student's block y', its probability at each position, and the summed entropy of the predictions (nats).
+
+    `log_PV` are the student's log-probabilities if all positions fit into one chunk, else None.
+    """
     ids, confidences = [], []
     entropy = torch.zeros((), device=hidden_PH.device)
-    for part_PH in hidden_PH.detach().split(chunk):
-        log_PV = bar_tokens(output_logits(student, part_PH), tokens.barred).log_softmax(-1)
-        best = log_PV.max(-1)
+    for part_PH in hidden_PH.split(chunk):
+        part_log_PV = _log_probabilities(student, part_PH, tokens) if log_PV is None else log_PV
+        best = part_log_PV.max(-1)
         ids.append(best.indices)
         confidences.append(best.values.exp())
-        entropy += torch.special.entr(log_PV.exp()).sum()
+        entropy -= (part_log_PV.exp() * part_log_PV.clamp(min=-1e4)).sum()  # 0 times -inf would be NaN
     return torch.cat(ids), torch.cat(confidences), entropy
 
 
@@ -173,6 +186,7 @@ def _ground_truth(batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
 def _losses(
     reader: Reader,
     student_PH: Tensor,
+    student_log_PV: Tensor | None,
     teacher_PH: Tensor | None,
     rollout_P: Tensor,
     truth_P: Tensor,
@@ -180,25 +194,28 @@ def _losses(
     args: MTPDistillConfig,
     objective: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return, per position, the loss (with gradient), the target, and the teacher's log-likelihood of the rollout."""
+    """Return, per position, the loss (with gradient), the target, and the teacher's log-likelihood of the rollout.
+
+    `student_log_PV` are the student's log-probabilities if all positions fit into one chunk, else None.
+    """
 
     def chunk_losses(part_PH: Tensor, teacher_part_PH: Tensor | None, rollout: Tensor, truth: Tensor) -> tuple[Tensor, ...]:
-        student_PV = bar_tokens(output_logits(reader.student, part_PH), tokens.barred)
-        teacher_PV, target, reward = None, truth, torch.zeros_like(truth, dtype=torch.float)
+        log_PV = _log_probabilities(reader.student, part_PH, tokens) if student_log_PV is None else student_log_PV
+        teacher_log_PV, target, reward = None, truth, torch.zeros_like(truth, dtype=torch.float)
         if teacher_part_PH is not None:
             with torch.no_grad():
-                teacher_PV = bar_tokens(reader.teacher_logits(teacher_part_PH), tokens.barred)
-                reward = teacher_PV.log_softmax(-1).gather(-1, rollout[:, None]).squeeze(-1)
+                teacher_log_PV = bar_tokens(reader.teacher_logits(teacher_part_PH), tokens.barred).log_softmax(-1)
+                reward = teacher_log_PV.gather(-1, rollout[:, None]).squeeze(-1)
                 if objective != "ground_truth":
-                    target = teacher_PV.argmax(-1)
-        losses = position_losses(student_PV, teacher_PV, rollout, target, objective=objective, floor=args.reward_floor)
+                    target = teacher_log_PV.argmax(-1)
+        losses = position_losses(log_PV, teacher_log_PV, rollout, target, objective=objective, floor=args.reward_floor)
         return losses, target, reward
 
     chunk = args.logits_chunk_size
     teacher_parts = teacher_PH.split(chunk) if teacher_PH is not None else [None] * -(-len(student_PH) // chunk)
     parts = [
         # with several chunks, keep only their hidden states for backward
-        chunk_losses(*inputs) if len(student_PH) <= chunk else checkpoint(chunk_losses, *inputs, use_reentrant=False)
+        chunk_losses(*inputs) if student_log_PV is not None else checkpoint(chunk_losses, *inputs, use_reentrant=False)
         for inputs in zip(student_PH.split(chunk), teacher_parts, rollout_P.split(chunk), truth_P.split(chunk), strict=True)
     ]
     losses_P, target_P, reward_P = (torch.cat(column) for column in zip(*parts, strict=True))
