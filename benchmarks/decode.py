@@ -75,7 +75,7 @@ class Row:
 
 def ways(threshold: float, k_max: int, *, compiled: bool) -> list[Way]:
     shapes = {"cache_implementation": "static", "compile_config": compile_config()}
-    verified = {"verify": True, "confadapt": threshold}
+    verified = {"verify": True, "confadapt": threshold, "mtp_k": k_max}
     listed = [
         Way("transformers, greedy", False, {}),
         Way("transformers, prompt lookup", False, {"prompt_lookup_num_tokens": 10}, single_row=True),
@@ -108,8 +108,8 @@ def replayed(accepted: list[int] | None) -> Iterator[None]:
         return
     lengths, choose = itertools.cycle(accepted), Choice.__call__
 
-    def scripted(self: Any, logits: Any, alive: Any, k: int, *, masks: int) -> Iterator[Any]:
-        for row, _ in zip(alive, list(choose(self, logits, alive, k, masks=masks)), strict=True):
+    def scripted(self: Any, logits: Any, alive: Any, k: int, blocks: int, *, masks: int) -> Iterator[Any]:
+        for row, _ in zip(alive, list(choose(self, logits, alive, k, blocks, masks=masks)), strict=True):
             count = min(next(lengths) - 1, len(row.drafts))
             chosen = [token if position < count else token + 1 for position, token in enumerate(row.drafts)]
             yield Chosen([*chosen, 7], {end: [7] * (k - 1) for end in range(len(row.drafts) + 1)})

@@ -1,17 +1,27 @@
-"""Fixtures, and settings that libraries read on import: tests download nothing, report nothing and write no shared files."""
+"""Fixtures, and settings that libraries read on import: tests download nothing, report nothing and write no shared files.
+
+`no_network/sitecustomize.py` makes sure that no test reaches another machine.
+"""
 
 import atexit
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["VLLM_DO_NOT_TRACK"] = "1"
+os.environ["VLLM_HOST_IP"] = "127.0.0.1"  # vLLM would look for its address with a socket to a public DNS server
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -20,16 +30,26 @@ def _private_folder(variable: str) -> None:
     atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 
 
-# transformers copies remote code to this folder. Use one per process, since parallel workers would write the same files.
-_private_folder("HF_MODULES_CACHE")
+# Downloads, data sets and remote code are cached in this folder. Use one per process, since parallel workers would write the
+# same files, and a test would find what another run of the tests has left.
+_private_folder("HF_HOME")
 # DeepSpeed compiles its CPU communication in this folder under a lock file. A run that is killed while compiling leaves the
 # lock behind, so in a persistent folder all later runs would wait forever. Workers use the folder of the main process.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _private_folder("TORCH_EXTENSIONS_DIR")
 
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+_GUARD = Path(__file__).with_name("no_network")
+
+
+def _without_network(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a Python process that must not reach other machines."""
+    paths = filter(None, [str(_GUARD), environment.get("PYTHONPATH")])
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+_private_folder("MTP_TESTS_NETWORK")  # attempts are written to it
+os.environ.update(_without_network(os.environ))
+runpy.run_path(str(_GUARD / "sitecustomize.py"))
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
@@ -37,8 +57,27 @@ import torch  # noqa: E402
 from huggingface_hub import constants, hf_api  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
+from mtp_trl.custom_generate import settings  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import tiny_models  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def network_attempts() -> Iterator[Path]:
+    """Fail a test that tried to reach another machine, even if it caught the error. Return the file that lists the attempts."""
+    attempts = Path(os.environ["MTP_TESTS_NETWORK"]) / "attempts"
+    yield attempts
+    if attempts.exists():
+        text = attempts.read_text()
+        attempts.unlink()
+        pytest.fail(text)
+
+
+@pytest.fixture(autouse=True)
+def same_passes_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let the clock choose block sizes by default: the number of passes would depend on how busy the machine is."""
+    monkeypatch.setattr(settings, "DTYPES_BY_CLOCK", ())
 
 
 @pytest.fixture
@@ -99,10 +138,12 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
     and then wait for the pipes that its workers still hold open.
     """
 
-    def run(arguments: Sequence[object], *, timeout: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        arguments: Sequence[object], *, timeout: float = 550, env: Mapping[str, str] = os.environ, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, arguments)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, text=True, **streams, **options) as process:
+        with subprocess.Popen(command, text=True, env=_without_network(env), **streams, **options) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:

@@ -89,7 +89,6 @@ REFUSED = {
     "use_cache": ({"use_cache": False}, "use_cache=False"),
     "output_attentions": ({"output_attentions": True}, "output_attentions=True"),
     "auto without verify": ({"mtp_k": "auto"}, "chooses block sizes by measured times, and only verified text"),
-    "auto with blocks": ({"mtp_k": "auto", "verify": True, "mtp_blocks": 2}, "mtp_blocks=2 is not supported with mtp_k='auto'"),
     "auto with synced_gpus": ({"mtp_k": "auto", "verify": True, "synced_gpus": True}, "must use the same sizes"),
     "assistant_model": ({"assistant_model": object()}, "assistant_model="),
     "past_key_values": ({"past_key_values": QuantoLike()}, "must be a DynamicCache, got QuantoLike"),

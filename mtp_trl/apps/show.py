@@ -87,6 +87,7 @@ def run_show(
     prompt: str,
     *,
     base: str | None = None,
+    gguf_file: str | None = None,
     confadapt: Threshold | None,
     mtp_k: int | str | None,
     verify: bool | None,
@@ -94,12 +95,17 @@ def run_show(
     html_file: Path | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Answer one prompt greedily and print it pass by pass, with a colour for each. None means the model's default."""
+    """Answer one prompt greedily and print it pass by pass, with a colour for each. None means the model's default.
+
+    Without a default, `mtp_k` is the trained block size: "auto" would spend the first passes of the only call on measurements.
+    """
     if confadapt is not None:
         checked_thresholds(confadapt)
-    student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
+    student, tokenizer = load_student(model, base=base, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     encoded = tokenizer(prompt, return_tensors="pt").to(student.device)
     console = Console()
+    if mtp_k is None and getattr(student.generation_config, "mtp_k", None) is None:
+        mtp_k = student.config.mtp["k_max"]
     with torch.inference_mode():
         output = student.generate(
             **encoded,

@@ -12,42 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .low_rank import AdapterModule, FusedUpdates, LowRankUpdate
 from .probes import execution_device
 
 
-class _AdapterModule(nn.Module):
-    """Parent of the adapter's parts. Each part is a module, so that FSDP and DeepSpeed gather its weights when it runs.
-
-    A state dict without adapter weights, such as the base's, loads without an error and leaves these weights unchanged.
-    """
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters(recurse=False)):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _LowRankUpdate(_AdapterModule):
-    """Compute output + (alpha / rank) B A x. Without gradients this is done in place."""
-
-    def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.zeros(rank, inputs))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
-        self.scale = scale
-
-    def forward(self, output: Tensor, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            low = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)
-            return output + (nn.functional.linear(low, self.lora_B) * self.scale).to(output.dtype)
-        low = nn.functional.linear(x, self.lora_A.to(x.dtype)).to(output.dtype)
-        return output.baddbmm_(low, self.lora_B.to(output.dtype).T.expand(len(x), -1, -1), alpha=self.scale)
-
-
-class _MaskRow(_AdapterModule):
+class _MaskRow(AdapterModule):
     """Replace embeddings by the mask's embedding. Without gradients this is done in place."""
 
     def __init__(self, size: int) -> None:
@@ -79,12 +53,13 @@ class MaskGatedAdapter(nn.Module):
         mtp: `config.mtp` of the model that was trained.
         defaults: decoding defaults, `confadapt` and `verify`, for a base whose generation_config has neither.
         base: name and `base_fingerprint` of the model that the adapter was trained on; the fingerprint may be None.
+        gguf_file: the GGUF file from which that model was loaded; None if it was not a GGUF file.
         lora_layers: names of the layers that must have a PEFT LoRA. An adapter of a LoRA model has no updates of its
             own, since the LoRA acts at every column: it holds only the embedding of the mask.
         source: the repository that the adapter was read from, and the version of its file.
     """
 
-    updates: Any  # a ModuleList of _LowRankUpdate, in the order of `names`
+    updates: Any  # a ModuleList of LowRankUpdate, in the order of `names`
 
     def __init__(self, shapes: dict[str, tuple[int, int]], *, rank: int, alpha: float, hidden_size: int) -> None:
         """Create the adapter with zero weights; `shapes` maps each adapted layer's name to its (inputs, outputs)."""
@@ -92,14 +67,16 @@ class MaskGatedAdapter(nn.Module):
         self.names = list(shapes)
         self.rank, self.alpha = rank, alpha
         scale = alpha / rank
-        self.updates = nn.ModuleList(_LowRankUpdate(*shape, rank=rank, scale=scale) for shape in shapes.values())
+        self.updates = nn.ModuleList(LowRankUpdate(*shape, rank=rank, scale=scale) for shape in shapes.values())
         self.mask_row = _MaskRow(hidden_size)
         self.mtp: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.base: tuple[str, str | None] = ("", None)
+        self.gguf_file: str | None = None
         self.source: tuple[str, str | None] | None = None
         self.lora_layers: list[str] = []
         self._gate, self._shape, self._thread = _INACTIVE
+        self._fused = FusedUpdates(list(self.updates))
         self._hooks: list[RemovableHandle] = []
 
     # ---- attach and detach ----
@@ -122,9 +99,16 @@ class MaskGatedAdapter(nn.Module):
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - self._keys
         del model.mtp_adapter
 
+    def hook(self, model: PreTrainedModel, hooked: bool) -> None:
+        """Add or remove the hooks of an attached adapter, for passes that do not need it."""
+        if hooked and not self._hooks:
+            self._register_hooks(model)
+        elif not hooked:
+            self._remove_hooks()
+
     def _register_hooks(self, model: PreTrainedModel) -> None:
-        for name, update in zip(self.names, self.updates, strict=True):
-            layer, hook = _innermost(model.get_submodule(name)), functools.partial(self._adapt, name, update)
+        for index, (name, update) in enumerate(zip(self.names, self.updates, strict=True)):
+            layer, hook = _innermost(model.get_submodule(name)), functools.partial(self._adapt, index, name, update)
             update.to(execution_device(layer))  # layers may be spread over devices
             self._hooks.append(layer.register_forward_hook(hook))
         self.mask_row.to(execution_device(model.get_input_embeddings()))
@@ -160,12 +144,14 @@ class MaskGatedAdapter(nn.Module):
     def within(self, state: PassState) -> Iterator[None]:
         """Apply an earlier `state` to the current thread's passes within the block. Backward may run in another thread."""
         before = self.state
+        self._fused.end_pass()
         self._gate, self._shape, _ = state
         self._thread = threading.get_ident()
         try:
             yield
         finally:
             self._gate, self._shape, self._thread = before
+            self._fused.end_pass()
 
     @property
     def _is_inactive(self) -> bool:
@@ -174,7 +160,12 @@ class MaskGatedAdapter(nn.Module):
         # Compiled code cannot read its thread's id. Assume that it runs in the thread that compiles it.
         return not torch.compiler.is_compiling() and self._thread != threading.get_ident()
 
-    def _adapt(self, name: str, update: _LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _adapt(
+        self, index: int, name: str, update: LowRankUpdate, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        if self._fused.masks and self._thread == threading.get_ident() and output.shape[:-1] == self._shape:
+            self._fused.add(index, output, inputs[0])
+            return output
         if self._is_inactive:
             return output
         flat, x = output, inputs[0]
@@ -188,6 +179,12 @@ class MaskGatedAdapter(nn.Module):
         if self._is_inactive:
             return output
         self._shape = output.shape[:2]
+        # Sharded weights are whole only while their module runs, and compiled code is fused by the compiler.
+        unfused = torch.is_grad_enabled() or torch.compiler.is_compiling() or dist.is_initialized()
+        if isinstance(self._gate, int) and not unfused:
+            self._fused.start_pass(output, masks=self._gate)
+        elif self._fused.masks:
+            self._fused.end_pass()
         return self._where_gated(output, lambda part, columns: self.mask_row(part))
 
     def _where_gated(self, output: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:

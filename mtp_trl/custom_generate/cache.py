@@ -88,8 +88,8 @@ def hybrid_cache_layer(layer: Any, placement: Placement) -> Any:
 class AttentionMasks:
     """Attention masks of a step: causal by position, with the window of each layer type, in the attention backend's format."""
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, scratch: int, block: int) -> None:
-        """The cache has `scratch` slots, for blocks of `block` masks each, and then `slots` slots for the text."""
+    def __init__(self, model: PreTrainedModel, *, slots: int, scratch: int) -> None:
+        """The cache has `scratch` slots, for blocks of masks, and then `slots` slots for the text."""
         config = model.config.get_text_config(decoder=True)
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(
@@ -100,8 +100,8 @@ class AttentionMasks:
         self.dtype = model.dtype if config._attn_implementation == "eager" else None
         device = execution_device(model.get_input_embeddings())
         self.slots_C = torch.arange(slots, device=device)  # of the text, after the scratch slots
-        slot_U = torch.arange(scratch, device=device)
-        self.hidden_UU = (slot_U[:, None] // max(block, 1) != slot_U // max(block, 1)) | (slot_U > slot_U[:, None])
+        self.slot_U = torch.arange(scratch, device=device)
+        self.hidden_UU: dict[int, Tensor] = {}  # which scratch slots masks do not attend to, by the masks of a block
         self.window: Any = getattr(config, "sliding_window", None)
         self.chunk: Any = getattr(config, "attention_chunk_size", None)
         # As in transformers' create_masks_for_generate: one mask per layer type if the config lists them, else a single mask.
@@ -113,7 +113,7 @@ class AttentionMasks:
         self.only_type = "sliding_attention" if self.window else "chunked_attention" if self.chunk else "full_attention"
 
     def __call__(
-        self, positions_AT: Tensor, anchors_AT: Tensor, *, masks: int, top: int, dtype: torch.dtype | None
+        self, positions_AT: Tensor, anchors_AT: Tensor, *, masks: int, block: int, top: int, dtype: torch.dtype | None
     ) -> Tensor | dict[str, Tensor]:
         """Return a mask [A, 1, T, top], or a dict of masks by layer type.
 
@@ -121,37 +121,41 @@ class AttentionMasks:
             positions_AT: the position of each column.
             anchors_AT: the last text position that each column attends to.
             masks: number of columns at the end that write to scratch slots.
+            block: number of masks of a block.
             top: number of slots that attention reads.
             dtype: None for boolean masks, else the dtype of masks that are added to the scores.
         """
-        arguments = (positions_AT[:, None, :, None], anchors_AT[:, None, :, None], masks, top, dtype)
+        arguments = (positions_AT[:, None, :, None], anchors_AT[:, None, :, None], masks, block, top, dtype)
         if not self.layer_types:
             return self._mask(self.only_type, *arguments)
         by_type = {layer_type: self._mask(layer_type, *arguments) for layer_type in self.layer_types}
         return by_type | {name: by_type[layer_type] for name, layer_type in self.aliases.items()}
 
     def _mask(
-        self, layer_type: str, queries: Tensor, anchors: Tensor, masks: int, top: int, dtype: torch.dtype | None
+        self, layer_type: str, queries: Tensor, anchors: Tensor, masks: int, block: int, top: int, dtype: torch.dtype | None
     ) -> Tensor:
-        slots_C = self.slots_C[: top - len(self.hidden_UU)]
+        slots_C = self.slots_C[: top - len(self.slot_U)]
         hidden = slots_C > anchors
         if layer_type == "sliding_attention":
             hidden |= slots_C <= queries - self.window
         elif layer_type == "chunked_attention":
             hidden |= slots_C // self.chunk != queries // self.chunk
-        if len(self.hidden_UU):
-            hidden = torch.cat([self._hidden_scratch(layer_type, queries, masks), hidden], -1)
+        if len(self.slot_U):
+            hidden = torch.cat([self._hidden_scratch(layer_type, queries, masks, block), hidden], -1)
         return ~hidden if dtype is None else hidden.to(dtype).mul_(torch.finfo(dtype).min)
 
-    def _hidden_scratch(self, layer_type: str, queries: Tensor, masks: int) -> Tensor:
+    def _hidden_scratch(self, layer_type: str, queries: Tensor, masks: int, block: int) -> Tensor:
         """Return which scratch slots are hidden, [A, 1, T, U].
 
         A mask attends to the earlier masks of its own block, within its window or chunk. A token attends to no mask.
         """
+        if block not in self.hidden_UU:
+            block_U = self.slot_U // max(block, 1)
+            self.hidden_UU[block] = (block_U[:, None] != block_U) | (self.slot_U > self.slot_U[:, None])
         rows, _, width, _ = queries.shape
-        hidden = torch.ones(rows, 1, width, len(self.hidden_UU), dtype=torch.bool, device=queries.device)
-        hidden[:, :, width - masks :] = self.hidden_UU[:masks]
-        positions = nn.functional.pad(queries[:, :, width - masks :, 0], (0, len(self.hidden_UU) - masks))[:, :, None]
+        hidden = torch.ones(rows, 1, width, len(self.slot_U), dtype=torch.bool, device=queries.device)
+        hidden[:, :, width - masks :] = self.hidden_UU[block][:masks]
+        positions = nn.functional.pad(queries[:, :, width - masks :, 0], (0, len(self.slot_U) - masks))[:, :, None]
         if layer_type == "sliding_attention":
             hidden |= positions <= queries - self.window
         elif layer_type == "chunked_attention":

@@ -45,16 +45,14 @@ class CachedForward(Forward):
     ) -> None:
         super().__init__(model, settings, arguments, adapter=adapter, synced=synced)
         self.blocks = settings.blocks
-        self.scratch = settings.blocks * (settings.k - 1) if settings.blocks > 1 else 0
+        self.scratch = max((blocks * (k - 1) for k, blocks in settings.modes if blocks > 1), default=0)
         self.static = config.cache_implementation == "static"
         self.padding_slot = self.scratch + max(row.limit for row in rows)
         multiple = STATIC_SLOT_MULTIPLE if self.static else 1
         self.placement = Placement(slots=-(-(self.padding_slot + 1) // multiple) * multiple)
         self.layers = [RowOffsetLayer(self.placement) for _ in cache_layers(model)]
         self.cache = Cache(layers=self.layers)
-        self.attention = AttentionMasks(
-            model, slots=self.placement.slots - self.scratch, scratch=self.scratch, block=settings.k - 1
-        )
+        self.attention = AttentionMasks(model, slots=self.placement.slots - self.scratch, scratch=self.scratch)
         self.rows = rows
         self.keeps_rows = self.static or past is not None
         self.compiles = self.static and model._valid_auto_compile_criteria({CACHE_NAMES[0]: self.cache}, config)
@@ -62,10 +60,11 @@ class CachedForward(Forward):
         if past is not None:
             take_over(past, self.layers, rows, scratch=self.scratch)
 
-    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+    def __call__(self, alive: list[Row], k: int, blocks: int) -> tuple[Tensor, int]:
         """See `Forward`."""
         same_shapes = self.static and all(row.cached for row in alive)
-        blocks = self.blocks if same_shapes else max(len(row.rejection_points(self.blocks)) for row in alive)
+        if not same_shapes:
+            blocks = max(len(row.rejection_points(blocks)) for row in alive)
         masks = blocks * (k - 1)
         pending = max(len(row.pending) for row in alive)
         if same_shapes:
@@ -84,7 +83,9 @@ class CachedForward(Forward):
             gate=masks,
             input_ids=columns.ids,
             position_ids=columns.positions,
-            attention_mask=self.attention(columns.positions, columns.anchors, masks=masks, top=top, dtype=self.mask_dtype()),
+            attention_mask=self.attention(
+                columns.positions, columns.anchors, masks=masks, block=k - 1, top=top, dtype=self.mask_dtype()
+            ),
             use_cache=True,
             **{CACHE_NAMES[0]: self.cache},
         )
@@ -131,7 +132,7 @@ class CachedForward(Forward):
 
     def _block_starts(self, row: Row, blocks: int) -> list[int]:
         """Return the positions at which the row's blocks of masks start; blocks that it does not need start at its limit."""
-        points = [] if row.done else [len(row.tokens) + point for point in row.rejection_points(self.blocks)]
+        points = [] if row.done else [len(row.tokens) + point for point in row.rejection_points(blocks)]
         return points + [row.limit] * (blocks - len(points))
 
     def replace_row(self, index: int) -> None:

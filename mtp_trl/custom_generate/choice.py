@@ -117,11 +117,14 @@ class Choice:
         self.settings = settings if self.at_once else replace(settings, blocks=1)  # several blocks follow different texts
         self.text = text
 
-    def __call__(self, logits_APV: Tensor, alive: list[Row], k: int, *, masks: int) -> Iterator[Chosen]:
-        """Yield the choice of each row. The last `masks` positions are masks, the others are pending tokens."""
+    def __call__(self, logits_APV: Tensor, alive: list[Row], k: int, blocks: int, *, masks: int) -> Iterator[Chosen]:
+        """Yield the choice of each row. The last `masks` positions are masks, the others are pending tokens.
+
+        `k` and `blocks` are those of the step (see `Forward`).
+        """
         A, P, _ = logits_APV.shape
         pending, E = P - masks, masks // (k - 1) if masks else 1
-        points = [row.rejection_points(self.settings.blocks) for row in alive]
+        points = [row.rejection_points(blocks) for row in alive]
         choose = self._all_positions if self.at_once else self._left_to_right
         chosen_AP, probs_AP, self.scores_APV = choose(logits_APV, alive, pending, points, k)
         columns = [chosen_AP]

@@ -47,7 +47,7 @@ def forward_for(
     if kinds <= ATTENTION_LAYERS and "position_ids" in arguments and cache_argument(model) == CACHE_NAMES[0]:
         return CachedForward(model, settings, arguments, rows, config, adapter=adapter, synced=synced, past=past)
     name = type(model).__name__
-    if settings.blocks > 1:
+    if settings.blocks > 1 and not settings.auto:
         raise ValueError(
             f"mtp_blocks={settings.blocks} needs a model with attention layers only, and {name} has recurrent layers or an "
             "unsupported cache; leave it out."
@@ -74,7 +74,7 @@ class UncachedForward(Forward):
     Padding is on the right, where no causal layer sees it, whether the layer supports attention masks or not.
     """
 
-    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+    def __call__(self, alive: list[Row], k: int, blocks: int) -> tuple[Tensor, int]:
         """See `Forward`."""
         masks = k - 1
         fed = [row.tokens + row.drafts + [self.mask] * masks for row in alive]

@@ -47,9 +47,11 @@ class Forward:
         fed: number of columns fed, padding included, since the caller last set it to 0.
         reread: approximate number of tokens per row that a step with masks feeds again.
         keeps_rows: whether finished rows stay in the batch.
+        blocks: largest number of blocks of masks in a step.
     """
 
     fed = 0
+    blocks = 1
     reread = 0
     keeps_rows = False
 
@@ -74,8 +76,13 @@ class Forward:
         self.adapter = adapter
         self.synced = synced
 
-    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+    def __call__(self, alive: list[Row], k: int, blocks: int) -> tuple[Tensor, int]:
         """Run a step with blocks of k tokens.
+
+        Args:
+            alive: the rows.
+            k: tokens of a block, its first token included.
+            blocks: number of rejection points that get their own block of masks, at most `self.blocks`.
 
         Returns:
             Logits [A, P, V], and how many of the P positions are masks: the last ones, k - 1 for each block.
@@ -110,17 +117,18 @@ class Forward:
     def replace_row(self, index: int) -> None:
         """Move the last row to `index` in everything that is cached between steps, and drop the last row."""
 
+    def hook_adapter(self, hooked: bool) -> None:
+        """Add or remove the adapter's hooks. Layers without hooks run faster."""
+        if self.adapter is not None:
+            self.adapter.hook(self.model, hooked)
+
     @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Detach the adapter within the block. Plain decoding does not need it, and layers without hooks run faster."""
-        adapter, self.adapter = self.adapter, None
-        if adapter is not None:
-            adapter.detach(self.model)
+    def hooks_restored(self) -> Iterator[None]:
+        """Add the adapter's hooks again after the block, even on an error."""
         try:
             yield
         finally:
-            if adapter is not None:
-                self.adapter = adapter.attach(self.model)
+            self.hook_adapter(True)
 
     def run_until_all_ranks_finish(self) -> None:
         """If passes gather weights from all ranks, run further passes until all ranks have decoded their rows."""

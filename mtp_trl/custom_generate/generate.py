@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +60,7 @@ from .cached_forward import CachedForward
 from .choice import Choice
 from .forward import forward_for
 from .forward_base import Forward
+from .low_rank import FusedUpdates  # noqa: F401
 from .mtp_config import check_mtp_config  # noqa: F401
 from .output import MTPGenerateOutput, Scores, output_of
 from .pace import Pace
@@ -123,14 +124,15 @@ def generate_blocks(
             (static k). Or a list with one threshold for each position of a block, the last of which holds for all later
             positions. The first token of a block is always accepted; if it misses its own threshold, no other token is.
             None: the repository's default, else static k.
-        mtp_k: largest block size; 1 is plain decoding. "auto", only with `verify`, picks the block size of each step for the
-            most tokens per second, estimated from the confirmed drafts and the timed passes so far. None: the repository's
-            default, else the trained block size.
+        mtp_k: largest block size; 1 is plain decoding. "auto", only with `verify`, picks the block size and the number of
+            blocks of each step for the most tokens per second, estimated from the confirmed drafts and the timed passes so
+            far. None: the repository's default, else "auto" for verified decoding in float32 without `mtp_blocks`, else the
+            trained block size.
         verify: return exactly the text of one token per pass. None: the repository's default, else False.
         mtp_blocks: with `verify`, the number of possible rejection points that get their own block of masks; the
             value of `mtp_k` covers all of them. More blocks give more tokens per pass but wider passes, so they pay off if
-            wide passes cost little more. None: the repository's default, else 1. With logits processors that read the text
-            it is always 1.
+            wide passes cost little more. With "auto" it is an upper limit. None: the repository's default, else no limit with
+            "auto" (without static shapes), else 1. With logits processors that read the text it is always 1.
         mtp_token_id: the mask token, for checkpoints without `config.mtp`. None: `tokenizer`, if passed, finds it by name.
         tokenizer: needed for `stop_strings`.
 
@@ -236,11 +238,13 @@ def _decode(
     synced, past = request.synced_gpus, request.past
     forward = forward_for(model, choose.settings, rows, generation_config, adapter=adapter, synced=synced, past=past)
     static = generation_config.cache_implementation == "static"
-    pace = Pace(model, choose.settings, rows, sampling=seed is not None, static=static)
+    pace = Pace(model, choose.settings, rows, forward, sampling=seed is not None, static=static)
     scores = Scores(generation_config, rows)
 
     # Steps 3 to 7 are in `_decode_rows`.
-    with forward.without_adapter() if settings.k == 1 and not synced else nullcontext():
+    with forward.hooks_restored():
+        if settings.k == 1 and not synced:
+            forward.hook_adapter(False)
         _decode_rows(rows, forward, choose, pace, stops, text, scores, verify=settings.verify, streamer=request.streamer)
         forward.run_until_all_ranks_finish()
 
@@ -267,11 +271,11 @@ def _decode_rows(
     """Prefill, then decode and verify in steps, until every row is finished."""
     alive = list(rows)
     while alive:
-        with pace.step(alive, forward) as k:
+        with pace.step(alive) as (k, blocks):
             # 3. Run one forward pass over [pending tokens | masks]. The first one is the prefill: the prompt is pending.
-            logits_APV, masks = forward(alive, k)
+            logits_APV, masks = forward(alive, k, blocks)
             # 4. Choose a token at every position read, and how many tokens of each block to accept.
-            choices = list(choose(logits_APV.to(text.input_ids.device), alive, k, masks=masks))
+            choices = list(choose(logits_APV.to(text.input_ids.device), alive, k, blocks, masks=masks))
 
         # 5. Verify: confirm the drafts before the first one that differs from the model's choice, then add the next block.
         for row, chosen in zip(alive, choices, strict=True):

@@ -1,14 +1,16 @@
-"""`mtp_k="auto"`: choose the block size of each step for the most tokens per second."""
+"""`mtp_k="auto"`: choose the block size and the number of blocks of each step for the most tokens per second."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 import operator
 import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,128 +20,168 @@ from .forward_base import Forward
 from .rows import Row
 from .settings import Settings
 
-MARGIN = 1.05  # a longer block must promise this many times the tokens per second of plain decoding
+Mode = tuple[int, int]  # block size and number of blocks of a step
+PLAIN: Mode = (1, 1)
+MARGIN = 1.05  # blocks must promise this many times the tokens per second of plain decoding
 DECAY = 0.98  # weight of older drafts, per draft: about the last 50 drafts of a position count
-PROBE_SHARE = 0.02  # share of the time that may be spent on probes of other block sizes
+PROBE_SHARE = 0.01  # share of the time that may be spent on probes of other modes
+WIDTHS_PER_OCTAVE = 4  # passes whose widths differ by less than this share one median
 
 
 class Measurements:
-    """Times of passes and counts of confirmed drafts, measured in a model's calls so far."""
+    """Times of passes and outcomes of drafts, measured in a model's calls so far."""
 
     def __init__(self, k_max: int) -> None:
-        # (columns fed, seconds) of passes with one column per row, and of wider passes.
-        self.plain: deque[tuple[int, float]] = deque(maxlen=16)
-        self.wide: deque[tuple[int, float]] = deque(maxlen=16)
-        # How often draft 1, 2, ... was verified and how often it was confirmed, with older drafts weighted down.
-        self.verified, self.confirmed = [0.0] * k_max, [0.0] * k_max
+        # (columns fed, seconds) of the last passes, by their widths on a logarithmic scale, and (mean, median) of each width.
+        self.passes: dict[int, deque[tuple[int, float]]] = {}
+        self.typical: dict[int, tuple[float, float]] = {}
+        self.points: list[tuple[float, float]] = []  # the same, by columns
+        self.plain_passes = 0
+        # How often draft 1, 2, ... of a block was reached, confirmed and rejected, with older drafts weighted down. A draft is
+        # reached if all drafts before it were confirmed. It is neither confirmed nor rejected if the threshold left it out.
+        self.reached, self.confirmed, self.rejected = [0.0] * k_max, [0.0] * k_max, [0.0] * k_max
+        self.survival, self.rejection = self._outcomes()
         self.since_probe = 0.0  # seconds
-        self.longer_next = False  # whether the next probe is a block longer than the best one; else it is plain decoding
+        self.second_next = False  # whether the next probe is the second best mode
 
-    def seconds(self) -> Callable[[float], float]:
-        """Return a linear fit of a pass's seconds as a function of its columns.
+    def record_pass(self, columns: int, seconds: float) -> None:
+        """Record the time of a pass over this many columns of all rows."""
+        width = round(WIDTHS_PER_OCTAVE * math.log2(columns))
+        passes = self.passes.setdefault(width, deque(maxlen=5))
+        passes.append((columns, seconds))
+        self.typical[width] = sum(n for n, _ in passes) / len(passes), statistics.median(t for _, t in passes)
+        self.points = sorted(self.typical.values())
 
-        The fit ignores passes that took over three times the median, which include compilation or an interruption.
-        """
-        passes = [
-            (columns, elapsed)
-            for timed in (self.plain, self.wide)
-            for columns, elapsed in timed
-            if elapsed <= 3 * statistics.median(seconds for _, seconds in timed)
-        ]
-        mean_n, mean_t = (sum(column) / len(passes) for column in zip(*passes, strict=True))
-        spread = sum((n - mean_n) ** 2 for n, _ in passes)
-        slope = max(0.0, sum((n - mean_n) * (t - mean_t) for n, t in passes) / spread) if spread else 0.0
-        slope = min(slope, mean_t / mean_n)  # the fit must not be negative at 0 columns
-        return lambda n: mean_t + slope * (n - mean_n)
+    def record_block(self, *, drafts: int, masks: int, confirmed: int) -> None:
+        """Record the outcome of a block of `masks` masks, from which `drafts` were accepted and `confirmed` confirmed."""
+        for draft in range(min(masks, confirmed + 1)):
+            for counts, happened in (
+                (self.reached, True),
+                (self.confirmed, draft < confirmed),
+                (self.rejected, draft == confirmed < drafts),
+            ):
+                counts[draft] = DECAY * counts[draft] + happened
+        self.survival, self.rejection = self._outcomes()
 
-    def survival(self) -> list[float]:
-        """Return the probabilities that at least 1, 2, ... drafts are confirmed.
+    def seconds(self, columns: float) -> float:
+        """Return the estimated time of a pass: interpolated between the medians of the nearest widths that were measured."""
+        points = self.points
+        above = bisect.bisect(points, (columns, math.inf))
+        if not 0 < above < len(points):
+            return points[min(above, len(points) - 1)][1]  # as fast as the widest pass: trying it will tell
+        (n0, t0), (n1, t1) = points[above - 1 : above + 1]
+        return t0 + (t1 - t0) * (columns - n0) / (n1 - n0)
+
+    def _outcomes(self) -> tuple[list[float], list[float]]:
+        """Return the probabilities that at least 1, 2, ... drafts are confirmed, and that draft 1, 2, ... is rejected.
 
         Each rate is smoothed towards that of the position before it, which an unmeasured position inherits.
         """
-        rates, rate = [], 0.7
-        for verified, confirmed in zip(self.verified, self.confirmed, strict=True):
-            rate = (confirmed + 2 * rate) / (verified + 2)
-            rates.append(rate)
-        return list(itertools.accumulate(rates, operator.mul))
+        confirmed, rejected = [], []
+        right, wrong = 0.7, 0.1
+        for reached, was_confirmed, was_rejected in zip(self.reached, self.confirmed, self.rejected, strict=True):
+            right = (was_confirmed + 2 * right) / (reached + 2)
+            wrong = (was_rejected + 2 * wrong) / (reached + 2)
+            confirmed.append(right)
+            rejected.append(wrong)
+        survival = list(itertools.accumulate(confirmed, operator.mul))
+        return survival, [reach * wrong for reach, wrong in zip([1.0, *survival], rejected, strict=False)]
 
 
 class Pace:
-    """Chooses the block size of each step: the largest one, or with `mtp_k="auto"` the fastest one."""
+    """Chooses the mode of each step: the largest one, or with `mtp_k="auto"` the fastest one."""
 
     measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Measurements]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, model: PreTrainedModel, settings: Settings, rows: list[Row], *, sampling: bool, static: bool) -> None:
-        self.longest, self.auto, self.rows = settings.k, settings.auto, rows
-        self.k = settings.k
-        self.masks_fed: dict[int, int] = {}  # masks of a block in the row's last step, by the row's index
-        self.probes: list[int] = []  # block sizes to try next, regardless of the estimates
+    def __init__(
+        self, model: PreTrainedModel, settings: Settings, rows: list[Row], forward: Forward, *, sampling: bool, static: bool
+    ) -> None:
+        self.auto, self.rows, self.forward = settings.auto, rows, forward
+        self.longest: Mode = (settings.k, 1 if self.auto else settings.blocks)
+        self.mode = self.longest
+        self.blocks_fed: dict[int, int] = {}  # masks of the block that the row's drafts came from, by the row's index
+        self.drafts: dict[int, int] = {}  # drafts that the step verifies, by the row's index
+        self.probes: list[Mode] = []  # modes to try next, regardless of the estimates
         # With static shapes only two sizes are used, since each size is compiled.
-        self.lengths = sorted({1, self.longest} if static else {1, *(k for k in (2, 4, 8) if k < self.longest), self.longest})
+        self.modes = [PLAIN, self.longest] if static else [mode for mode in settings.modes if mode[1] <= forward.blocks]
         if self.auto:
-            # The time of a pass also depends on the number of rows and on the context length, and the fit does not extrapolate
-            # well. Keep separate measurements for each power of two of both.
+            # The time of a pass also depends on the number of rows and on the context length. Keep separate measurements for
+            # each power of two of both.
             sizes = len(rows).bit_length(), max(row.limit for row in rows).bit_length()
             key = (settings.thresholds, settings.k, sampling, static, *sizes)
             self.measurements = self.measured.setdefault(model, {}).setdefault(key, Measurements(settings.k))
 
     @contextmanager
-    def step(self, alive: list[Row], forward: Forward) -> Iterator[int]:
-        """Yield the block size of a step, and time the step."""
+    def step(self, alive: list[Row]) -> Iterator[Mode]:
+        """Yield the mode of a step, and time the step."""
         if not self.auto:
             yield self.longest
             return
-        is_prefill = not self.masks_fed
-        rows = len(self.rows if forward.keeps_rows else alive)
-        self.k, forward.fed = self.next(rows, forward.reread), 0
+        is_prefill = not self.drafts
+        self.drafts = {row.index: len(row.drafts) for row in alive}
+        was_plain = self.mode == PLAIN
+        self.mode = self.next(len(self.rows if self.forward.keeps_rows else alive))
+        if was_plain or self.mode != PLAIN:  # the first plain step still verifies drafts
+            self.forward.hook_adapter(self.mode != PLAIN)
+        self.forward.fed = 0
         started = time.perf_counter()
-        yield self.k
+        yield self.mode
         seconds = time.perf_counter() - started
         if not is_prefill:
-            is_plain = forward.fed == rows  # one column per row
-            (self.measurements.plain if is_plain else self.measurements.wide).append((forward.fed, seconds))
+            self.measurements.record_pass(self.forward.fed, seconds)
+            self.measurements.plain_passes += self.forward.fed == len(self.rows if self.forward.keeps_rows else alive)
             self.measurements.since_probe += seconds
 
     def learn(self, row: Row, *, confirmed: int) -> None:
-        """Record that `confirmed` drafts of the row's previous block were confirmed."""
+        """Record that the step confirmed this many drafts of a row."""
         if not self.auto:
             return
-        measurements = self.measurements
-        if not row.done:  # the end of a finished row may have cut its block short
-            for draft in range(min(self.masks_fed.get(row.index, 0), confirmed + 1)):
-                measurements.verified[draft] = DECAY * measurements.verified[draft] + 1
-                measurements.confirmed[draft] = DECAY * measurements.confirmed[draft] + (draft < confirmed)
-        self.masks_fed[row.index] = self.k - 1
+        drafts, masks = self.drafts[row.index], self.blocks_fed.get(row.index, 0)
+        if masks and not row.done:  # the end of a finished row may have cut its block short
+            self.measurements.record_block(drafts=drafts, masks=masks, confirmed=confirmed)
+        k, blocks = self.mode
+        has_block = confirmed > drafts - blocks  # the rejection point has a block of masks
+        self.blocks_fed[row.index] = k - 1 if has_block else 0
 
-    def next(self, rows: int, reread: int) -> int:
-        """Return the block size with the highest estimated tokens per second, or a probe of another size."""
+    def next(self, rows: int) -> Mode:
+        """Return the mode with the highest estimated tokens per second, or a probe of another mode."""
         measurements = self.measurements
-        if not measurements.wide:
+        if len(self.modes) == 1 or not measurements.passes:
             return self.longest
-        if len(measurements.plain) < 2:
-            return 1
+        if measurements.plain_passes < 2:
+            return PLAIN  # the first step without masks still feeds the pending drafts, so only the second one is plain
         if self.probes:
             return self.probes.pop()
-        seconds = measurements.seconds()
-        best = self.best(rows, reread, seconds)
-        longer = self.lengths[self.lengths.index(best) + 1 :][:1]
-        # The first step without masks still feeds the pending drafts, so only the second one times a plain step.
-        probe = longer if longer and (best == 1 or measurements.longer_next) else [1, 1]
-        costs = sum(seconds(rows * (1 if k == 1 else 2 * k + reread)) for k in probe)
+        ranking = sorted(self.modes, key=lambda mode: self.tokens_per_second(mode, rows), reverse=True)
+        best = ranking[0]
+        if self.tokens_per_second(best, rows) <= MARGIN * self.tokens_per_second(PLAIN, rows):
+            best = PLAIN
+        probe = [self.longest] * 2 if best == PLAIN else [PLAIN] * 2
+        if measurements.second_next:
+            probe = [next((mode for mode in ranking if mode not in (PLAIN, best)), self.longest)] * 2
+        costs = sum(measurements.seconds(self.columns(mode, rows)) for mode in probe)
         if PROBE_SHARE * measurements.since_probe > costs:
-            measurements.since_probe, measurements.longer_next, self.probes = 0.0, not measurements.longer_next, probe
+            measurements.since_probe, measurements.second_next, self.probes = 0.0, not measurements.second_next, probe
             return self.probes.pop()
         return best
 
-    def best(self, rows: int, reread: int, seconds: Callable[[float], float]) -> int:
-        """Return the block size with the highest estimated tokens per second: 1 unless another one beats it by `MARGIN`."""
-        survival = self.measurements.survival()
+    def columns(self, mode: Mode, rows: int) -> float:
+        """Return the expected number of columns that a step of this mode feeds."""
+        k, blocks = mode
+        if mode == PLAIN:
+            return rows
+        survival, rejected = self.measurements.survival, self.measurements.rejection
+        # Drafts up to the first one that the threshold leaves out; the row with the most of them sets the width.
+        kept = [confirmed + wrong for confirmed, wrong in zip(survival[: k - 1], rejected, strict=False)]
+        drafts = sum(1 - (1 - share) ** rows for share in kept)
+        return rows * (1 + drafts + min(blocks, 1 + drafts) * (k - 1) + self.forward.reread)
 
-        def tokens_per_second(k: int) -> float:
-            drafts = survival[: k - 1]
-            pending = 1 + sum(1 - (1 - share) ** rows for share in drafts)  # expected maximum over the rows
-            columns = pending + k - 1 + (reread if k > 1 else 0)
-            return (1 + sum(drafts)) / seconds(rows * columns)
+    def tokens_per_second(self, mode: Mode, rows: int) -> float:
+        """Return the estimated tokens per second and row.
 
-        best = max(self.lengths, key=tokens_per_second)
-        return best if tokens_per_second(best) > MARGIN * tokens_per_second(1) else 1
+        With one block of masks, a step that rejects a draft has no next drafts, and the step after it confirms one token.
+        """
+        k, blocks = mode
+        survival, rejected = self.measurements.survival, self.measurements.rejection
+        tokens, lost = 1 + sum(survival[: k - 1]), 0.0 if blocks > 1 else sum(rejected[: k - 1])
+        return (tokens + lost) / (1 + lost) / self.measurements.seconds(self.columns(mode, rows))

@@ -55,12 +55,12 @@ class RecurrentForward(Forward):
         self.placement = Placement(slots=self.padding_slot + 1)
         self.layers = [hybrid_cache_layer(layer, self.placement) for layer in cache_layers(model)]
         attends = any(isinstance(layer, RowOffsetLayer) for layer in self.layers)
-        self.attention = AttentionMasks(model, slots=self.placement.slots, scratch=0, block=1) if attends else None
+        self.attention = AttentionMasks(model, slots=self.placement.slots, scratch=0) if attends else None
         self.cache_name = str(cache_argument(model))
         self.cache = Cache(layers=self.layers)
         self.read: dict[int, int] = {}  # number of tokens that a row's state has read, by the row's index
 
-    def __call__(self, alive: list[Row], k: int) -> tuple[Tensor, int]:
+    def __call__(self, alive: list[Row], k: int, blocks: int) -> tuple[Tensor, int]:
         """See `Forward`."""
         masks = k - 1
         if not self.read:
@@ -141,7 +141,7 @@ class RecurrentForward(Forward):
         states: Any = is_fed_AT.long().to(self.device) if pad_first else None
         mask: Any = states
         if self.attention is not None:
-            mask = self.attention(columns.positions, columns.anchors, masks=0, top=top, dtype=self.attention.dtype)
+            mask = self.attention(columns.positions, columns.anchors, masks=0, block=0, top=top, dtype=self.attention.dtype)
             mask = {**mask, "linear_attention": states, "conv": states}
         return self.run(
             read=width if read is None else read,

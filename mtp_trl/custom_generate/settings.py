@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
@@ -41,16 +42,22 @@ class Request:
     synced_gpus: bool
 
 
+MOST_MASKS = 64  # per row and pass, with mtp_k="auto"
+# Verified decoding in these dtypes is mtp_k="auto" by default. In lower precision, passes of different widths may resolve
+# near-ties differently, so that the text would depend on the clock.
+DTYPES_BY_CLOCK = (torch.float32,)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Decoding settings of a call.
 
     Attributes:
         k: largest block size.
-        auto: whether each step chooses its block size by measured times (`mtp_k="auto"`).
+        auto: whether each step chooses its block size and its number of blocks by measured times (`mtp_k="auto"`).
         thresholds: one threshold per block position. The last one holds for all later positions; 0 is static k.
         verify: whether accepted tokens are drafts that the next pass verifies.
-        blocks: number of rejection points that get their own block of masks.
+        blocks: largest number of rejection points that get their own block of masks.
         mask_token_id: the token that is fed as a mask.
         barred_token_ids: tokens that are never emitted.
     """
@@ -62,6 +69,15 @@ class Settings:
     blocks: int
     mask_token_id: int
     barred_token_ids: tuple[int, ...]
+
+    @property
+    def modes(self) -> list[tuple[int, int]]:
+        """The (block size, number of blocks) that steps choose from."""
+        if not self.auto:
+            return [(self.k, self.blocks)]
+        sizes = sorted({1, *(k for k in (2, 4, 8) if k < self.k), self.k})
+        trees = [(k, min(k, self.blocks)) for k in sizes if k > 1 and self.blocks > 1]
+        return [(k, 1) for k in sizes] + [(k, blocks) for k, blocks in trees if blocks * (k - 1) <= MOST_MASKS]
 
 
 def settings_of(
@@ -75,11 +91,16 @@ def settings_of(
 
     def value(name: str, default: Any) -> Any:
         defaults = {} if adapter is None else adapter.defaults
-        candidates = (getattr(request, name), getattr(config, name, None), defaults.get(name), default)
-        return next(candidate for candidate in candidates if candidate is not None)
+        candidates = (getattr(request, name), getattr(config, name, None), defaults.get(name))
+        return next((candidate for candidate in candidates if candidate is not None), default)
 
     mtp = _mask_tokens(model, request, adapter)
-    k = value("mtp_k", mtp["k_max"])
+    verify = value("verify", False)
+    if not isinstance(verify, bool):
+        raise ValueError(f"verify must be True or False, got {verify!r}.")
+    fits_all = mtp["mask_token_id"] is not None and value("mtp_blocks", None) is None and not request.synced_gpus
+    by_clock = verify and fits_all and model.dtype in DTYPES_BY_CLOCK
+    k = value("mtp_k", "auto" if by_clock else mtp["k_max"])
     auto = k == "auto"
     k = mtp["k_max"] if auto else checked_block_size(k)
     if k > mtp["k_max"]:
@@ -89,9 +110,6 @@ def settings_of(
             f"{type(model).__name__} has no mask token, since its config has no `mtp`; pass mtp_token_id=, or tokenizer= if "
             f"it has {PAPER_MASK_TOKENS}0|> or <|mtp|>, or decode one token per pass with mtp_k=1."
         )
-    verify = value("verify", False)
-    if not isinstance(verify, bool):
-        raise ValueError(f"verify must be True or False, got {verify!r}.")
     if auto and (not verify or request.synced_gpus):
         reason = (
             "ranks that share weights must use the same sizes" if verify else "only verified text does not depend on the sizes"
@@ -100,13 +118,12 @@ def settings_of(
             f"mtp_k='auto' chooses block sizes by measured times, and {reason}; pass a number, or verify=True without "
             "synced_gpus."
         )
-    blocks = checked_blocks(value("mtp_blocks", 1))
-    if auto and (request.mtp_blocks or 1) > 1:
-        raise ValueError(f"mtp_blocks={blocks} is not supported with mtp_k='auto'; pass a number as mtp_k, or omit mtp_blocks.")
+    static = config.cache_implementation == "static"  # each size is compiled
+    blocks = checked_blocks(value("mtp_blocks", k if auto and not static else 1))
     if request.mtp_blocks is not None and blocks > 1 and not verify:
         raise ValueError(f"mtp_blocks={blocks} needs drafts that can be rejected; pass verify=True, or omit mtp_blocks.")
     thresholds = checked_thresholds(value("confadapt", 0.0))
-    blocks = min(blocks, k) if verify and not auto else 1  # a default of generation_config is for verified decoding only
+    blocks = min(blocks, k) if verify else 1  # a default of generation_config is for verified decoding only
     return Settings(k, auto, thresholds, verify, blocks, mtp["mask_token_id"] or 0, tuple(mtp["barred_token_ids"]))
 
 

@@ -69,6 +69,8 @@ def decode_samples(
                 **inputs,
                 confadapt=threshold,
                 verify=verify,
+                mtp_k=model.config.mtp["k_max"],
+                mtp_blocks=1,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
