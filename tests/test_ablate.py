@@ -49,7 +49,7 @@ def finished(folder):
 
 def test_a_killed_run_loses_only_the_running_cell(tmp_path):
     program = [sys.executable, "-c", PROGRAM.format(benchmarks=str(ROOT / "benchmarks")), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     with subprocess.Popen(program, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "running").exists() and process.poll() is None and time.monotonic() < deadline:

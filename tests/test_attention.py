@@ -9,8 +9,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_trl.modeling import attention
-from mtp_trl.modeling.attention import flex_attention_fault, take_flex_attention
-from mtp_trl.modeling.checks import can_pack, check_attention_backend, check_output_logits, check_positions
+from mtp_trl.modeling.attention import check_attention_backend, flex_attention_fault, take_flex_attention
+from mtp_trl.modeling.checks import can_pack, check_output_logits, check_positions
 from mtp_trl.modeling.logits import output_logits
 from mtp_trl.training import readers
 from mtp_trl.training.readers import check_layout, masks_of, read_rows
@@ -120,6 +120,28 @@ def test_packed_rows_are_compared_with_separate_passes_before_training(tiny_mode
         check_layout(model, MASK)
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_weights_with_nan_are_refused_as_such(tiny_model, name):
+    model = tiny_model(name)
+    model.get_input_embeddings().weight.data[3, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"computes NaN .* in torch.float32 .* check its weights"):
+        check_output_logits(model)
+
+
+def test_a_packed_row_with_nan_is_refused_as_such(tiny_model, monkeypatch):
+    """Only few positions are NaN, so their median is a number."""
+    model, read = tiny_model("llama"), readers.read_rows
+
+    def read_with_nan(*given):
+        hidden = read(*given)
+        hidden[-1] = torch.nan
+        return hidden
+
+    monkeypatch.setattr(readers, "read_rows", read_with_nan)
+    with pytest.raises(ValueError, match=r"computes NaN for mask tokens, with attn_implementation='sdpa' in torch.float32"):
+        check_layout(model, MASK)
+
+
 def unmasked(allowed):
     """Return a plain causal mask, with which every slot sees the whole text."""
     return torch.ones_like(allowed).tril()
@@ -133,7 +155,7 @@ def test_flash_attention_is_refused_with_the_remedy(tiny_model):
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="sdpa"):
-        check_attention_backend(model)
+        check_attention_backend(model, torch.device("cpu"))
 
 
 def test_eager_and_sdpa_give_equal_hidden_states(tiny_model):
@@ -206,3 +228,13 @@ def test_the_fault_of_a_device_without_backward_is_one_line(tiny_model):
     assert fault is not None
     assert "backward" in fault
     assert "\n" not in fault
+
+
+def test_flex_attention_that_fails_its_trial_is_refused_with_the_remedy(tiny_model, monkeypatch):
+    model = tiny_model("mistral")
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setattr(attention, "flex_attention_fault", lambda *shape: None)
+    check_attention_backend(model, CUDA)
+    monkeypatch.setattr(attention, "flex_attention_fault", lambda *shape: "its dq is off by 90%.")
+    with pytest.raises(ValueError, match=r"cannot train this model on cuda; .*'sdpa'\. The cause: its dq is off by 90%"):
+        check_attention_backend(model, CUDA)

@@ -37,6 +37,22 @@ def take_flex_attention(model: PreTrainedModel, row_tokens: int, device: torch.d
         model.set_attn_implementation("flex_attention")
 
 
+def check_attention_backend(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for an attention backend that cannot express a packed mask, or that fails a trial on the device."""
+    config = model.config.get_text_config()
+    backend = config._attn_implementation
+    if "flash" in str(backend):
+        raise ValueError(
+            f"attn_implementation={backend!r} supports only 2D masks and cannot express packed regions; "
+            "load the model with attn_implementation='sdpa' (or 'eager' for models without sdpa support)."
+        )
+    if backend == "flex_attention" and (fault := flex_attention_fault(config, model.dtype, device)):
+        raise ValueError(
+            f"attn_implementation='flex_attention' cannot train this model on {device}; load the model with "
+            f"attn_implementation='sdpa'. The cause: {fault}"
+        )
+
+
 def flex_attention_fault(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Compare FlexAttention with SDPA in one attention of this model's shape, forward and backward.
 

@@ -32,16 +32,6 @@ def can_pack(model: PreTrainedModel) -> bool:
     return not model._is_stateful and takes_layouts and set(layer_types) <= _PACKABLE_LAYERS
 
 
-def check_attention_backend(model: PreTrainedModel) -> None:
-    """Raise ValueError for an attention backend that cannot express a packed mask."""
-    backend = model.config._attn_implementation
-    if "flash" in str(backend):
-        raise ValueError(
-            f"attn_implementation={backend!r} supports only 2D masks and cannot express packed regions; "
-            "load the model with attn_implementation='sdpa' (or 'eager' for models without sdpa support)."
-        )
-
-
 def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> None:
     """Raise ValueError if the positions of slots would exceed a table of learned positions (GPT-2, OPT)."""
     needed = max_length + k_max - 2  # the last anchor is the second to last token
@@ -58,7 +48,7 @@ def check_positions(model: PreTrainedModel, *, max_length: int, k_max: int) -> N
 
 @torch.no_grad()
 def check_output_logits(model: PreTrainedModel) -> None:
-    """Raise ValueError if `output_logits` differs from `model(...).logits` on a few tokens.
+    """Raise ValueError if logits are NaN on a few tokens, or `output_logits` differs from `model(...).logits`.
 
     For models that cannot pack, also raise if logits depend on later tokens or on padding after them.
     """
@@ -69,8 +59,15 @@ def check_output_logits(model: PreTrainedModel) -> None:
         if not can_pack(model):
             check_left_to_right(model)
         fits = hidden.shape[-1] == getattr(model.get_output_embeddings(), "in_features", hidden.shape[-1])
-        gap = (expected - output_logits(model, hidden).float()).abs().max().item() if fits else float("inf")
-    if gap > 1e-2 * max(1.0, expected.abs().max().item()):
+        actual = output_logits(model, hidden).float() if fits else torch.full_like(expected, torch.inf)
+        gap = (expected - actual).masked_fill(expected == actual, 0.0).abs().max().item()  # both may be -inf
+    if expected.isnan().any():
+        raise ValueError(
+            f"{type(model).__name__} computes NaN for a text of 4 tokens, in {model.dtype} with attn_implementation="
+            f"{model.config.get_text_config()._attn_implementation!r}; check its weights for NaN, or load it with "
+            "attn_implementation='eager' or in float32."
+        )
+    if not gap <= 1e-2 * max(1.0, expected.abs().max().item()):
         raise ValueError(
             f"{type(model).__name__} post-processes its logits in a way this version does not know (largest difference "
             f"{gap:.3g}); please report the architecture, since training on other logits would be silently wrong."

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ class _ReadOnlyLayer(DynamicLayer):
 
 @torch.no_grad()
 def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
-    """Raise ValueError if a packed row and separate passes give different hidden states for two regions of a short text."""
+    """Raise ValueError if a packed row and separate passes give different hidden states, or NaN, for two regions of a text."""
     if not can_pack(model):
         return
     text_BN = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -245,7 +246,13 @@ def check_layout(model: PreTrainedModel, mask_token_id: int) -> None:
             ids = torch.cat([text_BN[:, : anchor + 1], text_BN.new_full((1, 2), mask_token_id)], 1)
             separate = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, anchor:].float()
             gaps += ((hidden[read_K].float() - separate).norm(dim=-1) / separate.norm(dim=-1)).tolist()
-    if not median(gaps) <= 0.1:  # the median, because rounding may send single tokens to other experts
+    if any(map(math.isnan, gaps)):
+        raise ValueError(
+            f"{type(model).__name__} computes NaN for mask tokens, with attn_implementation="
+            f"{model.config.get_text_config()._attn_implementation!r} in {model.dtype}; load it with "
+            "attn_implementation='eager' or in float32."
+        )
+    if median(gaps) > 0.1:  # the median, because rounding may send single tokens to other experts
         raise ValueError(
             f"{type(model).__name__} computes different hidden states for blocks that share a row and for the same blocks in "
             f"separate passes (median difference {median(gaps):.0%}), so training would be silently wrong; please report the "
