@@ -26,6 +26,17 @@ def trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def gguf_option(parser: argparse.ArgumentParser) -> None:
+    """Add --gguf-file, for commands that load the model given as --base."""
+    parser.add_argument("--gguf-file", metavar="NAME", help="read --base from this GGUF file in its folder or repository")
+
+
+def check_gguf_option(options: argparse.Namespace) -> None:
+    """Exit with a usage error if --gguf-file is given without --base."""
+    if options.gguf_file is not None and options.base is None:
+        options.parser.error("--gguf-file needs --base: it names a file of the base")
+
+
 def positive(text: str) -> int:
     """Return a whole number >= 1."""
     if not text.isdecimal() or int(text) < 1:

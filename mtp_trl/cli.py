@@ -11,7 +11,7 @@ from pathlib import Path
 from . import __version__
 from .apps.cli import declare_app, declare_demo, declare_show
 from .argument_types import Command, positive
-from .evaluation.cli import declare_calibrate, declare_eval
+from .evaluation.cli import declare_calibrate, declare_eval, declare_generate
 from .publishing.cli import declare_check_decoder, declare_export, declare_push
 from .serving.cli import declare_serve
 
@@ -101,6 +101,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Command]] = {
     "demo": declare_demo,
     "train": declare_train,
     "estimate": declare_estimate,
+    "generate": declare_generate,
     "eval": declare_eval,
     "calibrate": declare_calibrate,
     "show": declare_show,

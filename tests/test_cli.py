@@ -88,6 +88,8 @@ def test_invalid_arguments_are_reported_before_anything_loads(arguments, message
         (["eval", MODEL, "--base", "no_such_folder"], "There is no folder 'no_such_folder'"),
         (["eval", MODEL, "--thresholds", "1.5"], "must be a probability in [0, 1], got 1.5"),
         (["eval", MODEL, "--data", "no_such.jsonl"], "There is no file 'no_such.jsonl'"),
+        (["generate", MODEL, "no_such.jsonl", "--output", "a.jsonl"], "There is no file 'no_such.jsonl'"),
+        (["generate", MODEL, "no_such.jsonl", "--output", "a.jsonl", "--seed", "1"], "seed=1 has no effect on greedy decoding"),
         (["show", "no_such_folder", "Hello"], "There is no folder 'no_such_folder'"),
         (["calibrate", "no_such_folder"], "no_such_folder is not a folder"),
         (["push", "no_such_folder", "me/model"], "There is no folder 'no_such_folder'"),

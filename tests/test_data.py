@@ -112,6 +112,53 @@ def test_a_template_that_ends_turns_without_a_token_gets_eos():
     assert texts(tokenizer, row) == ("u:hi\n", "a:hello\n<|im_end|>")
 
 
+@pytest.mark.parametrize("reason", [None, "stop", "length"])
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_cut_text_has_no_end(reason, adds_eos):
+    tokenizer = make_tokenizer(adds_eos=adds_eos)
+    end = "" if reason == "length" else "<eos>"
+    (row,) = prepare_dataset(rows(prompt=["a"], completion=["bc"], finish_reason=[reason]), tokenizer)
+    assert texts(tokenizer, row) == ("<bos>a", f"bc{end}")
+    (row,) = prepare_dataset(rows(text=["abc"], finish_reason=[reason]), tokenizer)
+    assert texts(tokenizer, row) == ("<bos>", f"abc{end}")
+
+
+# It trims messages, and opens the last answer with an empty thought unless it has one, as Qwen3's template does.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' and '</think>' not in "
+    "m['content'] %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_a_cut_answer_continues_its_prompt_and_has_no_end(template, form):
+    tokenizer = make_tokenizer(template=template)
+    prompt, completion = chat("hi", "<think>\nA greeting, ")
+    columns = {"messages": [prompt + completion]} if form == "messages" else {"prompt": [prompt], "completion": [completion]}
+    (row,) = prepare_dataset(rows(**columns, finish_reason=["length"]), tokenizer)
+    assert texts(tokenizer, row)[1] == "<think>\nA greeting, "
+    (ended,) = prepare_dataset(rows(**columns, finish_reason=["stop"]), tokenizer)
+    assert ended == prepare_dataset(rows(**columns), tokenizer)[0]
+    assert texts(tokenizer, ended)[1].endswith("A greeting,<|im_end|>" if template == THINKING else "A greeting, <|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "error"),
+    [
+        ({"content": "b"}, "content_filter", "finish_reason is 'content_filter', but must be 'stop' .* or 'length'"),
+        ({"content": "b", "reasoning_content": "Hm"}, "length", "text in `content` alone, but it has 'reasoning_content'"),
+        ({"content": [{"type": "text", "text": "b"}]}, "length", "text in `content` alone, but it has list"),
+    ],
+)
+def test_a_finish_reason_that_cannot_be_honoured_is_refused(message, reason, error):
+    prompt, _ = chat("a", "b")
+    dataset = rows(prompt=[prompt], completion=[[{"role": "assistant", **message}]], finish_reason=[reason])
+    with pytest.raises(ValueError, match=f"Row 0 of the train set: .*{error}"):
+        prepare_dataset(dataset, make_tokenizer(template=CHATML))
+
+
 def test_messages_are_the_same_as_prompt_and_completion():
     tokenizer = make_tokenizer(template=CHATML)
     prompt, completion = chat("hi", "hello")

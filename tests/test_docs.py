@@ -43,7 +43,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "mtp_trl").symlink_to(ROOT / "mtp_trl")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     prompts = [f"Question: Nora has {n} pens.\nAnswer:" for n in range(60)]
-    for name, count in (("held_out.jsonl", 2), ("calibration.jsonl", 60)):
+    for name, count in (("held_out.jsonl", 2), ("calibration.jsonl", 60), ("prompts.jsonl", 2)):
         (tmp_path / name).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[:count]))
     monkeypatch.chdir(tmp_path)
     return tmp_path

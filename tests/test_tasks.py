@@ -58,7 +58,7 @@ def test_limit_takes_the_first_rows(tmp_path):
         ("", "has no lines"),
         ('{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
         ('{"question": "a"}\n', "line 1 has no text column 'prompt', only: question"),
-        ("[1]\n", "line 1 has no text column 'prompt', only: list"),
+        ("[1]\n", "line 1 is a JSON list, not an object"),
     ],
 )
 def test_invalid_files_are_refused_with_the_line(tmp_path, text, message):

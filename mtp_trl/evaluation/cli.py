@@ -1,4 +1,4 @@
-"""Options of `mtp-trl eval` and `mtp-trl calibrate`.
+"""Options of `mtp-trl eval`, `mtp-trl calibrate` and `mtp-trl generate`.
 
 torch and other slow modules are imported inside functions, so that --help is instant.
 """
@@ -9,7 +9,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..argument_types import Command, integers, names, new_folder, positive, require, task_file, thresholds, trust_option
+from ..argument_types import (
+    Command,
+    check_gguf_option,
+    gguf_option,
+    integers,
+    names,
+    new_file,
+    new_folder,
+    positive,
+    require,
+    task_file,
+    thresholds,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -22,6 +35,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument(
         "--base", metavar="MODEL", help="also decode the base and compare; an adapter-only repository is applied to this base"
     )
+    gguf_option(parser)
     parser.add_argument(
         "--thresholds",
         type=thresholds,
@@ -64,6 +78,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
     def command(options: argparse.Namespace) -> int:
         if options.blocks > 1 and not options.verify:
             options.parser.error("--blocks needs --verify: several blocks of masks only provide drafts, which must be verified")
+        check_gguf_option(options)
         if options.tasks:
             require("lm_eval", "--tasks", extra="eval")
         from .commands import run_eval, run_tasks
@@ -73,6 +88,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
                 options.model,
                 options.tasks,
                 base=options.base,
+                gguf_file=options.gguf_file,
                 ks=options.static,
                 thresholds=options.thresholds,
                 verify=options.verify,
@@ -90,6 +106,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> Command:
             options.model,
             _task(options),
             base=options.base,
+            gguf_file=options.gguf_file,
             ks=options.static,
             thresholds=options.thresholds,
             verify=options.verify,
@@ -137,6 +154,61 @@ def declare_calibrate(parser: argparse.ArgumentParser) -> Command:
             per_place=options.per_place,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+        )
+        return 0
+
+    return command
+
+
+def declare_generate(parser: argparse.ArgumentParser) -> Command:
+    """Let a model answer prompts, and write its answers as training data.
+
+    Each row has prompt, completion, finish_reason (length if the answer was cut, else stop) and index (the row in PROMPTS). An
+    interrupted run resumes.
+    """
+    parser.add_argument("model", help="folder or Hub id of a causal LM, adapted or not")
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="JSON Lines or Parquet file with a column prompt or messages"
+    )
+    parser.add_argument("--output", type=new_file, required=True, metavar="FILE", help="JSON Lines file to write")
+    parser.add_argument(
+        "--prompt-column", metavar="NAME", help="column of prompts, text or messages (default: prompt, else messages)"
+    )
+    parser.add_argument(
+        "--no-chat-template",
+        dest="chat_template",
+        action="store_false",
+        help="do not apply the tokenizer's chat template to prompts that are text",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="B", help="rows decoded together (default: 64)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="sample at this temperature (default: 0, greedy)"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens, P in total (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling (default: 0)")
+    trust_option(parser)
+
+    def command(options: argparse.Namespace) -> int:
+        from .answer_file import run_generate
+        from .answers import AnswerSettings
+
+        run_generate(
+            options.model,
+            options.prompts,
+            options.output,
+            AnswerSettings(
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed,
+            ),
+            column=options.prompt_column,
+            chat_template=options.chat_template,
+            limit=options.limit,
+            trust_remote_code=options.trust_remote_code,
         )
         return 0
 

@@ -161,7 +161,9 @@ def decode(
 def progress_bar(*, shown: bool) -> Progress:
     """Return a progress bar with the remaining time, on stderr. It disappears when it is done."""
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+    console = Console(stderr=True)
+    # rich estimates the remaining time from the updates of this many seconds, and a batch may take minutes.
+    return Progress(*columns, console=console, disable=not shown, transient=True, speed_estimate_period=3600)
 
 
 def aggregate(records: dict[Setting, list[Record]], *, batch_size: int) -> list[TableRow]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..word_problems import test_problems
 from .sweep import Scorer
@@ -58,7 +59,7 @@ def load_task(data: str, *, limit: int | None = None, prompt: str = "prompt", co
     path = Path(data)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {data!r}; pass {BUNDLED!r} or a JSON Lines file.")
-    rows = _read_rows(path, column=prompt)[:limit]
+    rows = read_rows(path, column=prompt)[:limit]
     if not rows:
         raise ValueError(f"{data} has no lines; write one JSON object per line, with a column {prompt!r}.")
     references = [result(str(row.get(completion, ""))) for row in rows]
@@ -77,7 +78,16 @@ def _matches(references: Sequence[str]) -> Scorer:
     return lambda i, text: result(text) == references[i]
 
 
-def _read_rows(path: Path, *, column: str) -> list[dict[str, object]]:
+def read_rows(path: Path, *, column: str | None = None) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file. Blank lines are skipped.
+
+    Args:
+        path: the file.
+        column: a column that must hold text in every row.
+
+    Raises:
+        ValueError: a line is not a JSON object, or has no text in `column`.
+    """
     rows = []
     # Split at \n only: JSON strings may contain other line ends (U+2028). Some editors begin a file with a byte order mark.
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
@@ -90,8 +100,11 @@ def _read_rows(path: Path, *, column: str) -> list[dict[str, object]]:
             raise ValueError(f"{path.name}, line {number} is not UTF-8 (byte {byte}); save the file as UTF-8.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}, line {number} is not JSON ({error.msg}); one object per line.") from None
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(f"{path.name}, line {number} is a JSON {kind}, not an object; write one object per line.")
+        if column is not None and not isinstance(row.get(column), str):
+            names = ", ".join(row)
             raise ValueError(f"{path.name}, line {number} has no text column {column!r}, only: {names}; name the column.")
         rows.append(row)
     return rows

@@ -3,7 +3,8 @@
 Supported columns, tried in this order: `prompt` + `completion` (text or messages), `messages` (the last turn is the
 completion), `text` (everything after its first token is the completion), only `prompt` (the model completes it during
 training). The conventions are those of `trl.SFTTrainer`: one BOS; EOS after a plain-text completion that has none; chat
-templates end their own turns; loss on completions only. This module uses no model.
+templates end their own turns; loss on completions only. In an optional column `finish_reason`, "length" says that the
+completion was cut, so neither EOS nor an end of the turn follows it; "stop" or null changes nothing. This module uses no model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def prepare_dataset(
     training.
 
     Args:
-        dataset: dataset with any of the column sets above.
+        dataset: dataset with any of the column sets above, and optionally `finish_reason`.
         tokenizer: needs a chat template if the data is conversational.
         column_map: renames columns, e.g. `{"question": "prompt", "answer": "completion"}`.
         max_length: longest prompt + completion in tokens; None for no limit.
@@ -48,8 +49,9 @@ def prepare_dataset(
         desc: name of the split in progress bars and messages.
 
     Raises:
-        ValueError: if a column is missing or mostly null, the columns match no supported set, a row contains the mask token,
-            the tokenizer has no chat template for conversational data, or no row is left to train on.
+        ValueError: if a column is missing or mostly null, the columns match no supported set, a row contains the mask token or
+            an unknown `finish_reason`, the tokenizer has no chat template for conversational data, or no row is left to train
+            on.
     """
     dataset = rename_columns(dataset, column_map)
     columns = column_names(dataset)

@@ -23,7 +23,7 @@ from .samples import decode_samples, sample_table
 from .saving import PublishingTrainer
 
 
-class _RowLength(StoppingCriteria):
+class RowLength(StoppingCriteria):
     """End each row at `max_length` tokens, not counting the padding before its prompt.
 
     Prompts are padded to the longest one, rounded up to a multiple of `multiple`.
@@ -81,7 +81,7 @@ class DecodingTrainer(PublishingTrainer):
         """Make the model that completes these prompts end each row at `max_length` tokens, within the block."""
         model = causal_lm(self.accelerator.unwrap_model(self.model_wrapped))
         multiple = self.args.pad_to_multiple_of or 1
-        limit = _RowLength(list(map(len, prompts)), max_length=self.args.max_length, multiple=multiple)
+        limit = RowLength(list(map(len, prompts)), max_length=self.args.max_length, multiple=multiple)
         generate, config = model.generate, self.generation_config
         before, config.max_new_tokens = config.max_new_tokens, self._max_new_tokens(min(map(len, prompts)))
         model.generate = functools.partial(generate, stopping_criteria=StoppingCriteriaList([limit]))

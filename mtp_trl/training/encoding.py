@@ -1,7 +1,8 @@
 """Tokenise rows of text into rows of ids, and drop rows that cannot be trained on. Uses no model.
 
 The conventions are those of `trl.SFTTrainer`: one BOS; EOS after a plain-text completion that has none; chat templates end
-their own turns; loss on completions only.
+their own turns; loss on completions only. In addition, a completion that was cut, which the column `finish_reason` says, gets
+no end.
 """
 
 from __future__ import annotations
@@ -44,6 +45,26 @@ _FORMS = (
     Form(("text",), lambda row: (None, row["text"])),
     Form(("prompt",), lambda row: (row["prompt"], "")),
 )
+
+
+def template_options(row: DataRow) -> dict[str, Any]:
+    """Return the arguments for the chat template in the columns `tools` and `chat_template_kwargs` of a row."""
+    options = dict(row.get("chat_template_kwargs") or {})
+    if tools := row.get("tools"):
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return options
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, **options: Any) -> tuple[str, list[int]]:
+    """Return the text of a prompt, rendered by the chat template if it is messages, and the ids that a completion continues.
+
+    Args:
+        options: arguments for the chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt, _without_eos(tokenizer(prompt)["input_ids"], tokenizer.eos_token_id)
+    text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def form_of(columns: Sequence[str], desc: str) -> Form:
@@ -130,16 +151,17 @@ class Encoder:
             self.counts["dropped for a null value"] += 1
             return None
         prompt, completion = self.form.split(row)
+        cut = _was_cut(row)
         self._check_no_mask_token(prompt, completion)
         if _is_blank(completion):
             self.counts["dropped for an empty completion"] += 1
             return None
         if prompt is None:
-            prompt, prompt_ids, completion_ids = self._encode_text(completion)
+            prompt, prompt_ids, completion_ids = self._encode_text(completion, cut=cut)
         elif isinstance(prompt, str):
-            prompt_ids, completion_ids = self._encode_pair(prompt, completion)
+            prompt_ids, completion_ids = self._encode_pair(prompt, completion, cut=cut)
         else:
-            prompt_ids, completion_ids = self._encode_chat(prompt, completion, row)
+            prompt_ids, completion_ids = self._encode_chat(prompt, completion, template_options(row), cut=cut)
         return self._fit(prompt, prompt_ids, completion_ids)
 
     def _fit(self, prompt: Text, prompt_ids: list[int], completion_ids: list[int]) -> tuple[Text, list[int], list[int]] | None:
@@ -159,40 +181,59 @@ class Encoder:
         self.counts["kept"] += 1
         return prompt, prompt_ids, completion_ids
 
-    def _encode_text(self, text: Text) -> tuple[str, list[int], list[int]]:
+    def _encode_text(self, text: Text, *, cut: bool) -> tuple[str, list[int], list[int]]:
         if not isinstance(text, str):
             raise ValueError("`text` must be a string; put conversations into a column `messages`")
-        ids = self._with_eos(self.tokenizer(text)["input_ids"])
+        ids = _without_eos(self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id)
+        ids = ids if cut else self._with_eos(ids)
         return self.tokenizer.decode(ids[:1]), ids[:1], ids[1:]
 
-    def _encode_pair(self, prompt: str, completion: Text) -> tuple[list[int], list[int]]:
+    def _encode_pair(self, prompt: str, completion: Text, *, cut: bool) -> tuple[list[int], list[int]]:
         if not isinstance(completion, str):
             raise ValueError("the prompt is a string but the completion is not; both must be text, or both messages")
-        prompt_ids = _without_eos(self.tokenizer(prompt)["input_ids"], self.tokenizer.eos_token_id)
-        return prompt_ids, self._with_eos(self._continue(prompt_ids, prompt, prompt + completion))
+        _, prompt_ids = encode_prompt(self.tokenizer, prompt)
+        completion_ids = self._continue(prompt_ids, prompt, prompt + completion)
+        return prompt_ids, completion_ids if cut else self._with_eos(completion_ids)
 
-    def _encode_chat(self, prompt: Messages, completion: Text, row: DataRow) -> tuple[list[int], list[int]]:
+    def _encode_chat(
+        self, prompt: Messages, completion: Text, options: dict[str, Any], *, cut: bool
+    ) -> tuple[list[int], list[int]]:
         if isinstance(completion, str):
             raise ValueError("the prompt is messages but the completion is a string; both must be messages, or both text")
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "the data is conversational but the tokenizer has no chat template; use a chat model's tokenizer or plain text"
             )
-        options = dict(row.get("chat_template_kwargs") or {})
-        if tools := row.get("tools"):
-            options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
         # Render text before tokenising it: only the text shows whether the template renders the prompt on its own differently
         # from the prompt within the dialogue. Generation sees the prompt on its own, so the completion must continue that.
-        before = str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))
-        whole = str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **options))
+        before, prompt_ids = encode_prompt(self.tokenizer, prompt, **options)
+        if cut:
+            whole = self._cut_dialogue(prompt + completion, options)
+        else:
+            whole = str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **options))
         if not whole.startswith(before):
             raise ValueError(
                 "the chat template renders the prompt on its own differently from the prompt followed by its answer, so the "
                 "answer does not continue what generation sees; use another template or plain text"
             )
-        prompt_ids = self.tokenizer(before, add_special_tokens=False)["input_ids"]
         completion_ids = self._continue(prompt_ids, before, whole, add_special_tokens=False)
-        return prompt_ids, self._end_of_turn(completion_ids)
+        return prompt_ids, completion_ids if cut else self._end_of_turn(completion_ids)
+
+    def _cut_dialogue(self, messages: Messages, options: dict[str, Any]) -> str:
+        """Return the text of a dialogue whose last message was cut.
+
+        That message follows its generation prompt unchanged: the template would end it, and may end an open thought as well.
+        """
+        *earlier, last = messages
+        others = [name for name, value in last.items() if value and name not in ("role", "content")]
+        if others or not isinstance(last["content"], str):
+            raise ValueError(
+                "finish_reason is 'length', so the last message must be text in `content` alone, but it has "
+                f"{listed(others) if others else type(last['content']).__name__}; put all of its text into `content`, or drop "
+                "the row"
+            )
+        opening, _ = encode_prompt(self.tokenizer, earlier, **options)
+        return opening + str(last["content"])
 
     def _continue(self, prompt_ids: list[int], prompt: str, whole: str, **options: Any) -> list[int]:
         """Return the ids of `whole` after the prompt. If a token spans the boundary, tokenise the rest on its own."""
@@ -226,6 +267,17 @@ class Encoder:
                     f"the text contains the mask token {self.mask_token!r}; remove it from the data or set mask_token to "
                     "another string, which may be an existing token of the tokenizer"
                 )
+
+
+def _was_cut(row: DataRow) -> bool:
+    """Whether the completion was cut, so that no end may follow it."""
+    reason = row.get("finish_reason")
+    if reason not in (None, "stop", "length"):
+        raise ValueError(
+            f"finish_reason is {reason!r}, but must be 'stop' (the completion is whole) or 'length' (it was cut); map the "
+            "column to these values or remove it"
+        )
+    return bool(reason == "length")
 
 
 def _without_eos(ids: list[int], eos: int) -> list[int]:
