@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .custom_generate.base import linear_features
 from .modeling.exact import ALL_LINEAR, adapted_layers
+from .modeling.gguf import gguf_argument
 from .modeling.logits import backbone
 from .recipe import read_recipe
 from .training.config import MTPDistillConfig
@@ -258,7 +259,10 @@ def run_estimate(recipe: Path, overrides: Sequence[str], *, processes: int, memo
     zero = getattr(arguments, "hf_deepspeed_config", None)
     unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard the model while it is built
     config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=arguments.trust_remote_code
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+        **gguf_argument(arguments.gguf_file),
     )
     setup = setup_of(arguments, model, zero and zero.config, processes)
     parts = estimate(config, setup)

@@ -86,6 +86,8 @@ def train(recipe: Recipe) -> Any:
     _use_all_cores(recipe)
     from transformers import AutoTokenizer
 
+    from .modeling.gguf import gguf_argument
+
     training, model = recipe.training, recipe.model
     datasets = _load_data(recipe)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -93,6 +95,7 @@ def train(recipe: Recipe) -> Any:
         revision=model.model_revision,
         trust_remote_code=training.trust_remote_code,
         padding_side="left",
+        **gguf_argument(training.gguf_file),
     )
     build = _sft_trainer if recipe.arguments.trainer == "sft" else _mtp_trainer
     trainer = build(recipe, tokenizer, *datasets)
@@ -193,6 +196,8 @@ def _model_for_sft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Load the named model, or create one of `model_config` with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+    from .modeling.gguf import gguf_options
+
     model, config = recipe.model, recipe.arguments.model_config
     if not isinstance(config, dict):
         return AutoModelForCausalLM.from_pretrained(
@@ -201,6 +206,7 @@ def _model_for_sft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
             attn_implementation=model.attn_implementation,
             dtype=model.dtype,
             trust_remote_code=recipe.training.trust_remote_code,
+            **gguf_options(recipe.training.gguf_file),
         )
     set_seed(recipe.training.seed)
     fresh = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=model.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from .argument_types import require
 from .training.config import MTPDistillConfig
 
 BUNDLED = "word_problems"
@@ -65,9 +66,10 @@ class RecipeArguments(ScriptArguments):
 
 @dataclass
 class SFTRecipeConfig(SFTConfig):
-    """[`trl.SFTConfig`] with the two fields of [`MTPDistillConfig`] that also apply to SFT."""
+    """[`trl.SFTConfig`] with the fields of [`MTPDistillConfig`] that also apply to SFT."""
 
     column_map: dict[str, Any] | str | None = field(default=None, metadata={"help": "Renames dataset columns."})
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the base's folder or repository."})
     muon: bool = field(default=False, metadata={"help": "Muon on weight matrices, AdamW elsewhere."})
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "column_map"]
@@ -116,6 +118,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if unknown and not options:
         raise RecipeError(f"{' '.join(unknown)!r} on the command line belongs to no option.")
     _check_sources(path, arguments, model)
+    if training.gguf_file is not None:
+        _check_gguf(training.gguf_file, model)
     return Recipe(arguments, training, model)
 
 
@@ -220,12 +224,32 @@ def _check_sources(path: Path, arguments: RecipeArguments, model: ModelConfig) -
     if not arguments.dataset_name:
         raise RecipeError(f"dataset_name is missing: a Hub id, a file (json, jsonl, parquet), a folder or {BUNDLED}.")
     model.model_name_or_path = locate(model.model_name_or_path, recipe=path)
+    if Path(model.model_name_or_path).suffix == ".gguf":
+        folder, file = os.path.split(model.model_name_or_path)
+        raise RecipeError(
+            f"model_name_or_path names a GGUF file; set model_name_or_path to {folder or '.'!r} and gguf_file to {file!r}."
+        )
     arguments.dataset_name = locate(arguments.dataset_name, recipe=path)
     _check_present("model_name_or_path", model.model_name_or_path)
     if arguments.dataset_name != BUNDLED:
         _check_present("dataset_name", arguments.dataset_name)
     if arguments.model_config and arguments.trainer != "sft":
         raise RecipeError("model_config (random weights) needs `trainer: sft`: random weights have nothing to distil.")
+
+
+def _check_gguf(gguf_file: str, model: ModelConfig) -> None:
+    """Check that the GGUF file of a local model exists, that it can be read, and that no quantisation is requested as well."""
+    try:
+        require("gguf", "gguf_file", extra="gguf")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    folder = Path(model.model_name_or_path)
+    if folder.is_dir() and not (folder / gguf_file).is_file():
+        raise RecipeError(f"gguf_file names {gguf_file!r}, which is not in {str(folder)!r}; name a file in this folder.")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise RecipeError(
+            "load_in_4bit and load_in_8bit cannot be combined with gguf_file, whose weights are dequantised; leave them out."
+        )
 
 
 def _check_present(key: str, name: str) -> None:

@@ -96,8 +96,15 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     return page
 
 
-def run_app(name: str, *, base: str | None = None, port: int | None = None, trust_remote_code: bool = False) -> None:
+def run_app(
+    name: str,
+    *,
+    base: str | None = None,
+    gguf_file: str | None = None,
+    port: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Load an adapted model and serve the page on the loopback interface until interrupted."""
-    model, tokenizer = load_student(name, base=base, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_student(name, base=base, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     answer(model, tokenizer, EXAMPLES[0], max_new_tokens=4)  # warm up, so that one-time costs do not affect the speeds
     build(model, tokenizer).launch(server_name="127.0.0.1", server_port=port)

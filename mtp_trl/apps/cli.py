@@ -8,7 +8,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..argument_types import Command, block, new_file, positive, require, threshold, trust_option
+from ..argument_types import (
+    Command,
+    block,
+    check_gguf_option,
+    gguf_option,
+    new_file,
+    positive,
+    require,
+    threshold,
+    trust_option,
+)
 
 
 def declare_demo(parser: argparse.ArgumentParser) -> Command:
@@ -31,6 +41,7 @@ def declare_show(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument("prompt", help="text to complete, without a chat template")
     parser.add_argument("--base", metavar="MODEL", help="base of an adapter-only repository (default: the one it names)")
+    gguf_option(parser)
     parser.add_argument(
         "--confadapt", type=threshold, metavar="T", help="threshold, or T/T/... by position (default: the model's)"
     )
@@ -45,12 +56,14 @@ def declare_show(parser: argparse.ArgumentParser) -> Command:
     trust_option(parser)
 
     def command(options: argparse.Namespace) -> int:
+        check_gguf_option(options)
         from .show import run_show
 
         run_show(
             options.model,
             options.prompt,
             base=options.base,
+            gguf_file=options.gguf_file,
             confadapt=options.confadapt,
             mtp_k=options.k,
             verify=options.verify,
@@ -67,16 +80,24 @@ def declare_app(parser: argparse.ArgumentParser) -> Command:
     """Serve a page that compares decoding in blocks with plain decoding, with the ratio of speeds (needs mtp-trl[app])."""
     parser.add_argument("model", help="folder or Hub id of an adapted model")
     parser.add_argument("--base", metavar="MODEL", help="base of an adapter-only repository (default: the one it names)")
+    gguf_option(parser)
     parser.add_argument(
         "--port", type=int, metavar="N", help="port on the loopback interface (default: the first free one from 7860)"
     )
     trust_option(parser)
 
     def command(options: argparse.Namespace) -> int:
+        check_gguf_option(options)
         require("gradio", "mtp-trl app", extra="app")
         from .app import run_app
 
-        run_app(options.model, base=options.base, port=options.port, trust_remote_code=options.trust_remote_code)
+        run_app(
+            options.model,
+            base=options.base,
+            gguf_file=options.gguf_file,
+            port=options.port,
+            trust_remote_code=options.trust_remote_code,
+        )
         return 0
 
     return command

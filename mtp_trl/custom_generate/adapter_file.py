@@ -67,7 +67,7 @@ def adapter_from(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
         raise ValueError(f"{ADAPTER_FILE} has mask_row with shape {row}, not one row; {BROKEN_REPOSITORY}")
     adapter = MaskGatedAdapter(shapes, rank=facts["r"], alpha=float(facts["lora_alpha"]), hidden_size=row[0])
     adapter.mtp, adapter.defaults, adapter.lora_layers = facts["mtp"], facts["defaults"], facts["lora_layers"]
-    adapter.base = (facts["base_model"], facts["base_fingerprint"])
+    adapter.base, adapter.gguf_file = (facts["base_model"], facts["base_fingerprint"]), facts["gguf_file"]
     with torch.no_grad():
         for name, parameter in by_file_name(adapter).items():
             parameter.copy_(tensors[name])
@@ -91,6 +91,7 @@ def metadata_of(adapter: MaskGatedAdapter) -> dict[str, str]:
         "lora_alpha": str(adapter.alpha),
         "base_model_name_or_path": adapter.base[0],
         "base_fingerprint": adapter.base[1] or "",
+        "base_gguf_file": adapter.gguf_file or "",
         "mtp": json.dumps(adapter.mtp),
         "defaults": json.dumps(adapter.defaults),
         "lora_layers": json.dumps(adapter.lora_layers),
@@ -101,7 +102,8 @@ def checked_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
     """Parse and check the metadata that `metadata_of` wrote. It comes from a repository, so it can hold anything.
 
     Returns:
-        `r`, `lora_alpha`, `mtp`, `defaults`, `lora_layers`, `base_model` and `base_fingerprint` (None if unknown).
+        `r`, `lora_alpha`, `mtp`, `defaults`, `lora_layers`, `base_model`, `base_fingerprint` (None if unknown) and `gguf_file`
+        (None if the base is not a GGUF file).
 
     Raises:
         ValueError: a value is missing or invalid.
@@ -131,6 +133,7 @@ def checked_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
         ),
         "base_model": written.get("base_model_name_or_path", ""),
         "base_fingerprint": written.get("base_fingerprint") or None,
+        "gguf_file": written.get("base_gguf_file") or None,
     }
     check_mtp_config(facts["mtp"], where=f"`mtp` in {ADAPTER_FILE}")
     facts["defaults"] = {name: facts["defaults"][name] for name in DECODING_DEFAULTS if name in facts["defaults"]}

@@ -19,6 +19,8 @@ from .mtp_config import check_mtp_config
 def check_base(adapter: MaskGatedAdapter, model: PreTrainedModel) -> None:
     """Raise ValueError if a model is not the base that an adapter was trained on."""
     name, fingerprint = adapter.base
+    if adapter.gguf_file is not None:
+        name += f" (gguf_file={adapter.gguf_file!r}, dequantised in float32)"
     repository = adapter.source[0] if adapter.source else None
     expected = f"The adapter in {repository or 'this file'} was trained on {name or 'another model'}"
     remedy = f"load {name or 'its base'} instead."

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..custom_generate.mtp_config import checked_thresholds
 from ..modeling.files import is_hub_id
+from ..modeling.gguf import base_label
 from ..publishing.calibration_file import CALIBRATION_FILE, Calibration, Measure
 from ..publishing.provenance import run_facts
 from ..publishing.report import Report, Setting, Threshold, threshold_text
@@ -29,6 +30,7 @@ def run_eval(
     task: Task,
     *,
     base: str | None,
+    gguf_file: str | None = None,
     ks: Sequence[int],
     thresholds: Sequence[Threshold],
     verify: bool,
@@ -43,6 +45,7 @@ def run_eval(
     Args:
         base: a base model that is decoded as well and compared with; None omits the comparison. An adapter-only repository
             is applied to this base, which must be the one that it was trained on.
+        gguf_file: the GGUF file in `base` from which its weights are read, dequantised.
         verify: also decode every threshold with verification.
         blocks: with `verify` and if more than 1, also decode every threshold with this many blocks of masks per pass.
         output: a folder for Markdown, JSON, answers and a plot; None writes nothing. An interrupted run resumes from the
@@ -53,9 +56,10 @@ def run_eval(
     """
     _check_settings(ks, thresholds)
     plot = output is not None and task.scorer is not None and plots(extra="eval")
-    student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
+    student, tokenizer = load_student(model, base=base, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
-    parts = _parts_folder(output, model, base, [*task.prompts, repr(settings), batch_size, max_new_tokens])
+    arguments: list[str | int] = [*task.prompts, repr(settings), batch_size, max_new_tokens]
+    parts = _parts_folder(output, model, base, arguments, gguf_file=gguf_file)
     sweep = evaluate_decoding(
         student,
         tokenizer,
@@ -64,10 +68,10 @@ def run_eval(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         scorer=task.scorer,
-        base=None if base is None else load_base(base),
+        base=None if base is None else load_base(base, gguf_file=gguf_file),
         parts=parts,
     )
-    facts = run_facts() | {"model": model, "base_model": base, "speeds": SPEEDS}
+    facts = run_facts() | {"model": model, "base_model": base and base_label(base, gguf_file), "speeds": SPEEDS}
     report = Report(task.title, sweep.rows, batch_size, max_new_tokens, facts)
     console = Console()
     console.print(terminal_table(report))
@@ -87,11 +91,14 @@ def _settings(
     return decoding_settings(ks=ks, confadapt=thresholds, verified=verified, trees=trees, base=base is not None)
 
 
-def _parts_folder(output: Path | None, model: str, base: str | None, arguments: Sequence[str | int]) -> Path | None:
+def _parts_folder(
+    output: Path | None, model: str, base: str | None, arguments: Sequence[str | int], *, gguf_file: str | None = None
+) -> Path | None:
     """Return the folder for finished parts of an evaluation. It differs for different weights or arguments."""
     if output is None:
         return None
-    return output / "parts" / hashlib.sha256(json.dumps([identity(model, base), arguments]).encode()).hexdigest()[:16]
+    parts = json.dumps([identity(model, base, gguf_file), arguments])
+    return output / "parts" / hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def run_tasks(
@@ -99,6 +106,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     base: str | None,
+    gguf_file: str | None = None,
     ks: Sequence[int],
     thresholds: Sequence[Threshold],
     verify: bool,
@@ -133,27 +141,29 @@ def run_tasks(
     for task in tasks:
         check_task(task, tasks_folder)
     plot = output is not None and plots(extra="eval")
-    student, tokenizer = load_student(model, base=base, trust_remote_code=trust_remote_code)
+    student, tokenizer = load_student(model, base=base, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     if chat_template is None:
         chat_template = PAPER_CHAT_TEMPLATE.get(base_name(model) or base or "", False)
     if chat_template and not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {model} has no chat template; evaluate with --no-chat-template.")
     settings = _settings(ks, thresholds, verify=verify, blocks=blocks, base=base)
-    harness = HarnessModel(student, tokenizer, base=None if base is None else load_base(base), batch_size=batch_size)
+    base_model = None if base is None else load_base(base, gguf_file=gguf_file)
+    harness = HarnessModel(student, tokenizer, base=base_model, batch_size=batch_size)
     console = Console()
     for task in tasks:
         parts = run_settings(
             harness,
             task,
             settings,
-            parts=_parts_folder(output, model, base, [batch_size]),
+            parts=_parts_folder(output, model, base, [batch_size], gguf_file=gguf_file),
             limit=limit,
             chat_template=chat_template,
             data=(data or {}).get(task),
             tasks_folder=tasks_folder,
         )
         dataset = parts[Setting("plain")].dataset
-        facts = run_facts() | {"model": model, "base_model": base, "chat_template": chat_template}
+        facts = run_facts() | {"model": model, "base_model": base and base_label(base, gguf_file)}
+        facts["chat_template"] = chat_template
         if dataset is not None and is_hub_id(dataset):
             facts["dataset"] = {"id": dataset, "task_id": task}
         report = Report(task, table(parts), batch_size, None, facts)

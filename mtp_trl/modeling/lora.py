@@ -59,10 +59,10 @@ def with_mask_row(peft_config: PeftConfig, model: PreTrainedModel, mask_id: int)
     return peft_config
 
 
-def named_base(name: str | Path) -> tuple[str, str | None]:
-    """Return the name and the revision of the base that LoRA adapters specify. The revision may be None."""
+def named_base(name: str | Path) -> tuple[str, str | None, str | None]:
+    """Return the name, the revision and the GGUF file of the base that LoRA adapters specify. All but the name may be None."""
     adapters = json.loads(Path(str(repository_file(name, LORA_CONFIG))).read_text(encoding="utf-8"))
-    return adapters["base_model_name_or_path"], adapters.get("revision")
+    return adapters["base_model_name_or_path"], adapters.get("revision"), (read_provenance(name) or {}).get("gguf_file")
 
 
 def load_lora(load_base: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PeftModel:

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData
 
 from ..modeling.files import PROVENANCE_FILE, is_hub_id, write_atomically
+from ..modeling.gguf import base_label
 from .calibration_file import CALIBRATION_FILE, Calibration, argument
 from .report import Report, code_span, escape_markdown, from_json, markdown
 
@@ -102,11 +103,12 @@ def render_card(
             the provenance.
         tags: additional tags for the card's metadata.
     """
-    base, settings = provenance["base_model"], provenance["settings"]
+    base, gguf_file, settings = provenance["base_model"], provenance.get("gguf_file"), provenance["settings"]
     evidence = evidence or Evidence()
     dataset = provenance.get("dataset") or dataset_name
     calibrated = None if evidence.calibration is None else evidence.calibration.threshold
     name = repo_id or model_name
+    option = f" --gguf-file {_shell_quoted(gguf_file)}" if gguf_file else ""
     if adapter_only is None:
         adapter_only = bool(settings.get("adapter_only"))
     data = ModelCardData(
@@ -125,9 +127,10 @@ def render_card(
         model_name=escape_markdown(model_name),
         repo_id=json.dumps(name),
         base=json.dumps(base),
+        gguf_file=gguf_file and json.dumps(gguf_file),
         repo_id_shell=_shell_quoted(name),
-        evaluate=code_span(f"mtp-trl eval {_shell_quoted(name)} --base {_shell_quoted(base)} --verify"),
-        base_code=code_span(base),
+        evaluate=code_span(f"mtp-trl eval {_shell_quoted(name)} --base {_shell_quoted(base)}{option} --verify"),
+        base_code=code_span(base_label(base, gguf_file)),
         mask_token=code_span(provenance["mask_token"]),
         lora=_lora_description(provenance.get("adapter")),
         dataset=dataset and code_span(dataset),

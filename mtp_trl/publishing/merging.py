@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..custom_generate.adapter import MaskGatedAdapter
 from ..custom_generate.base import base_fingerprint
 from ..modeling.files import LORA_CONFIG, LORA_FILE, public_name, read_provenance, write_atomically
+from ..modeling.gguf import gguf_options
 from ..modeling.lora import embedding_scale, fits_base, load_lora, named_base
 from .repository import write_adapter, write_decoder
 
@@ -43,9 +44,10 @@ def merge_folder(folder: Path, output: Path) -> Path:
         ValueError: under the same conditions as `load_lora`.
         OSError: the base cannot be loaded.
     """
-    name, revision = named_base(folder)
+    name, revision, gguf_file = named_base(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapted = load_lora(lambda: AutoModelForCausalLM.from_pretrained(name, revision=revision), tokenizer, folder)
+    options = {"revision": revision, **gguf_options(gguf_file)}
+    adapted = load_lora(lambda: AutoModelForCausalLM.from_pretrained(name, **options), tokenizer, folder)
     provenance = read_provenance(folder)
     assert provenance is not None
     return save_merged(adapted, tokenizer, output, provenance)

@@ -46,6 +46,7 @@ def provenance_of_run(*, base_model: str, args: Any, mask_token: str, dataset: s
     changed = {name: value for name, value in args.to_dict().items() if name in defaults and value != defaults[name]}
     return {
         "base_model": public_name(base_model),
+        "gguf_file": args.gguf_file,
         "dataset": None if dataset is None else public_name(dataset),
         "mask_token": mask_token,
         "objective": args.objective,

@@ -110,7 +110,7 @@ def write_adapter(
         provenance: content of `mtp_provenance.json`.
         tensors: the adapter's tensors by their names in its file, needed if the adapter's own are sharded.
     """
-    adapter.base = (provenance["base_model"], adapter.base[1])
+    adapter.base, adapter.gguf_file = (provenance["base_model"], adapter.base[1]), provenance.get("gguf_file")
     adapter.defaults = {name: getattr(model.generation_config, name) for name in DECODING_DEFAULTS}
     save_adapter(folder / ADAPTER_FILE, tensors or by_file_name(adapter), metadata_of(adapter))
 

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -81,6 +82,9 @@ class MTPDistillConfig(DistillationConfig):
         drift_action (`str`, *optional*, defaults to `"warn"`):
             What happens when the limit is exceeded: `"warn"`, `"stop"` (after a checkpoint) or `"raise_ntp_coef"` (to 0.1,
             then doubled).
+        gguf_file (`str`, *optional*):
+            A GGUF file in the base's folder or repository. Tokenizer, config and weights are read from it, and the weights are
+            dequantised. It needs the extra `gguf`.
         mask_token (`str`, *optional*, defaults to `"<|mtp|>"`):
             String of the mask token, if the tokenizer needs a new one.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -128,6 +132,7 @@ class MTPDistillConfig(DistillationConfig):
     ntp_coef: float = 0.0
     drift_limit: float | None = None
     drift_action: str = "warn"
+    gguf_file: str | None = None
     mask_token: str = MASK_TOKEN
     max_length: int = 1024
     column_map: dict[str, Any] | str | None = None
@@ -159,6 +164,16 @@ class MTPDistillConfig(DistillationConfig):
             )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        if "gguf_file" in (self.model_init_kwargs or {}):
+            raise ValueError(
+                "model_init_kwargs has gguf_file, which the tokenizer, the config and a published adapter need too; set the "
+                "field gguf_file instead."
+            )
+        if self.gguf_file is not None and Path(self.gguf_file).is_absolute():
+            raise ValueError(
+                f"gguf_file={self.gguf_file!r} is a path, but must be the name of a file in the base's folder; pass "
+                f"{Path(self.gguf_file).name!r}, and its folder as the model."
+            )
         if self.verify is None:
             self.verify = self.exact
         if self.exact and self.ntp_coef > 0:

@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
-from ..modeling.attention import take_flex_attention
+from ..modeling.attention import check_attention_backend, take_flex_attention
 from ..modeling.exact import add_gated_adapter
+from ..modeling.gguf import dequantised, gguf_argument, gguf_options
 from ..modeling.mask_token import add_mask_token, chosen_mask_token
 from ..modeling.parallelism import Parallelism, prepare_loading
 from .config import MTPDistillConfig
@@ -67,6 +69,13 @@ def _check_only_shape_is_set(peft_config: PeftConfig) -> None:
             )
 
 
+def load_tokenizer(name: str, args: MTPDistillConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with a model, for training."""
+    options = {"trust_remote_code": args.trust_remote_code, **gguf_argument(args.gguf_file)}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
+    return tokenizer
+
+
 def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDistillConfig) -> str:
     """Return the mask token that a run of this model will use. It is needed before weights load, to check the data.
 
@@ -77,7 +86,7 @@ def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, args: MTPDisti
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     config_options = {name: options[name] for name in _CONFIG_OPTIONS if name in options}
     try:
-        config = AutoConfig.from_pretrained(model, **config_options)
+        config = AutoConfig.from_pretrained(model, **config_options, **gguf_argument(args.gguf_file))
     except OSError:
         return args.mask_token
     return chosen_mask_token(config, tokenizer, mask_token=args.mask_token)
@@ -102,12 +111,29 @@ def model_loader(name: str, args: MTPDistillConfig, quantization_config: Any) ->
     def load(**overrides: Any) -> PreTrainedModel:
         prepare_loading()
         chosen = {**options, **overrides}
-        model: PreTrainedModel = create_model_from_path(name, **chosen)
+        model: PreTrainedModel = (
+            create_model_from_path(name, **chosen) if args.gguf_file is None else _load_gguf(name, args.gguf_file, **chosen)
+        )
         if chosen.get("attn_implementation") is None:
             take_flex_attention(model, args.max_length + args.slots_per_row, args.device)
         return model
 
     return load
+
+
+def _load_gguf(name: str, gguf_file: str, *, dtype: Any = "float32", **options: Any) -> PreTrainedModel:
+    """Load a model whose weights are dequantised in float32, then rounded to `dtype`.
+
+    For some architectures, transformers would dequantise in `dtype`, with other values. An adapter trained on those would not
+    recognise its base in float32.
+    """
+    in_file = dtype in ("auto", None)  # blocks become float32, other tensors keep their dtype
+    options = {**gguf_options(gguf_file), **options, "dtype": dtype if in_file else torch.float32}
+    model = dequantised(create_model_from_path(name, AutoModelForCausalLM, **options))
+    if not in_file:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model
 
 
 def frozen_teacher(
@@ -125,5 +151,6 @@ def frozen_teacher(
     else:
         teacher = load(**(args.teacher_model_init_kwargs or {}))
         args.teacher_model_init_kwargs = None  # the base class refuses them with a loaded teacher
+        check_attention_backend(teacher, args.device)
         add_mask_token(teacher, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
     return teacher.requires_grad_(False).eval()

@@ -19,10 +19,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..modeling.checks import can_pack, check_attention_backend, check_output_logits, check_positions
+from ..modeling.attention import check_attention_backend
+from ..modeling.checks import can_pack, check_output_logits, check_positions
 from ..modeling.exact import peft_flag_set
+from ..modeling.gguf import dequantised
 from ..modeling.logits import backbone
 from ..modeling.lora import adapters_disabled, adapts_head, causal_lm, check_fits_base, check_publishable_lora, with_mask_row
 from ..modeling.mask_token import add_mask_token, set_decoding_defaults
@@ -38,7 +40,7 @@ from .optimizer import muon_adamw
 from .readers import ExactReader, Reader, WholeRowReader, check_layout
 from .regions import Regions, compact_left_padding, drawn_positions, row_generator, sample_regions
 from .step import Batch, PassOutput, Tokens, distillation_pass
-from .student import frozen_teacher, make_exact, mask_token_of, model_loader
+from .student import frozen_teacher, load_tokenizer, make_exact, mask_token_of, model_loader
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -54,7 +56,7 @@ class MTPDistillTrainer(DecodingTrainer):
             adapters, the teacher is the same module with the adapters turned off, and the mask token's row is trained too.
         args: [`MTPDistillConfig`].
         train_dataset, eval_dataset: datasets with the columns `prompt` and `completion` (text or messages), `messages`,
-            `text`, or only `prompt`. In the last case, the model completes the prompts on policy.
+            `text`, or only `prompt`, which the model completes on policy. `finish_reason` "length" marks a cut completion.
         processing_class: the tokenizer; by default, the one saved with the model.
         callbacks, optimizers, quantization_config, peft_config: as in [`~trl.DistillationTrainer`].
 
@@ -88,9 +90,7 @@ class MTPDistillTrainer(DecodingTrainer):
             )
         if args.adapter_only and not args.exact and peft_config is not None:
             check_publishable_lora(peft_config)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(
-            name, padding_side="left", trust_remote_code=args.trust_remote_code
-        )
+        tokenizer = processing_class or load_tokenizer(name, args)
         mask_token = mask_token_of(model, tokenizer, args)
         train_dataset = _prepare_split(train_dataset, tokenizer, args, mask_token, "train")
         eval_dataset = _prepare_split(eval_dataset, tokenizer, args, mask_token, "eval")
@@ -107,8 +107,8 @@ class MTPDistillTrainer(DecodingTrainer):
         load = model_loader(model, args, quantization_config) if isinstance(model, str) else None
         student = load() if load else model
         teacher = None
-        causal = causal_lm(student)
-        check_attention_backend(causal)
+        causal = dequantised(causal_lm(student))
+        check_attention_backend(causal, args.device)
         check_positions(causal, max_length=args.max_length, k_max=args.k_max)
         add_mask_token(causal, tokenizer, mask_token=args.mask_token, k_max=args.k_max, seed=args.seed)
         self.provenance = provenance_of_run(base_model=name, args=args, mask_token=causal.config.mtp["mask_token"])
