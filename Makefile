@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 
 # One thread per worker: the models are tiny, and two processes with two threads each would compete for two cores.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # No parallel workers: every vLLM engine starts its own process.
 test-vllm: $(VLLM_VENV)/.done
