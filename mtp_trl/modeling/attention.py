@@ -46,7 +46,12 @@ def check_attention_backend(model: PreTrainedModel, device: torch.device) -> Non
             f"attn_implementation={backend!r} supports only 2D masks and cannot express packed regions; "
             "load the model with attn_implementation='sdpa' (or 'eager' for models without sdpa support)."
         )
-    if backend == "flex_attention" and (fault := flex_attention_fault(config, model.dtype, device)):
+    fault = None
+    if backend == "flex_attention" and device.type == "cpu":  # a trial would compile for a minute to find this out
+        fault = "it has no backward on CPUs, where compiled kernels of PyTorch 2.13 also read memory after the keys."
+    elif backend == "flex_attention":
+        fault = flex_attention_fault(config, model.dtype, device)
+    if fault is not None:
         raise ValueError(
             f"attn_implementation='flex_attention' cannot train this model on {device}; load the model with "
             f"attn_implementation='sdpa'. The cause: {fault}"
